@@ -1,0 +1,70 @@
+"""How sure a model is of a masked position, and picking the positions it is surest of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dopsd_kernels import fused_confidence
+
+Confidence = Literal["probability", "logit", "margin", "entropy"]
+
+# Logits held at a time where entropies need them (bytes).
+ENTROPY_WORKSPACE = 1 << 26
+
+
+def choose_tokens(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    kind: Confidence,
+    *,
+    mask_id: int,
+    temperature: float = 0.0,
+    seeds: Tensor | None = None,  # (N,) int64, needed when temperature > 0
+) -> tuple[Tensor, Tensor]:
+    """A token for each row and the model's confidence in it, without the rows' logits.
+
+    ``probability`` and ``logit`` are those of the chosen token, at temperature 1; ``margin`` is the gap between the two
+    largest probabilities; ``entropy`` is the negative entropy, so that larger means surer in every case. The mask token
+    is never chosen and has no probability.
+
+    Returns:
+        tokens (N,) int64 and confidences (N,) in fp32 (fp64 for fp64 ``hidden``).
+    """
+    top_k = 2 if kind == "margin" else 0
+    out = fused_confidence(hidden, weight, temperature=temperature, seed=seeds, top_k=top_k, exclude=(mask_id,))
+    if kind == "logit":
+        return out.token, out.logit
+    if kind == "margin":
+        first, second = (out.top_values - out.logsumexp[:, None]).exp().unbind(-1)
+        return out.token, first - second
+    if kind == "entropy":
+        return out.token, negative_entropy(hidden, weight, mask_id)
+    return out.token, (out.logit - out.logsumexp).exp()
+
+
+def negative_entropy(hidden: Tensor, weight: Tensor, mask_id: int) -> Tensor:
+    """sum_v p_v log p_v of each row of ``hidden`` (N, d) under the head ``weight`` (V, d), the mask token left out."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    rows = max(1, ENTROPY_WORKSPACE // (weight.shape[0] * dtype.itemsize))
+    out = hidden.new_empty(len(hidden), dtype=dtype)
+    for start in range(0, len(hidden), rows):
+        logits = F.linear(hidden[start : start + rows].to(weight.dtype), weight).to(dtype)
+        logits[:, mask_id] = -torch.inf
+        log_p = logits.log_softmax(-1)
+        out[start : start + rows] = torch.special.entr(log_p.exp()).sum(-1).neg()
+    return out
+
+
+def most_confident(
+    confidence: Tensor,  # (S, B)
+    candidates: Tensor,  # (S, B) bool
+    count: Tensor,  # (S,) int64
+) -> Tensor:  # (S, B) bool
+    """The ``count`` candidates of each row with the highest confidence; ties go to the lower position."""
+    order = confidence.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return candidates & (rank < count[:, None])

@@ -1,0 +1,340 @@
+"""The command line: dataclasses whose fields are the options, and YAML recipes that set them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import time
+from argparse import Action
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, get_args, get_type_hints
+
+import transformers
+import yaml
+from transformers import HfArgumentParser
+
+from dopsd.errors import UsageError, require
+from dopsd.objective import Objective
+from dopsd.sampler import Decoding
+
+RECIPES = files("dopsd") / "recipes"
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text; lists get a fresh copy."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which model is taught, and its adapter."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    recipe: str = option("tiny", "A recipe that ships (tiny, paper, reference) or a YAML file of options.")
+    model: str = option("tiny", "'tiny' (ships with the package), a folder in Hugging Face layout, or a hub id.")
+    adapter: str | None = option(None, "PEFT adapter folder to start from.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Of the base weights; auto: as stored.")
+    lora_r: int = option(128, "LoRA rank.")
+    lora_alpha: int = option(64, "LoRA scale: the update is multiplied by alpha / r.")
+    lora_dropout: float = option(0.05, "Dropout on LoRA inputs, while training only.")
+    lora_targets: list[str] | None = option(None, "Linear layers to adapt; none: all of them.")
+
+    def __post_init__(self) -> None:
+        if self.lora_targets == ["none"]:
+            self.lora_targets = None
+        require(self.lora_r >= 1, "lora_r", self.lora_r, "it is at least 1")
+        require(self.lora_alpha >= 1, "lora_alpha", self.lora_alpha, "it is at least 1")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "it lies in [0, 1)")
+
+
+@dataclass
+class TaskArguments:
+    """Which problems."""
+
+    _argument_group_name: ClassVar[str] = "task"
+
+    task: str = option("sudoku", "The task's name.")
+    train_file: str | None = option(None, "Training rows (csv, jsonl, parquet); none: generated.")
+    validation_file: str | None = option(None, "Rows that choose the best adapter; none: generated.")
+    test_file: str | None = option(None, "Held-out rows for accuracy before and after; none: generated.")
+    train_problems: int = option(4096, "Generated training problems.")
+    validation_problems: int = option(256, "Generated validation problems.")
+    eval_problems: int = option(768, "Held-out problems: generated, or the first so many of test_file.")
+
+    def __post_init__(self) -> None:
+        for name in ("train_problems", "validation_problems", "eval_problems"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "it is at least 1")
+
+
+@dataclass
+class RolloutArguments:
+    """How the student decodes."""
+
+    _argument_group_name: ClassVar[str] = "rollout"
+
+    gen_length: int = option(256, "L: response length in tokens.")
+    block_length: int = option(32, "B: tokens per block.")
+    steps: int | None = option(None, "T: denoising steps; none: gen_length / 2.")
+    pass_k: int = option(8, "Tries at each prompt, until one is correct.")
+    temperature: float = option(0.9, "Gumbel temperature of the second and later tries; the first is greedy.")
+    remasking: Literal["low_confidence", "random", "margin", "entropy"] = option(
+        "low_confidence", "What keeps a position masked."
+    )
+    threshold: float | None = option(None, "Reveal every token at least this probable (parallel decoding).")
+    stop_at_eos: bool = option(True, "Stop a sequence when all before its first end-of-text is revealed.")
+    sampling_dtype: Literal["float32", "float64"] = option("float32", "Of logits and noise when sampling.")
+    sequences_per_forward: int = option(256, "Sequences decoded at a time.")
+    eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
+
+    def __post_init__(self) -> None:
+        require(self.pass_k >= 1, "pass_k", self.pass_k, "it is at least 1")
+        require(
+            self.pass_k == 1 or self.temperature > 0,
+            "temperature",
+            self.temperature,
+            f"it is positive when pass_k={self.pass_k} allows for more than one try",
+        )
+        require(
+            self.sequences_per_forward >= 1, "sequences_per_forward", self.sequences_per_forward, "it is at least 1"
+        )
+        for rate in self.eval_tokens_per_step:
+            require(
+                1 <= rate <= self.block_length,
+                "eval_tokens_per_step",
+                rate,
+                f"it lies between 1 and block_length={self.block_length}",
+            )
+        self.decoding()
+
+    def decoding(self, tokens_per_step: int | None = None) -> Decoding:
+        """Greedy decoding as configured, or at another rate."""
+        steps = self.steps if tokens_per_step is None else -(-self.gen_length // tokens_per_step)
+        return Decoding(
+            gen_length=self.gen_length,
+            block_length=self.block_length,
+            steps=steps,
+            remasking=self.remasking,
+            threshold=self.threshold if tokens_per_step is None else None,
+            stop_at_eos=self.stop_at_eos,
+            sampling_dtype=self.sampling_dtype,
+        )
+
+
+@dataclass
+class TeachingArguments:
+    """What the teacher sees and what is taught."""
+
+    _argument_group_name: ClassVar[str] = "teacher and objective"
+
+    teacher: Literal["fixed", "ema", "live"] = option("fixed", "The teacher's weights: as at the start, averaged, own.")
+    ema_decay: float = option(0.99, "Share of an ema teacher kept at each update.")
+    teacher_context: Literal["self_future", "reference"] = option(
+        "self_future", "Shown to the teacher: its own future tokens, or a reference solution in the prompt."
+    )
+    retain_ratio: float = option(0.25, "rho: share of the candidate tokens revealed to the teacher.")
+    reveal_scope: Literal["future_blocks", "masked"] = option("future_blocks", "Where candidates lie.")
+    reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
+    selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
+    confidence: Literal["probability", "logit", "margin", "entropy"] = option("probability", "By what K is chosen.")
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = option("reverse_kl", "D(student || teacher).")
+    beta: float = option(0.5, "Weight of the teacher in the mixture of jsd.")
+    clip: float | None = option(0.05, "Upper bound on each vocabulary entry's contribution; none: no bound.")
+    clip_form: Literal["plain", "nonnegative"] = option("plain", "The paper's contributions, or nonnegative ones.")
+    top_k: int | None = option(None, "Restrict to the teacher's so many likeliest entries; none: full vocabulary.")
+    tail: Literal["renormalize", "bucket"] = option("renormalize", "With top_k: drop the rest, or keep it as one entry.")
+    normalization: Literal["step_mean", "batchmean"] = option(
+        "step_mean", "Mean over K and steps (Eq. 12), or sum over K and mean over steps."
+    )
+    skip_last_block: bool = option(False, "Leave the steps of the last block out.")
+    correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
+    score_threshold: float = option(1.0, "Least grade of a response that trains.")
+    update_per_slice: int = option(1, "Optimiser updates per batch: its states are cut into so many slices.")
+    states_per_forward: int = option(128, "Denoising states per forward and backward.")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "it lies in [0, 1)")
+        require(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "it lies in [0, 1]")
+        require(self.update_per_slice >= 1, "update_per_slice", self.update_per_slice, "it is at least 1")
+        require(self.states_per_forward >= 1, "states_per_forward", self.states_per_forward, "it is at least 1")
+        self.objective()
+
+    def objective(self) -> Objective:
+        """The fields that define the loss."""
+        return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective)})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own, with the defaults that this method needs."""
+
+    _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
+
+    output_dir: str | None = option(None, "Where everything is written; none: runs/DATE-TIME.")
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            self.output_dir = time.strftime("runs/%Y%m%d-%H%M%S")
+        super().__post_init__()
+        self.remove_unused_columns = False
+        self.label_names = []
+        self.logging_nan_inf_filter = False
+        require(
+            self.gradient_accumulation_steps == 1,
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
+            "an update already accumulates every state of its batch; raise per_device_train_batch_size instead",
+        )
+
+
+@dataclass
+class EvaluationArguments:
+    """What ``python -m dopsd.evaluate`` measures; the defaults fit the tiny model."""
+
+    _argument_group_name: ClassVar[str] = "evaluation"
+
+    model: str = option("tiny", "'tiny' (ships with the package), a folder in Hugging Face layout, or a hub id.")
+    adapter: str | None = option(None, "PEFT adapter folder.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Of the weights; auto: as stored.")
+    task: str = option("sudoku", "The task's name.")
+    test_file: str | None = option(None, "Rows to evaluate on (csv, jsonl, parquet); none: generated, held out.")
+    eval_problems: int = option(256, "Problems: generated, or the first so many of test_file.")
+    gen_length: list[int] = option([48], "Response lengths in tokens, each evaluated.")
+    block_length: int = option(8, "Tokens per block.")
+    tokens_per_step: list[int] = option([2], "Tokens revealed per denoising step, each evaluated.")
+    pass_k: int = option(1, "Tries at each problem; more than one also reports pass@k.")
+    temperature: float = option(0.9, "Of the second and later tries; the first is greedy.")
+    reveal: list[float] = option(
+        [],
+        "Shares of the model's own correct answer (of pass_k tries) to reveal ahead of decoding; a block's revealed "
+        "tokens are cleared when decoding enters it.",
+    )
+    sequences_per_forward: int = option(256, "Sequences decoded at a time.")
+    seed: int = option(0, "Of the problems and of everything drawn.")
+    output: str | None = option(None, "JSON file with every response; none: not written.")
+
+    def __post_init__(self) -> None:
+        for name in ("eval_problems", "pass_k", "sequences_per_forward"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "it is at least 1")
+        require(
+            self.pass_k == 1 or self.temperature > 0,
+            "temperature",
+            self.temperature,
+            f"it is positive when pass_k={self.pass_k} allows for more than one try",
+        )
+        for share in self.reveal:
+            require(0 <= share <= 1, "reveal", share, "it lies in [0, 1]")
+        for rate in self.tokens_per_step:
+            require(
+                1 <= rate <= self.block_length,
+                "tokens_per_step",
+                rate,
+                f"it lies between 1 and block_length={self.block_length}",
+            )
+        for length in self.gen_length:
+            for rate in self.tokens_per_step:
+                self.decoding(length, rate)
+
+    def decoding(self, gen_length: int, tokens_per_step: int) -> Decoding:
+        """Greedy decoding at one length and rate."""
+        return Decoding(
+            gen_length=gen_length, block_length=self.block_length, steps=-(-gen_length // tokens_per_step)
+        )
+
+
+class Parser(HfArgumentParser):
+    """An argument parser whose errors are :class:`~dopsd.errors.UsageError`, and that takes ``none`` for no value."""
+
+    def __init__(self, *groups: Any, **kwargs: Any) -> None:
+        super().__init__(groups, allow_abbrev=False, **kwargs)
+        own = [group for group in groups if not issubclass(group, transformers.TrainingArguments)]
+        optional = {
+            name for group in own for name, hint in get_type_hints(group).items() if type(None) in get_args(hint)
+        }
+        for action in self._actions:
+            if action.dest in optional and action.type in (int, float, str) and action.nargs is None:
+                action.type = none_or(action.type)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """The dataclasses of ``argv``; an unknown option is an error with the nearest known one."""
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            raise UsageError(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        return tuple(parsed)
+
+    def tokens(self, options: dict[str, Any], source: str) -> list[str]:
+        """``options`` of a recipe as command-line tokens, so that both are checked alike."""
+        out: list[str] = []
+        for name, value in options.items():
+            action: Action | None = self._option_string_actions.get(f"--{name}")
+            if action is None:
+                known = [key.removeprefix("--") for key in self._option_string_actions]
+                near = difflib.get_close_matches(str(name), known, n=1)
+                raise UsageError(f"{source}: unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            values = value if isinstance(value, list) else ["none" if value is None else value]
+            out += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
+        return out
+
+
+def none_or(kind: type) -> Any:
+    """A converter to ``kind`` that reads ``none`` as no value."""
+
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The options of a shipped recipe or of a YAML file."""
+    shipped = sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
+    path = RECIPES / f"{recipe}.yaml" if recipe in shipped else Path(recipe)
+    require(path.is_file(), "recipe", recipe, f"one of {', '.join(shipped)}, or a YAML file")
+    try:
+        options = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe={recipe!r}: not valid YAML: {' '.join(str(error).split())}") from error
+    require(isinstance(options, dict), "recipe", recipe, "a YAML file with one option a line")
+    return options
+
+
+def parse_train(
+    argv: Sequence[str],
+) -> tuple[ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
+    """The options of a training run: a recipe's, overridden by those in ``argv``."""
+    parser = Parser(
+        ModelArguments,
+        TaskArguments,
+        RolloutArguments,
+        TeachingArguments,
+        TrainingArguments,
+        prog="python -m dopsd.train",
+        description="d-OPSD: a diffusion language model learns from its own future tokens.",
+    )
+    known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
+    recipe = parser.tokens(read_recipe(known.recipe), known.recipe)
+    return parser.parse([*recipe, *argv])
+
+
+def parse_evaluate(argv: Sequence[str]) -> EvaluationArguments:
+    """The options of an evaluation."""
+    parser = Parser(
+        EvaluationArguments,
+        prog="python -m dopsd.evaluate",
+        description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
+    )
+    (arguments,) = parser.parse(argv)
+    return arguments

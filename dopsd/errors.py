@@ -1,0 +1,17 @@
+"""Errors that a user can act on; the command line prints them as one sentence."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """An argument has a value that can't be used. Exit status 2."""
+
+
+class RunError(RuntimeError):
+    """A run can't start or go on for a reason outside its arguments. Exit status 1."""
+
+
+def require(condition: bool, argument: str, given: object, accepted: str) -> None:
+    """Raise :class:`UsageError` naming ``argument``, what was ``given`` and what is ``accepted`` unless it holds."""
+    if not condition:
+        raise UsageError(f"{argument}={given!r} can't be used: {accepted}")

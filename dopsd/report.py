@@ -1,0 +1,256 @@
+"""What a run leaves behind: its configuration, metrics, pictures and report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from dopsd.errors import RunError, require
+from dopsd.models import device_of
+from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory
+from dopsd.rollout import Rollout, Row, standard_error
+from dopsd.step_batch import step_batches
+from dopsd.trainer import Trainer, mean
+
+RUN_FILE = "run.json"
+PACKAGES = ("dopsd", "torch", "transformers", "peft", "accelerate", "triton", "numpy")
+
+# transformers options that may differ between a run and its continuation.
+FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name"}
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON allows it: no infinities, no nan."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write atomically, so that a killed run leaves the old file or the new one."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(json.dumps(plain(content), indent=1) + "\n")
+    part.replace(path)
+
+
+def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any) -> dict[str, Any]:
+    """Every option of a run, by group."""
+    groups = {"model": model, "task": task, "rollout": rollouts, "teaching": teaching}
+    return json.loads(
+        json.dumps({**{name: asdict(group) for name, group in groups.items()}, "training": args.to_dict()}, default=str)
+    )
+
+
+def claim(output: Path, config: Mapping[str, Any], resume: str | None) -> str | None:
+    """Make ``output`` this run's folder and return the checkpoint to go on from, if any.
+
+    Raises:
+        UsageError: the folder holds something else, or a run with other options.
+        RunError: the checkpoint to resume from is incomplete.
+    """
+    run_file = output / RUN_FILE
+    if resume is None or resume.lower() == "false":
+        empty = not output.exists() or not any(output.iterdir())
+        hint = "an empty or new folder; a run in it goes on with --resume_from_checkpoint true"
+        require(empty, "output_dir", str(output), hint)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(run_file, config)
+        return None
+    require(run_file.is_file(), "resume_from_checkpoint", resume, f"{output} holds no run to go on with")
+    for group, options in json.loads(run_file.read_text()).items():
+        for name, value in options.items():
+            if name not in FREE:
+                same = plain(config[group].get(name)) == value
+                require(same, name, config[group].get(name), f"the run in {output} has {name}={value!r}")
+    if resume.lower() != "true":
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise RunError(f"resume_from_checkpoint={resume!r} is no complete checkpoint: it has no trainer_state.json")
+        return resume
+    # The Trainer writes this file last, so a checkpoint that was cut short by a kill does not have it.
+    complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+class Metrics(TrainerCallback):
+    """Keeps ``metrics.csv`` and ``curves.png`` up to date with the Trainer's log, which survives a resume."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            rows = [row for row in state.log_history if "train_runtime" not in row]
+            names = ["step", *sorted({name for row in rows for name in row} - {"step"})]
+            with (self.output / "metrics.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, names, restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
+    """Say what is about to run."""
+    if trainer.is_world_process_zero():
+        total = sum(p.numel() for p in trainer.model.parameters())
+        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        print(
+            f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters, {trained:,} of them trained, "
+            f"on {trainer.args.device}; {trainer.args.max_steps} updates of "
+            f"{trainer.args.train_batch_size * trainer.args.world_size} prompts; {problems} held-out problems; "
+            f"writing to {trainer.args.output_dir}"
+        )
+
+
+def held_out(
+    trainer: Trainer, rows: Sequence[Row], moment: str, output: Path, config: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """Scores on held-out rows by tokens per step, the run's own rate first; kept in ``held_out_<moment>.json``.
+
+    A file that is there already, from before a resume, is read instead.
+    """
+    path = output / f"held_out_{moment}.json"
+    if path.is_file():
+        return {rate: [one["score"] for one in ones] for rate, ones in json.loads(path.read_text()).items()}
+    rollouts = trainer.rollouts
+    own = rollouts.decoding()
+    decodings = {f"{rollouts.gen_length / own.total_steps:g}": own}
+    decodings |= {str(rate): rollouts.decoding(rate) for rate in rollouts.eval_tokens_per_step}
+    results = {
+        rate: trainer.decode_rows(rows, decoding, f"held out, {moment}, {rate} tokens a step")
+        for rate, decoding in decodings.items()
+    }
+    if trainer.is_world_process_zero():
+        write_json(path, {rate: [response(one) for one in ones] for rate, ones in results.items()})
+        if moment == "before":
+            draw_trajectory(trainer, next(iter(results.values())), output / "trajectory.png")
+    return {rate: [one.score for one in ones] for rate, ones in results.items()}
+
+
+def response(rollout: Rollout) -> dict[str, Any]:
+    """A rollout as a JSON object."""
+    return {**rollout.row, "response": rollout.response, "score": rollout.score}
+
+
+def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -> None:
+    """Picture the first correct rollout: when tokens were revealed, what the teacher saw, where K was, KL per step."""
+    rollout = next((one for one in rollouts if one.score >= 1), rollouts[0])
+    decoder, objective = trainer.decoder, trainer.objective
+    reference = decoder.task.reference_prompt(rollout.row) if objective.teacher_context == "reference" else None
+    lesson = objective.lesson(rollout, decoder.encode, reference, decoder.eos_id, trainer.args.seed)
+    trajectory = rollout.trajectory
+    chosen = torch.zeros_like(lesson.reveal)
+    step_kl = []
+    batches = step_batches(
+        [lesson],
+        trainer.teaching.states_per_forward,
+        mask_id=decoder.mask_id,
+        pad_id=decoder.eos_id,
+        device=device_of(decoder.model),
+    )
+    done = 0
+    trainer.model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        for batch in batches:
+            _, metrics = objective.forward(decoder.model, trainer.teacher, batch, decoder.mask_id)
+            chosen[done : done + len(batch)].scatter_(1, batch.columns.cpu(), metrics["chosen"].cpu())
+            step_kl.append(metrics["state_kl"].float().cpu())
+            done += len(batch)
+    if done:
+        labels = ["⏹" if token == decoder.eos_id else decoder.tokenizer.decode([token]) for token in trajectory.tokens]
+        title = f"{decoder.task.prompt(rollout.row)}{rollout.response}"
+        trace = TrajectoryTrace(trajectory, lesson.steps, lesson.reveal, chosen, torch.cat(step_kl), labels, title)
+        plot_trajectory(trace, path)
+
+
+def finish(
+    trainer: Trainer,
+    output: Path,
+    config: Mapping[str, Any],
+    before: Mapping[str, list[float]],
+    after: Mapping[str, list[float]],
+    seconds: float,
+) -> None:
+    """Write ``report.json`` and ``curves.png`` and print the result."""
+    if not trainer.is_world_process_zero():
+        return
+    rates = {rate: compare(before[rate], after[rate]) for rate in before}
+    own = next(iter(rates.values()))
+    history = trainer.state.log_history
+    write_json(
+        output / "report.json",
+        {
+            **own,
+            "eval_problems": len(next(iter(before.values()))),
+            "tokens_per_step": rates,
+            "updates": trainer.state.global_step,
+            "best_checkpoint": trainer.state.best_model_checkpoint,
+            "seconds": round(seconds, 1),
+            "seed": trainer.args.seed,
+            "device": str(trainer.args.device),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "config": config,
+        },
+    )
+    plot_curves(
+        history,
+        output / "curves.png",
+        before=own["accuracy_before"],
+        after=own["accuracy_after"],
+        before_error=own["standard_error_before"],
+        after_error=own["standard_error_after"],
+    )
+    table = Table(title=f"held-out accuracy, {len(next(iter(before.values())))} problems")
+    for name in ("tokens per step", "before", "after", "gain"):
+        table.add_column(name, justify="right")
+    for rate, row in rates.items():
+        table.add_row(
+            rate,
+            *(
+                f"{100 * row[f'accuracy_{moment}']:.1f} ± {100 * row[f'standard_error_{moment}']:.1f}"
+                for moment in ("before", "after")
+            ),
+            f"{100 * row['accuracy_gain']:+.1f} ± {100 * row['standard_error_gain']:.1f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"{seconds:.0f} s; adapter, report.json, metrics.csv, curves.png and trajectory.png are in {output}")
+
+
+def compare(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
+    """Accuracies (mean scores) with standard errors, and their paired difference."""
+    gains = [b - a for a, b in zip(before, after, strict=True)]
+    return {
+        "accuracy_before": mean(before),
+        "accuracy_after": mean(after),
+        "accuracy_gain": mean(gains),
+        "standard_error_before": standard_error(before),
+        "standard_error_after": standard_error(after),
+        "standard_error_gain": standard_error(gains),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a result; None for one that is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,149 @@
+"""Scored rollouts: a task's rows decoded, graded, and tried again until one is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dopsd.sampler import Decoding, decode, mix_seeds
+from dopsd.trajectory import Trajectory
+
+Row = Mapping[str, str]
+
+
+class Task(Protocol):
+    """What a task offers; see :mod:`dopsd.tasks`."""
+
+    def prompt(self, row: Row) -> str:
+        """What the student is shown."""
+
+    def reference_prompt(self, row: Row) -> str:
+        """What an AR-style teacher is shown: the prompt with a reference solution."""
+
+    def score(self, row: Row, response: str) -> float:
+        """The response's grade in [0, 1]; 1 is correct."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The best response to one row.
+
+    Args:
+        row: the task row.
+        trajectory: how the response was decoded.
+        response: its text up to the first end-of-text token.
+        score: its grade in [0, 1].
+        tries: tries until the first correct one; all of them if there was none.
+    """
+
+    row: Row
+    trajectory: Trajectory
+    response: str
+    score: float
+    tries: int
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model, its tokenizer and a task, ready to decode and grade rows.
+
+    Args:
+        model: offers ``hidden_states`` and ``lm_head_weight`` (unwrapped: no DDP or PEFT around it).
+        tokenizer: a transformers tokenizer.
+        task: prompts and grades.
+        mask_id, eos_id: special token ids of the model.
+        batch_size: sequences decoded at a time.
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    mask_id: int
+    eos_id: int
+    batch_size: int
+
+    def encode(self, text: str) -> Tensor:
+        """(P,) token ids of a prompt, on the model's device."""
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        return ids.to(self.model.lm_head_weight.device)
+
+    def once(
+        self,
+        rows: Sequence[Row],
+        decoding: Decoding,
+        seeds: Tensor,  # (N,) int64
+        *,
+        hints: Tensor | None = None,  # (N, L) int64, see ``decode``
+        tries: Sequence[int] | None = None,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        """Decode each row once; ``tries`` is what to record as their number of tries (1)."""
+        rollouts = []
+        for start in range(0, len(rows), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            trajectories = decode(
+                self.model,
+                [self.encode(self.task.prompt(row)) for row in rows[part]],
+                decoding,
+                mask_id=self.mask_id,
+                eos_id=self.eos_id,
+                seeds=seeds[part],
+                hints=None if hints is None else hints[part],
+            )
+            for index, trajectory in enumerate(trajectories, start):
+                text = trajectory.tokens[: trajectory.text_length(self.eos_id)]
+                response = self.tokenizer.decode(text.tolist(), skip_special_tokens=True)
+                score = self.task.score(rows[index], response)
+                rollouts.append(Rollout(rows[index], trajectory, response, score, tries[index] if tries else 1))
+            if on_rows is not None:
+                on_rows(len(trajectories))
+        return rollouts
+
+    def pass_at_k(
+        self,
+        rows: Sequence[Row],
+        decoding: Decoding,
+        seeds: Tensor,  # (N,) int64
+        k: int,
+        temperature: float,
+        *,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        """For each row the first correct response of at most ``k`` tries, else the one with the best grade.
+
+        The first try is decoded as ``decoding`` says, later ones at ``temperature``. Tries are batched: rows without a
+        correct answer get one more try, then two more, then four, so that few are decoded in vain and few batches are
+        needed; which response is kept does not depend on that.
+        """
+        best = self.once(rows, decoding, mix_seeds(seeds, 0), on_rows=on_rows)
+        warm = replace(decoding, temperature=temperature)
+        done, width = 1, 1
+        while done < k:
+            wrong = [index for index, rollout in enumerate(best) if rollout.score < 1]
+            if not wrong:
+                break
+            width = min(width, k - done)
+            pairs = [(index, done + more) for index in wrong for more in range(width)]
+            chosen = torch.tensor([index for index, _ in pairs])
+            attempt = torch.tensor([number for _, number in pairs])
+            more = self.once(
+                [rows[index] for index, _ in pairs],
+                warm,
+                mix_seeds(seeds[chosen], attempt),
+                tries=[number + 1 for _, number in pairs],
+            )
+            for (index, _), rollout in zip(pairs, more, strict=True):
+                if best[index].score < 1 and rollout.score > best[index].score:
+                    best[index] = rollout
+            done, width = done + width, width * 2
+        return [rollout if rollout.score >= 1 else replace(rollout, tries=k) for rollout in best]
+
+
+def standard_error(scores: Sequence[float]) -> float:
+    """Standard error of the mean of ``scores``; 0 for fewer than two."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0

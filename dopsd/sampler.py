@@ -1,0 +1,240 @@
+"""Block-diffusion decoding: masked positions are filled block by block, the surest first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dopsd.confidence import Confidence, choose_tokens, most_confident
+from dopsd.errors import require
+from dopsd.trajectory import NEVER, Trajectory
+
+Remasking = Literal["low_confidence", "random", "margin", "entropy"]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are decoded.
+
+    Args:
+        gen_length: L, response positions.
+        block_length: B, positions per block; divides ``gen_length``.
+        steps: T, denoising steps over all blocks; None for gen_length / 2, two tokens a step.
+        temperature: of the Gumbel-max sample; 0 is greedy.
+        remasking: what keeps a position masked: a low probability of its token (``low_confidence``), a small gap between
+            the two likeliest tokens (``margin``), a high ``entropy``, or chance (``random``).
+        threshold: reveal every position whose token has at least this probability, and at least one, whatever
+            ``steps`` says; None follows the schedule.
+        stop_at_eos: stop a sequence once everything before its first end-of-text token is revealed.
+        sampling_dtype: logits and noise in ``float32`` or ``float64``.
+    """
+
+    gen_length: int
+    block_length: int
+    steps: int | None = None
+    temperature: float = 0.0
+    remasking: Remasking = "low_confidence"
+    threshold: float | None = None
+    stop_at_eos: bool = True
+    sampling_dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        require(self.gen_length >= 1, "gen_length", self.gen_length, "it is at least 1")
+        require(
+            self.block_length >= 1 and self.gen_length % self.block_length == 0,
+            "block_length",
+            self.block_length,
+            f"it divides gen_length={self.gen_length}",
+        )
+        require(
+            self.blocks <= self.total_steps <= self.gen_length,
+            "steps",
+            self.steps,
+            f"every one of the {self.blocks} blocks takes between 1 and {self.block_length} steps, so it is between "
+            f"{self.blocks} and {self.gen_length}",
+        )
+        require(self.temperature >= 0, "temperature", self.temperature, "it is at least 0")
+        require(
+            self.threshold is None or 0 < self.threshold <= 1, "threshold", self.threshold, "it lies in (0, 1]"
+        )
+        require(
+            self.remasking in get_args(Remasking), "remasking", self.remasking, f"one of {get_args(Remasking)}"
+        )
+        require(
+            self.threshold is None or self.remasking == "low_confidence",
+            "threshold",
+            self.threshold,
+            f"it is a probability and goes with remasking='low_confidence', not {self.remasking!r}",
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.gen_length // self.block_length
+
+    @property
+    def total_steps(self) -> int:
+        """T with its default filled in; at least one step a block."""
+        return max(self.blocks, self.gen_length // 2) if self.steps is None else self.steps
+
+    def schedule(self) -> list[list[int]]:
+        """Tokens to reveal at each step of each block; remainders go to the first blocks and steps, as in LLaDA."""
+        return [spread(self.block_length, steps) for steps in spread(self.total_steps, self.blocks)]
+
+
+def spread(total: int, parts: int) -> list[int]:
+    """``total`` in ``parts`` whole numbers that differ by at most one, the larger first."""
+    base, extra = divmod(total, parts)
+    return [base + (part < extra) for part in range(parts)]
+
+
+def mix_seeds(*values: Tensor | int) -> Tensor:
+    """One int64 hash per element of the broadcast ``values`` (splitmix64, Steele et al. 2014): seeds of what is drawn.
+
+    A draw is then a function of what it is for, and not of what was drawn before it or beside it.
+    """
+    state = torch.zeros((), dtype=torch.int64)
+    for value in values:
+        value = torch.as_tensor(value, dtype=torch.int64)
+        state = (state.to(value.device) ^ value) - 7046029254386353131  # 0x9E3779B97F4A7C15, as a signed integer
+        state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+        state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
+        state = state ^ ((state >> 31) & 0x1FFFFFFFF)
+    return state
+
+
+def left_pad(prompts: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one (N, P) batch padded on the left, and its (N, P) bool mask; None if nothing is padded."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.stack([torch.cat((prompt.new_full((width - len(prompt),), pad_id), prompt)) for prompt in prompts])
+    if all(len(prompt) == width for prompt in prompts):
+        return ids, None
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
+    return ids, torch.arange(width, device=ids.device) >= (width - lengths)[:, None]
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside; the model's mode is put back on the way out."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[Tensor],
+    decoding: Decoding,
+    *,
+    mask_id: int,
+    eos_id: int,
+    seeds: Tensor,
+    hints: Tensor | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> list[Trajectory]:
+    """Decode one response to each prompt, as one batch.
+
+    A sequence's result depends on its prompt and its seed, not on what it is batched with. Only the masked positions of
+    a sequence's current block meet the LM head.
+
+    Args:
+        model: offers ``hidden_states(input_ids, attention_mask, read)`` and ``lm_head_weight``.
+        prompts: N tensors (P_n,) of int64 token ids, on the model's device, of any lengths.
+        decoding: lengths, schedule and sampling.
+        mask_id: the mask token; never chosen.
+        eos_id: the end-of-text token; also fills what is left when a sequence stops early.
+        seeds: (N,) int64, one per sequence; unused at temperature 0 unless ``remasking`` is ``random``.
+        hints: (N, L) int64 tokens shown ahead of their turn, ``mask_id`` where there is none. A block's hints are
+            cleared when decoding enters it.
+        on_step: called after each step with the number of sequences still going.
+
+    Returns:
+        N trajectories, on the CPU.
+    """
+    length, width = decoding.gen_length, decoding.block_length
+    prompt_ids, prompt_mask = left_pad(prompts, eos_id)
+    device = prompt_ids.device
+    count = len(prompts)
+    tokens = prompt_ids.new_full((count, length), mask_id)
+    reveal_step = prompt_ids.new_full((count, length), NEVER)
+    seeds = seeds.to(device)
+    schedule = torch.zeros(decoding.blocks, width, dtype=torch.int64)
+    for block, reveals in enumerate(decoding.schedule()):
+        schedule[block, : len(reveals)] = torch.tensor(reveals)
+    schedule = schedule.to(device)
+    dtype = getattr(torch, decoding.sampling_dtype)
+    kind: Confidence = (
+        decoding.remasking if decoding.remasking in ("margin", "entropy") else "probability"  # type: ignore[assignment]
+    )
+    positions = torch.arange(length, device=device)
+    in_block = torch.arange(width, device=device)
+    live = torch.arange(count, device=device)
+    step_in_block = torch.zeros(count, dtype=torch.int64, device=device)
+    step = 0
+    with inference(model):
+        while len(live):
+            masked = reveal_step[live] == NEVER
+            start = masked.long().argmax(-1) // width * width  # (n,) of the first block with a mask left
+            shown = tokens[live]
+            if hints is not None:
+                shown = torch.where(positions >= start[:, None] + width, hints[live], shown)
+            columns = start[:, None] + in_block
+            attention_mask = None
+            if prompt_mask is not None:
+                attention_mask = torch.cat((prompt_mask[live], torch.ones_like(masked)), dim=1)
+            hidden = model.hidden_states(
+                torch.cat((prompt_ids[live], shown), dim=1), attention_mask, columns + prompt_ids.shape[1]
+            )
+            masked = masked.gather(1, columns)
+            position_seeds = mix_seeds(seeds[live][:, None], step, columns)
+            row_tokens, row_confidence = choose_tokens(
+                hidden[masked].to(dtype) if dtype == torch.float64 else hidden[masked],
+                model.lm_head_weight,
+                kind,
+                mask_id=mask_id,
+                temperature=decoding.temperature,
+                seeds=position_seeds[masked] if decoding.temperature else None,
+            )
+            confidence = row_confidence.new_full(masked.shape, -torch.inf)
+            confidence[masked] = row_confidence
+            if decoding.remasking == "random":
+                confidence = mix_seeds(position_seeds, 1).double()
+            if decoding.threshold is None:
+                reveals = schedule[start // width, step_in_block[live]]
+                chosen = most_confident(confidence, masked, reveals)
+            else:
+                chosen = most_confident(confidence, masked, torch.ones_like(start))
+                chosen |= masked & (confidence >= decoding.threshold)
+            rows, offsets = chosen.nonzero(as_tuple=True)
+            filled = tokens.new_zeros(masked.shape).masked_scatter_(masked, row_tokens)
+            tokens[live[rows], columns[rows, offsets]] = filled[chosen]
+            reveal_step[live[rows], columns[rows, offsets]] = step
+            step += 1
+            finished_block = (masked & ~chosen).sum(-1) == 0
+            step_in_block[live] = torch.where(finished_block, 0, step_in_block[live] + 1)
+            live = live[~finished(tokens[live], reveal_step[live], eos_id, decoding.stop_at_eos)]
+            if on_step is not None:
+                on_step(len(live))
+    tokens = torch.where(reveal_step == NEVER, eos_id, tokens).cpu()
+    reveal_step = reveal_step.cpu()
+    return [
+        Trajectory(prompt.cpu(), tokens[index], reveal_step[index], width) for index, prompt in enumerate(prompts)
+    ]
+
+
+def finished(tokens: Tensor, reveal_step: Tensor, eos_id: int, stop_at_eos: bool) -> Tensor:
+    """(n,) bool: nothing is masked, or nothing before the first end-of-text token is."""
+    masked = reveal_step == NEVER
+    if not stop_at_eos:
+        return ~masked.any(-1)
+    ended = (~masked & (tokens == eos_id)).long().cumsum(-1) > 0
+    return ~(masked & ~ended).any(-1)

@@ -1,0 +1,76 @@
+"""``python -m dopsd.train``: on-policy self-distillation from a recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from transformers import set_seed
+
+from dopsd import cli, report
+from dopsd.config import parse_train
+from dopsd.models import add_lora, load_adapter, load_model
+from dopsd.rollout import Decoder
+from dopsd.tasks import load_task
+from dopsd.trainer import Trainer
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, build, train, report."""
+    start = time.monotonic()
+    model_arguments, task_arguments, rollouts, teaching, args = parse_train(argv)
+    (args.output_dir,) = broadcast_object_list([args.output_dir])
+    output = Path(args.output_dir)
+    config = report.configuration(model_arguments, task_arguments, rollouts, teaching, args)
+    checkpoint = report.claim(output, config, args.resume_from_checkpoint)
+
+    set_seed(args.seed)
+    task = load_task(task_arguments.task)
+    rows = {
+        "train": cli.problems(task, "train", task_arguments.train_file, task_arguments.train_problems),
+        "validation": cli.problems(
+            task, "validation", task_arguments.validation_file, task_arguments.validation_problems
+        ),
+        "test": cli.problems(task, "test", task_arguments.test_file, task_arguments.eval_problems),
+    }
+    base, tokenizer = load_model(model_arguments.model, model_arguments.dtype)
+    decoder = Decoder(
+        base, tokenizer, task, base.config.mask_token_id, tokenizer.eos_token_id, rollouts.sequences_per_forward
+    )
+    for part in rows.values():
+        cli.check_lengths(decoder, part, rollouts.gen_length)
+    if model_arguments.adapter is None:
+        student = add_lora(
+            base,
+            model_arguments.lora_targets,
+            model_arguments.lora_r,
+            model_arguments.lora_alpha,
+            model_arguments.lora_dropout,
+        )
+    else:
+        student = load_adapter(base, model_arguments.adapter, trainable=True)
+    trainer = Trainer(
+        student,
+        args,
+        model_arguments,
+        rollouts,
+        teaching,
+        decoder,
+        rows["train"],
+        rows["validation"],
+        processing_class=tokenizer,
+    )
+    trainer.add_callback(report.Metrics(output))
+    report.start(trainer, config, len(rows["test"]))
+
+    before = report.held_out(trainer, rows["test"], "before", output, config)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_adapter(output)
+    after = report.held_out(trainer, rows["test"], "after", output, config)
+    report.finish(trainer, output, config, before, after, time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,7 @@
+"""Fused ops for on-policy self-distillation of masked diffusion language models."""
+
+from dopsd_kernels.confidence import fused_confidence
+from dopsd_kernels.contracts import ConfidenceOutput, StepKLOutput
+from dopsd_kernels.step_kl import fused_step_kl, step_mean_weights
+
+__all__ = ["ConfidenceOutput", "StepKLOutput", "fused_confidence", "fused_step_kl", "step_mean_weights"]
