@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,32 @@ from dopsd_kernels import fused_confidence, fused_step_kl
 
 # Entries compared by the overlap metric.
 OVERLAP_K = 20
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The objective on a batch of S states with R rows of K in all; everything but ``loss`` is detached.
+
+    Args:
+        loss: scalar, the sum over lessons of Eq. 12; divide by their number for the mean.
+        chosen: (S, B) bool, the positions K in each state's block.
+        state: (R,) int64, the state of each row.
+        kl: (R,) divergence without the clip.
+        clip_fraction: (R,) share of vocabulary entries whose contribution was clipped.
+        overlap: (R,) share of the student's 20 likeliest entries that are among the teacher's.
+    """
+
+    loss: Tensor
+    chosen: Tensor
+    state: Tensor
+    kl: Tensor
+    clip_fraction: Tensor
+    overlap: Tensor
+
+    def state_kl(self) -> Tensor:
+        """(S,) mean divergence over each state's K; 0 where K is empty."""
+        total = self.kl.new_zeros(len(self.chosen)).index_add_(0, self.state, self.kl)
+        return total / self.chosen.sum(-1).clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -70,41 +96,32 @@ class Objective:
         )
         return Lesson(trajectory, steps, reveal, trajectory.prompt_ids)
 
-    def forward(
-        self, model: Any, teacher: TeacherWeights, batch: StepBatch, mask_id: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch of states, as a sum over lessons of Eq. 12, and sums for the metrics.
+    def forward(self, model: Any, teacher: TeacherWeights, batch: StepBatch, mask_id: int) -> StepOutput:
+        """Both sides of a batch of states, and the divergence between them at K.
 
         Args:
             model: the network shared by both sides, unwrapped; gradients flow to the student's pass only.
             teacher: whose weights the teacher's pass has.
             batch: the states.
             mask_id: the mask token.
-
-        Returns:
-            The loss (scalar; divide by the number of lessons for their mean), and detached sums over the rows of K:
-            ``rows``, ``kl`` and ``loss_rows`` (unclipped and clipped divergence), ``clipped`` (share of clipped
-            entries), ``overlap`` (share of the student's top 20 that is in the teacher's) and, per state,
-            ``state_kl`` (S,) and ``chosen`` (S, B) bool, the positions K.
         """
-        weight = model.lm_head_weight
+        weight = model.lm_head_weight.detach()
         with teacher.active():
             block_hidden = model.hidden_states(
                 batch.teacher.input_ids, batch.teacher.attention_mask, batch.columns + batch.teacher.offset
             )
             chosen = self.choose(block_hidden, weight, batch, mask_id)
         state, offset = chosen.nonzero(as_tuple=True)  # one entry per row of K
-        teacher_hidden = block_hidden[state, offset]
-        if not len(state):
-            zero = block_hidden.new_zeros((), requires_grad=True)
-            return zero, metric_sums(batch, chosen, state, zero.new_zeros(0), zero.new_zeros(0), zero.new_zeros(0), 0.0)
-
-        # The student is read at K only; states with fewer positions are padded with a position that carries no row.
         count = chosen.sum(-1)
+
+        # The student is read at K only. States with fewer positions repeat one that then carries no row.
         rank = chosen.long().cumsum(-1)[state, offset] - 1
-        read = batch.columns[:, :1].repeat(1, int(count.max())) + batch.student.offset
-        read[state, rank] = batch.columns[state, offset] + batch.student.offset
-        student_hidden = model.hidden_states(batch.student.input_ids, batch.student.attention_mask, read)[state, rank]
+        read = batch.columns[:, :1].repeat(1, max(1, int(count.max())))
+        read[state, rank] = batch.columns[state, offset]
+        student_hidden = model.hidden_states(
+            batch.student.input_ids, batch.student.attention_mask, read + batch.student.offset
+        )[state, rank]
+        teacher_hidden = block_hidden[state, offset].to(student_hidden.dtype)
 
         row_weight = batch.weight[state]
         if self.normalization == "step_mean":
@@ -112,7 +129,7 @@ class Objective:
         out = fused_step_kl(
             student_hidden,
             teacher_hidden,
-            weight.detach(),
+            weight,
             row_weight=row_weight,
             divergence=self.divergence,
             beta=self.beta,
@@ -122,10 +139,8 @@ class Objective:
             tail=self.tail,
             reduction="sum",
         )
-        overlap = top_k_overlap(student_hidden.detach(), teacher_hidden, weight.detach())
-        return out.loss, metric_sums(
-            batch, chosen, state, out.row_loss, out.row_kl, out.row_clip_fraction, float(overlap.sum())
-        )
+        overlap = top_k_overlap(student_hidden.detach(), teacher_hidden, weight)
+        return StepOutput(out.loss, chosen, state, out.row_kl, out.row_clip_fraction, overlap)
 
     def choose(self, block_hidden: Tensor, weight: Tensor, batch: StepBatch, mask_id: int) -> Tensor:
         """(S, B) bool: K of each state, the k candidates the teacher is surest of, or what the student committed."""
@@ -135,22 +150,6 @@ class Objective:
         confidence = row_confidence.new_full(batch.candidates.shape, -torch.inf)
         confidence[batch.candidates] = row_confidence
         return most_confident(confidence, batch.candidates, batch.k)
-
-
-def metric_sums(
-    batch: StepBatch, chosen: Tensor, state: Tensor, loss: Tensor, kl: Tensor, clipped: Tensor, overlap: float
-) -> dict[str, Tensor]:
-    """Sums over the rows of K, and per-state means, detached; see :meth:`Objective.forward`."""
-    state_kl = kl.new_zeros(len(batch)).index_add_(0, state, kl.detach())
-    return {
-        "rows": torch.tensor(float(len(state))),
-        "kl": kl.sum(),
-        "loss_rows": loss.sum(),
-        "clipped": clipped.sum(),
-        "overlap": torch.tensor(overlap),
-        "state_kl": state_kl / chosen.sum(-1).clamp_min(1),
-        "chosen": chosen,
-    }
 
 
 def top_k_overlap(student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor) -> Tensor:
@@ -182,12 +181,9 @@ def lessons_of(
     return [lesson for lesson in lessons if len(lesson.steps)]
 
 
-def mean_metrics(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Means over all rows of K of several batches."""
-    total = {key: sum(float(part[key]) for part in sums) for key in ("rows", "kl", "clipped", "overlap")}
-    rows = max(total.pop("rows"), 1.0)
+def mean_metrics(outputs: Sequence[StepOutput]) -> dict[str, float]:
+    """Means over all rows of K of several batches; nan where there are none."""
     return {
-        "kl": total["kl"] / rows,
-        "clip_fraction": total["clipped"] / rows,
-        "overlap_top20": total["overlap"] / rows,
+        name: float(torch.cat([getattr(output, field) for output in outputs]).mean())
+        for name, field in (("kl", "kl"), ("clip_fraction", "clip_fraction"), ("overlap_top20", "overlap"))
     }

@@ -49,10 +49,9 @@ class _Panel:
     integers: bool = False
 
 
-_LOSS = _Panel("nats", (("loss", "loss"), ("kl", "raw KL")), may_split=True)
 _ACCURACY = _Panel("accuracy (%)", (("eval_accuracy", "validation"),), scale=100)
 _PANELS = (
-    _LOSS,
+    _Panel("nats", (("loss", "loss"), ("kl", "raw KL")), may_split=True),
     _ACCURACY,
     _Panel("share (%)", (("pass_rate", "prompts with a correct try"), ("accepted", "rollouts trained on")), scale=100),
     _Panel("tries", (("tries", "tries to first correct"),)),
@@ -84,7 +83,8 @@ def plot_curves(
 
     A panel appears for whatever the history has: loss and unclipped KL, accuracy, solved prompts and rollouts that
     were trained on, tries, overlap and clip fraction, completion length. Series of more than 15 points are drawn
-    faint under their centred running mean. Values that are not finite leave a gap.
+    faint under their centred running mean. Values that are not finite are left
+    out: a gap in the line, nothing in the mean.
 
     Args:
         history: rows as in ``TrainerState.log_history``, each with ``step``; accuracies and shares lie in [0, 1].
@@ -235,7 +235,7 @@ def _validation(axes: Axes, history: Sequence[Mapping[str, float]], curve: tuple
 # Student in blues (light: known, dark: decided now), teacher in orange, K as rings on top; lightness alone also keeps
 # the four apart. Cells are a whole number of pixels wide, so that they all look the same.
 
-MASKED, KNOWN, COMMITTED, SHOWN = "#F1F1F1", "#BCD5EA", BLUE, ORANGE
+MASKED, KNOWN, COMMITTED, SHOWN, BAR = "#F1F1F1", "#BCD5EA", BLUE, ORANGE, "#595959"
 NEVER_STYLE: dict[str, Any] = {"facecolor": "white", "edgecolor": "#C8C8C8", "hatch": "/////", "linewidth": 0.0}
 # Longest response whose tokens are written out below it, and the longest text written for one.
 _LABELLED_UP_TO, _LABEL_LENGTH = 64, 10
@@ -340,7 +340,7 @@ def plot_trajectory(trace: TrajectoryTrace, path: Path) -> None:
         axes.set_xlabel(f"response position (blocks of {block})", fontsize=FONT)
 
     kl = trace.step_kl.detach().double().cpu().numpy()
-    bars.barh(np.arange(count), np.where(np.isfinite(kl), kl, 0.0), height=0.8, color=VERMILLION, linewidth=0)
+    bars.barh(np.arange(count), np.where(np.isfinite(kl), kl, 0.0), height=0.8, color=BAR, linewidth=0)
     bars.set_xlabel("mean KL over K\n(nats)", fontsize=FONT)
     bars.tick_params(labelsize=FONT, width=0.6, length=2.5)
     bars.tick_params(axis="y", labelleft=False, length=0)

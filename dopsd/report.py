@@ -166,12 +166,12 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
     trainer.model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         for batch in batches:
-            _, metrics = objective.forward(decoder.model, trainer.teacher, batch, decoder.mask_id)
-            chosen[done : done + len(batch)].scatter_(1, batch.columns.cpu(), metrics["chosen"].cpu())
-            step_kl.append(metrics["state_kl"].float().cpu())
+            out = objective.forward(decoder.model, trainer.teacher, batch, decoder.mask_id)
+            chosen[done : done + len(batch)].scatter_(1, batch.columns.cpu(), out.chosen.cpu())
+            step_kl.append(out.state_kl().float().cpu())
             done += len(batch)
     if done:
-        labels = ["⏹" if token == decoder.eos_id else decoder.tokenizer.decode([token]) for token in trajectory.tokens]
+        labels = ["∎" if token == decoder.eos_id else decoder.tokenizer.decode([token]) for token in trajectory.tokens]
         title = f"{decoder.task.prompt(rollout.row)}{rollout.response}"
         trace = TrajectoryTrace(trajectory, lesson.steps, lesson.reveal, chosen, torch.cat(step_kl), labels, title)
         plot_trajectory(trace, path)

@@ -78,10 +78,9 @@ class Decoder:
         seeds: Tensor,  # (N,) int64
         *,
         hints: Tensor | None = None,  # (N, L) int64, see ``decode``
-        tries: Sequence[int] | None = None,
         on_rows: Callable[[int], None] | None = None,
     ) -> list[Rollout]:
-        """Decode each row once; ``tries`` is what to record as their number of tries (1)."""
+        """Decode each row once."""
         rollouts = []
         for start in range(0, len(rows), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -98,7 +97,7 @@ class Decoder:
                 text = trajectory.tokens[: trajectory.text_length(self.eos_id)]
                 response = self.tokenizer.decode(text.tolist(), skip_special_tokens=True)
                 score = self.task.score(rows[index], response)
-                rollouts.append(Rollout(rows[index], trajectory, response, score, tries[index] if tries else 1))
+                rollouts.append(Rollout(rows[index], trajectory, response, score, tries=1))
             if on_rows is not None:
                 on_rows(len(trajectories))
         return rollouts
@@ -115,30 +114,38 @@ class Decoder:
     ) -> list[Rollout]:
         """For each row the first correct response of at most ``k`` tries, else the one with the best grade.
 
-        The first try is decoded as ``decoding`` says, later ones at ``temperature``. Tries are batched: rows without a
-        correct answer get one more try, then two more, then four, so that few are decoded in vain and few batches are
-        needed; which response is kept does not depend on that.
+        The first try is decoded as ``decoding`` says, later ones at ``temperature``.
         """
-        best = self.once(rows, decoding, mix_seeds(seeds, 0), on_rows=on_rows)
+        return self.retry(self.once(rows, decoding, seeds, on_rows=on_rows), decoding, seeds, k, temperature)
+
+    def retry(
+        self,
+        first: Sequence[Rollout],
+        decoding: Decoding,
+        seeds: Tensor,  # (N,) int64, those of the first try
+        k: int,
+        temperature: float,
+    ) -> list[Rollout]:
+        """Tries 2 to ``k`` at the rows whose ``first`` try was wrong.
+
+        Tries are batched: each such row gets one more, then two more, then four, so that few are decoded in vain and
+        few batches are needed. Which response is kept does not depend on that.
+        """
+        best = list(first)
         warm = replace(decoding, temperature=temperature)
         done, width = 1, 1
-        while done < k:
-            wrong = [index for index, rollout in enumerate(best) if rollout.score < 1]
-            if not wrong:
-                break
+        while done < k and any(rollout.score < 1 for rollout in best):
             width = min(width, k - done)
+            wrong = [index for index, rollout in enumerate(best) if rollout.score < 1]
             pairs = [(index, done + more) for index in wrong for more in range(width)]
             chosen = torch.tensor([index for index, _ in pairs])
             attempt = torch.tensor([number for _, number in pairs])
-            more = self.once(
-                [rows[index] for index, _ in pairs],
-                warm,
-                mix_seeds(seeds[chosen], attempt),
-                tries=[number + 1 for _, number in pairs],
-            )
-            for (index, _), rollout in zip(pairs, more, strict=True):
+            rows = [best[index].row for index, _ in pairs]
+            for (index, number), rollout in zip(
+                pairs, self.once(rows, warm, mix_seeds(seeds[chosen], attempt)), strict=True
+            ):
                 if best[index].score < 1 and rollout.score > best[index].score:
-                    best[index] = rollout
+                    best[index] = replace(rollout, tries=number + 1)
             done, width = done + width, width * 2
         return [rollout if rollout.score >= 1 else replace(rollout, tries=k) for rollout in best]
 

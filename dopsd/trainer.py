@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class Trainer(transformers.Trainer):
             return zero
         network = self.decoder.model
         model.train()
-        sums, loss = [], zero
+        outputs, loss = [], zero
         states = sum(len(lesson.steps) for lesson in lessons)
         with tqdm(total=states, desc="distil", unit="state", **self.bar.inner()) as bar:
             for batch in step_batches(
@@ -105,10 +106,10 @@ class Trainer(transformers.Trainer):
                 device=device_of(network),
             ):
                 with self.accelerator.autocast():
-                    part, metrics = self.objective.forward(network, self.teacher, batch, self.decoder.mask_id)
-                self.accelerator.backward(part / self.accepted_count)
-                loss = loss + part.detach() / self.accepted_count
-                sums.append(metrics)
+                    output = self.objective.forward(network, self.teacher, batch, self.decoder.mask_id)
+                self.accelerator.backward(output.loss / self.accepted_count)
+                loss = loss + output.loss.detach() / self.accepted_count
+                outputs.append(replace(output, loss=output.loss.detach()))  # the graph is not kept
                 bar.update(len(batch))
         self.sum_gradients(model)
         if self.accelerator.num_processes > 1:
@@ -118,7 +119,8 @@ class Trainer(transformers.Trainer):
                 f"the loss is {loss.item()} at update {self.state.global_step + 1}; the last checkpoint in "
                 f"{self.args.output_dir} is unharmed. A lower learning_rate, clip_form=nonnegative or fp32 may help"
             )
-        self.update_metrics.append({**mean_metrics(sums), "states": float(states)})
+        if outputs:
+            self.update_metrics.append({**mean_metrics(outputs), "states": float(states)})
         return loss
 
     def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Lesson]]:

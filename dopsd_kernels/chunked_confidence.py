@@ -126,8 +126,12 @@ def gumbel_noise(seed: Tensor, begin: int, columns: int, dtype: torch.dtype) -> 
         even = ((product >> 32) ^ odd ^ key).bitwise_and_(_MASK)
         odd = product
     words = torch.stack([even, odd.bitwise_and_(_MASK)], -1)  # (2, R, C / 4, 2): word 2 a + b at [a, :, :, b]
-    word = words.permute(1, 2, 0, 3).reshape(seed.shape[0], -1)[:, :columns]
+    word = words.permute(1, 2, 0, 3).reshape(seed.shape[0], 4 * counter.numel())[:, :columns]
+    return gumbel_of_word(word, dtype)
 
+
+def gumbel_of_word(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn 32-bit words (int64) into standard Gumbel noise."""
     # Small words become large noise: the upper tail, which decides the argmax, keeps all 32 bits of resolution.
     uniform = word.to(dtype).add_(0.5).mul_(2.0**-32).clamp_(max=1 - torch.finfo(dtype).eps / 2)
     exponential = uniform.neg_().log1p_().neg_()

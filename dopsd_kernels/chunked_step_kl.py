@@ -228,7 +228,7 @@ def _divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad:
     else:
         loss = contributions.clamp(max=options.clip).sum(-1)
         kept = contributions.le_(options.clip)  # 0 or 1 in place: masks of bool are several times slower on a CPU
-        clip_fraction = 1 - kept.mean(-1)
+        clip_fraction = (kept.shape[-1] - kept.sum(-1)) / kept.shape[-1]
         pull.clamp_(max=torch.finfo(pull.dtype).max).mul_(kept)  # an infinite contribution is a clipped one
     if want_grad:
         torch.addcmul(pull, s, pull.sum(-1, keepdim=True), value=-1, out=log_s)

@@ -166,6 +166,11 @@ def gumbel_noise(seed: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
     zero = torch.zeros_like(seed + column)
     words = philox4x32((column // 4 + zero, zero, zero, zero), (seed & _MASK, (seed >> 32) & _MASK))
     word = torch.stack(words, -1).gather(-1, (column % 4 + zero)[..., None])[..., 0]
+    return gumbel_of_word(word, dtype)
+
+
+def gumbel_of_word(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn 32-bit words (int64) into standard Gumbel noise."""
     below_one = 1 - torch.finfo(dtype).eps / 2
     # Small words become large noise: the upper tail, which decides the argmax, keeps all 32 bits of resolution.
     uniform = ((word.to(dtype) + 0.5) * 2.0**-32).clamp(max=below_one)

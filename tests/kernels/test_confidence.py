@@ -1,0 +1,228 @@
+"""fused_confidence computes what its docstring says, and its noise is the specified Philox."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dopsd_kernels import chunked_confidence, fused_confidence, reference
+from dopsd_kernels.topk import stable_topk
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 on Python integers, after Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b % 2**32, (a >> 32) ^ c[3] ^ k[1], a % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def noise(seed: int, column: int) -> float:
+    word = philox([column // 4, 0, 0, 0], [seed % 2**32, (seed >> 32) % 2**32])[column % 4]
+    return -math.log(-math.log1p(-(word + 0.5) / 2**32))
+
+
+KNOWN_ANSWERS = [  # from the Random123 distribution
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, words):
+    assert philox(counter, key) == words
+    out = reference.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    assert [w.item() for w in out] == words
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 0x123456789ABCDEF, -(1 << 63), (1 << 63) - 1])
+def test_noise_is_the_specified_function_of_seed_and_column(seed):
+    begin, columns = 40, 11
+    expected = torch.tensor([noise(seed, begin + c) for c in range(columns)], dtype=torch.float64)
+    seeds = torch.tensor([seed, 7])
+    fast = chunked_confidence.gumbel_noise(seeds, begin, columns, torch.float64)
+    specified = reference.gumbel_noise(seeds[:, None], torch.arange(begin, begin + columns), torch.float64)
+    torch.testing.assert_close(fast[0], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(specified[0], expected, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(fast[0], fast[1])
+    single = chunked_confidence.gumbel_noise(seeds, begin, columns, torch.float32)
+    torch.testing.assert_close(single[0].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [reference, chunked_confidence])
+def test_noise_is_finite_for_every_word(module):
+    # The largest words round to u = 1 in fp32 if nothing is done about it.
+    words = torch.tensor([0, 1, 2**32 - 2, 2**32 - 1])
+    for dtype, lowest in ((torch.float32, -math.log(24 * math.log(2))), (torch.float64, -math.log(33 * math.log(2)))):
+        noise = module.gumbel_of_word(words, dtype)
+        assert noise[0].item() == pytest.approx(33 * math.log(2), rel=1e-6)
+        assert noise[-1].item() == pytest.approx(lowest, rel=1e-6)
+
+
+def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seeds: list[int], top_k: int, exclude):
+    rows = []
+    for h, seed in zip(hidden, seeds, strict=True):
+        z = {v: (weight[v] @ h + bias[v]).item() for v in range(len(weight)) if v not in exclude}
+        order = sorted(z, key=lambda v: (-z[v], v))
+        token = order[0]
+        if temperature:
+            token = max(z, key=lambda v: z[v] / temperature + noise(seed, v))
+        total = math.log(sum(math.exp(x) for x in z.values()))
+        top = order[:top_k]
+        rows.append((token, z[token], total, z[order[0]], order[0], [z[v] for v in top], top))
+    ids = (0, 4, 6)
+    columns = enumerate(zip(*rows, strict=True))
+    return [torch.tensor(x, dtype=torch.int64 if i in ids else torch.float64) for i, x in columns]
+
+
+@pytest.mark.parametrize("tile_logits", [1, 60, 1 << 22])
+@pytest.mark.parametrize("chunk_rows", [2, 1024])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("exclude", [(), (0, 13, 13)])
+def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, chunk_rows, temperature, exclude):
+    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
+    hidden, weight, bias = randn(5, 3), randn(14, 3, seed=1), randn(14, seed=2)
+    seeds = [3, -5, 2**40, 0, 9]
+    for top_k in (0, 1, 6, 12):
+        out = fused_confidence(
+            hidden, weight, bias=bias, temperature=temperature, seed=torch.tensor(seeds), top_k=top_k, exclude=exclude
+        )
+        expected = naive(hidden, weight, bias, temperature, seeds, top_k, exclude)
+        for a, b in zip(out, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 6), st.sampled_from([1, 2, 5, 31, 64]), st.integers(0, 5), st.booleans(),
+    st.sampled_from([0.0, 0.5]), st.integers(0, 2),
+)  # fmt: skip
+def test_matches_the_reference_with_ties(n, vocab, top_k, excluding, temperature, digits):
+    # Small integers times a power of two: exact products, and many equal logits.
+    hidden = (randn(n, 2) * 2**digits).round() / 2**digits
+    weight = (randn(vocab, 2, seed=1) * 2**digits).round() / 2**digits
+    exclude = (vocab // 2,) if excluding and vocab > 1 else ()
+    top_k = min(top_k, vocab - len(exclude))
+    seed = torch.arange(n) + 5
+    arguments = dict(temperature=temperature, seed=seed, top_k=top_k, exclude=exclude)
+    with pytest.MonkeyPatch.context() as patch:
+        for tile_logits in (8, 1 << 22):
+            patch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+            ours, theirs = fused_confidence(hidden, weight, **arguments), reference.confidence(hidden, weight, **arguments)
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_ties_go_to_the_lowest_id_across_tiles(monkeypatch):
+    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", 4)
+    weight = torch.tensor([0.0, 2, 1, 2, 0, 2, 1, 2, 1, 0, 2])[:, None]
+    out = fused_confidence(torch.ones(1, 1), weight, top_k=7)
+    assert out.argmax.item() == out.token.item() == 1
+    assert out.top_indices.tolist() == [[1, 3, 5, 7, 10, 2, 6]]
+
+
+def test_stable_topk_against_a_stable_sort():
+    values = randn(50, 37).mul(2).round()
+    values[3, 5:20] = -math.inf
+    for k in (1, 2, 9, 37):
+        top, columns = stable_topk(values, k)
+        expected = values.sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(top, expected.values[:, :k])
+        assert torch.equal(columns, expected.indices[:, :k])
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_samples_follow_the_softmax(temperature):
+    rows, vocab = 20_000, 6
+    logits = randn(vocab, seed=3, dtype=torch.float32)
+    out = fused_confidence(torch.ones(rows, 1), logits[:, None], temperature=temperature, seed=11, exclude=(4,))
+    counts = out.token.bincount(minlength=vocab).double()
+    assert counts[4] == 0
+    logits[4] = -math.inf
+    expected = (logits.double() / temperature).softmax(-1) * rows
+    kept = expected > 0
+    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi_square < 23.5  # 4 degrees of freedom: exceeded by chance once in 10,000 seeds
+    # The same counts are far from the distribution of another temperature, so the bound can fail.
+    other = logits.double().softmax(-1) * rows
+    assert ((counts - other)[kept] ** 2 / other[kept]).sum() > 100
+
+
+def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
+    hidden, weight = randn(40, 4), randn(50, 4, seed=1)
+    seeds = torch.arange(40) * 1000
+    together = fused_confidence(hidden, weight, temperature=1.0, seed=seeds).token
+    assert together.unique().numel() > 5
+    alone = torch.cat([fused_confidence(hidden[[i]], weight, temperature=1.0, seed=seeds[[i]]).token for i in range(40)])
+    assert torch.equal(together, alone)
+    shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    again = fused_confidence(hidden[shuffled], weight, temperature=1.0, seed=seeds[shuffled]).token
+    assert torch.equal(together[shuffled], again)
+    for tile_logits, chunk_rows in ((1, 3), (300, 16)):
+        monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+        monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
+        assert torch.equal(together, fused_confidence(hidden, weight, temperature=1.0, seed=seeds).token)
+
+
+def test_one_seed_gives_every_row_its_own():
+    hidden, weight = torch.ones(30, 1).double(), torch.zeros(9, 1).double()
+    tokens = fused_confidence(hidden, weight, temperature=1.0, seed=-4).token
+    assert torch.equal(tokens, fused_confidence(hidden, weight, temperature=1.0, seed=torch.arange(30) - 4).token)
+    assert tokens.unique().numel() == 9
+    greedy = fused_confidence(hidden, weight, seed=-4)
+    assert not greedy.token.any()
+
+
+def test_leading_dimensions_and_no_gradient():
+    hidden, weight = randn(2, 3, 4).requires_grad_(), randn(7, 4, seed=1).requires_grad_()
+    seed = torch.arange(6).reshape(2, 3)
+    out = fused_confidence(hidden, weight, temperature=1.0, seed=seed, top_k=2)
+    flat = fused_confidence(hidden.reshape(6, 4), weight, temperature=1.0, seed=seed.reshape(6), top_k=2)
+    for name, a, b in zip(out._fields, out, flat, strict=True):
+        assert a.shape == ((2, 3, 2) if name.startswith("top_") else (2, 3))
+        assert torch.equal(a.reshape(b.shape), b)
+        assert not a.requires_grad
+    single = fused_confidence(hidden[0, 0], weight, top_k=2)
+    assert single.token.shape == () and single.top_values.shape == (2,)
+    empty = fused_confidence(hidden[:0], weight, temperature=1.0, seed=seed[:0], top_k=2)
+    assert empty.token.shape == (0, 3) and empty.top_values.shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_inputs_give_fp32_logits(dtype):
+    hidden, weight = randn(6, 64, dtype=dtype), randn(101, 64, seed=1, dtype=dtype)
+    exact = (hidden.double() @ weight.double().T).logsumexp(-1)
+    for precision, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = fused_confidence(hidden.to(precision), weight)
+        assert out.logit.dtype == precision
+        torch.testing.assert_close(out.logsumexp.double(), exact, rtol=tolerance, atol=0)
+    plain = (hidden @ weight.T).double().logsumexp(-1)
+    ours = fused_confidence(hidden, weight).logsumexp
+    assert ours.dtype == torch.float32
+    rounding = torch.finfo(torch.float32).eps * 8
+    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding * exact.abs().max()
+
+
+def test_extreme_logits():
+    bias = torch.zeros(5)
+    bias[0] = -math.inf
+    out = fused_confidence(torch.tensor([[1e4], [-1e4]]), torch.tensor([9.0, 1, 2, 2, 0])[:, None], bias=bias)
+    assert out.token.tolist() == [2, 4]
+    torch.testing.assert_close(out.logsumexp, torch.tensor([2e4 + math.log(2), 0.0]))
+    assert torch.equal(out.logit, out.max_logit)

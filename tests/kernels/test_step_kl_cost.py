@@ -1,0 +1,141 @@
+"""fused_step_kl costs what its docstring promises: products, memory, and what is left out of them."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dopsd_kernels import fused_step_kl
+
+N, D, VOCAB = 48, 8, 1000
+UNIT = 2 * N * D * VOCAB  # one product of all rows with the head
+
+
+def problem(dtype: torch.dtype = torch.float32, trained_head: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hs, ht, weight = (torch.randn(*s, generator=generator).to(dtype) for s in ((N, D), (N, D), (VOCAB, D)))
+    return hs.requires_grad_(), ht, weight.requires_grad_(trained_head)
+
+
+def products(run) -> int:
+    def addmm(_self_shape, a_shape, b_shape, **_: object) -> int:
+        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("reduction", "trained_head", "units"), [("mean", False, 3), ("sum", True, 4), ("none", False, 5), ("none", True, 6)]
+)
+def test_number_of_products(reduction, trained_head, units):
+    hs, ht, weight = problem(trained_head=trained_head)
+    assert products(lambda: fused_step_kl(hs, ht, weight, reduction=reduction).loss.sum().backward()) == units * UNIT
+
+
+def test_nothing_is_differentiated_without_need():
+    hs, ht, weight = problem()
+    assert products(lambda: fused_step_kl(hs.detach(), ht, weight)) == 2 * UNIT
+    with torch.no_grad():
+        assert products(lambda: fused_step_kl(hs, ht, weight)) == 2 * UNIT
+
+
+def test_rows_of_weight_zero_enter_no_product():
+    hs, ht, weight = problem()
+    row_weight = torch.zeros(N)
+    row_weight[[3, 17, 40]] = 0.5
+    assert products(lambda: fused_step_kl(hs, ht, weight, row_weight=row_weight).loss.backward()) == 3 * UNIT * 3 // N
+    # "none": neither do, in the backward, rows without an upstream gradient.
+    loss = fused_step_kl(hs, ht, weight, reduction="none").loss
+    assert products(lambda: loss[:6].sum().backward()) == 3 * UNIT * 6 // N
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the bytes of the largest storage that any operation creates."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip": 0.05},
+        {"clip": 0.05, "clip_form": "nonnegative", "divergence": "forward_kl"},
+        {"clip": 0.05, "divergence": "jsd"},
+        {"top_k": 20, "tail": "bucket"},
+        {"grad_threshold": 1e-3},
+    ],
+)
+def test_no_tensor_is_larger_than_the_workspace(options, reduction, trained_head, dtype):
+    workspace = 100_000 if dtype == torch.float64 else 50_000
+    item = 8 if dtype == torch.float64 else 4
+    hs, ht, weight = problem(dtype, trained_head)
+    assert VOCAB * D * item > workspace / 2 and N * VOCAB * item > 3 * workspace  # a copy of all logits would show
+    with LargestTensor() as mode:
+        fused_step_kl(hs, ht, weight, reduction=reduction, workspace_bytes=workspace, **options).loss.sum().backward()
+    assert 0 < mode.largest <= workspace
+
+
+def test_the_weight_is_converted_in_tiles():
+    generator = torch.Generator().manual_seed(0)
+    vocab, d = 64, 512
+    hs, ht = (torch.randn(4, d, generator=generator).bfloat16() for _ in range(2))
+    weight = torch.randn(vocab, d, generator=generator).bfloat16().detach()
+    hs.requires_grad_()
+    workspace = vocab * d * 4 // 2
+    assert weight.untyped_storage().nbytes() <= workspace
+    with LargestTensor() as mode:
+        fused_step_kl(hs, ht, weight, workspace_bytes=workspace).loss.backward()
+    assert mode.largest <= workspace
+
+
+def test_the_chunk_size_changes_nothing_beyond_rounding():
+    results = []
+    for workspace in (40_000, 100_000, 1 << 26):
+        hs, ht, weight = problem(trained_head=True)
+        out = fused_step_kl(hs, ht, weight, clip=0.01, workspace_bytes=workspace)
+        out.loss.backward()
+        results.append((*out, hs.grad, weight.grad))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_skipped_tiles_save_products_within_the_documented_bound():
+    generator = torch.Generator().manual_seed(0)
+    vocab, temperature, threshold = 1024, 2.0, 1e-5
+    bias = torch.full((vocab,), -30.0).double()
+    bias[600:700] = 0  # two of the four blocks of 256 columns hold nearly all the mass
+    hs, ht = (torch.randn(N, D, generator=generator).double() for _ in range(2))
+    weight = torch.randn(vocab, D, generator=generator).double()
+    hs.requires_grad_()
+
+    def run(threshold: float) -> Tensor:
+        out = fused_step_kl(hs, ht, weight, bias=bias, temperature=temperature, grad_threshold=threshold)
+        return torch.autograd.grad(out.loss, hs)[0]
+
+    unit = 2 * N * D * vocab
+    assert products(lambda: run(0.0)) == 3 * unit
+    assert products(lambda: run(threshold)) == 2 * unit + unit // 4
+    exact, skipped = run(0.0), run(threshold)
+    left_out = torch.ones(vocab, dtype=torch.bool)
+    left_out[512:768] = False
+    bound = threshold / N / temperature * weight[left_out].abs().sum(0)
+    assert ((exact - skipped).abs() <= bound).all()
+    assert not torch.equal(exact, skipped)
+    assert torch.equal(run(math.ulp(0.0)), exact) or torch.allclose(run(math.ulp(0.0)), exact, rtol=1e-12, atol=0)
