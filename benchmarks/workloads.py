@@ -1,7 +1,7 @@
 """What the CPU benchmarks run: our ops, what a user would otherwise write, and the bare products.
 
-`python -m benchmarks.workloads step_kl ours clipped` prints the peak memory of one call, in bytes beyond the inputs,
-measured in that fresh process.
+`python -m benchmarks.workloads step_kl ours clipped` prints the peak memory of one call, in bytes beyond the
+inputs, measured in that fresh process.
 """
 
 import re
@@ -50,7 +50,7 @@ def step_kl(case: str, *, rows: int = ROWS, vocab: int = VOCAB) -> dict[str, Cal
 
 
 def confidence(case: str, *, vocab: int = VOCAB) -> dict[str, Callable[[], object]]:
-    """Return the variants of a decoder's question: which token per row, and how probable; `case` counts the rows."""
+    """Return the variants of a decoder's question: which token for each of `case` rows, and how probable."""
     torch.manual_seed(0)
     weight = torch.randn(vocab, WIDTH) / WIDTH**0.5 * 3
     hidden = torch.randn(int(case), WIDTH)

@@ -39,7 +39,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {error} (unexpected; --debug shows where)", file=sys.stderr)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: {text} (unexpected; --debug shows where)", file=sys.stderr)
         raise SystemExit(1) from None
 
 

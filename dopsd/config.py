@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import time
 from argparse import Action
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 import torch
 import transformers
@@ -47,7 +48,7 @@ class ModelArguments:
     lora_targets: list[str] | None = option(None, "Linear layers to adapt; none: all of them.")
 
     def __post_init__(self) -> None:
-        if self.lora_targets == ["none"]:
+        if self.lora_targets is not None and [name.lower() for name in self.lora_targets] == ["none"]:
             self.lora_targets = None
         require(self.lora_r >= 1, "lora_r", self.lora_r, "it is at least 1")
         require(self.lora_alpha >= 1, "lora_alpha", self.lora_alpha, "it is at least 1")
@@ -177,7 +178,9 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
 
     output_dir: str | None = option(None, "Where everything is written; none: runs/DATE-TIME.")
-    bf16: bool | None = option(None, "Compute in bf16 (autocast); none: where the GPU or CPU has it in hardware.")
+    bf16: bool | None = option(  # type: ignore[assignment]
+        None, "Compute in bf16 (autocast); none: where the GPU or CPU has it in hardware."
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -190,6 +193,10 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False
         self.label_names = []
         self.logging_nan_inf_filter = False
+        for name in ("per_device_train_batch_size", "max_steps"):
+            given = getattr(self, name)
+            accepted = "it is at least 1" + (", or -1 for num_train_epochs" if name == "max_steps" else "")
+            require(given >= 1 or (name == "max_steps" and given == -1), name, given, accepted)
         require(
             self.gradient_accumulation_steps == 1,
             "gradient_accumulation_steps",
@@ -201,7 +208,7 @@ class TrainingArguments(transformers.TrainingArguments):
 def has_bf16(cpu: bool) -> bool:
     """Whether bf16 products run in hardware; emulated, they are 5 to 10 times slower than fp32."""
     if cpu:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that is supported
+        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that is supported
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -266,12 +273,14 @@ class Parser(HfArgumentParser):
 
     def __init__(self, *groups: Any, **kwargs: Any) -> None:
         super().__init__(groups, allow_abbrev=False, **kwargs)
-        own = [group for group in groups if not issubclass(group, transformers.TrainingArguments)]
         optional = {
-            name for group in own for name, hint in get_type_hints(group).items() if type(None) in get_args(hint)
+            name
+            for group in groups
+            for name, hint in inspect.get_annotations(group, eval_str=True).items()  # not those of transformers
+            if type(None) in get_args(hint)
         }
         for action in self._actions:
-            if action.dest in optional and action.type in (int, float, str) and action.nargs is None:
+            if action.dest in optional and action.nargs in (None, "?"):
                 action.type = none_or(action.type)
 
     def error(self, message: str) -> NoReturn:
@@ -279,9 +288,12 @@ class Parser(HfArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """The dataclasses of ``argv``; an unknown option is an error with the nearest known one."""
-        *parsed, unknown = self.parse_args_into_dataclasses(
-            list(argv), look_for_args_file=False, return_remaining_strings=True
-        )
+        try:
+            *parsed, unknown = self.parse_args_into_dataclasses(
+                list(argv), look_for_args_file=False, return_remaining_strings=True
+            )
+        except (ValueError, ImportError) as error:  # transformers' own checks
+            raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
         if unknown:
             name = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
@@ -302,7 +314,7 @@ class Parser(HfArgumentParser):
         return out
 
 
-def none_or(kind: type) -> Any:
+def none_or(kind: Any) -> Any:
     """A converter to ``kind`` that reads ``none`` as no value."""
 
     def convert(text: str) -> Any:

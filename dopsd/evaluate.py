@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dopsd import cli, report
 from dopsd.config import parse_evaluate
+from dopsd.errors import require
 from dopsd.models import load_adapter, load_model
 from dopsd.rollout import Decoder, Rollout, standard_error
 from dopsd.sampler import mix_seeds
@@ -25,13 +26,16 @@ def main(argv: Sequence[str]) -> None:
     """Parse, build, decode every setting, print a table and write the responses."""
     start = time.monotonic()
     args = parse_evaluate(argv)
+    if args.output is not None:
+        folder = Path(args.output).parent
+        require(folder.is_dir(), "output", args.output, f"{folder} is no folder to write to")
     task = load_task(args.task)
     rows = cli.problems(task, "test", args.test_file, args.eval_problems)
     model, tokenizer = load_model(args.model, args.dtype)
     if args.adapter is not None:
         load_adapter(model, args.adapter, trainable=False)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    nn.Module.to(model, device)
     decoder = Decoder(
         model, tokenizer, task, model.config.mask_token_id, tokenizer.eos_token_id, args.sequences_per_forward
     )

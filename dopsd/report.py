@@ -57,8 +57,8 @@ def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any
     )
 
 
-def claim(output: Path, config: Mapping[str, Any], resume: str | None) -> str | None:
-    """Make ``output`` this run's folder and return the checkpoint to go on from, if any.
+def check_folder(output: Path, config: Mapping[str, Any], resume: str | None) -> str | None:
+    """Whether ``output`` can be this run's folder; returns the checkpoint to go on from, if any, and writes nothing.
 
     Raises:
         UsageError: the folder holds something else, or a run with other options.
@@ -66,11 +66,9 @@ def claim(output: Path, config: Mapping[str, Any], resume: str | None) -> str | 
     """
     run_file = output / RUN_FILE
     if resume is None or resume.lower() == "false":
-        empty = not output.exists() or not any(output.iterdir())
+        empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
         hint = "an empty or new folder; a run in it goes on with --resume_from_checkpoint true"
         require(empty, "output_dir", str(output), hint)
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(run_file, config)
         return None
     require(run_file.is_file(), "resume_from_checkpoint", resume, f"{output} holds no run to go on with")
     for group, options in json.loads(run_file.read_text()).items():
@@ -85,6 +83,13 @@ def claim(output: Path, config: Mapping[str, Any], resume: str | None) -> str | 
     # The Trainer writes this file last, so a checkpoint that was cut short by a kill does not have it.
     complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def claim(output: Path, config: Mapping[str, Any]) -> None:
+    """Make ``output`` this run's folder, unless it is already."""
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / RUN_FILE).is_file():
+        write_json(output / RUN_FILE, config)
 
 
 class Metrics(TrainerCallback):
@@ -106,8 +111,8 @@ class Metrics(TrainerCallback):
 def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
     """Say what is about to run."""
     if trainer.is_world_process_zero():
-        total = sum(p.numel() for p in trainer.model.parameters())
-        trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in trainer.student.parameters())
+        trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
         print(
             f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters, {trained:,} of them trained, "
             f"on {trainer.args.device}; {trainer.args.max_steps} updates of "
@@ -163,7 +168,7 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
         device=device_of(decoder.model),
     )
     done = 0
-    trainer.model.eval()
+    trainer.student.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         for batch in batches:
             out = objective.forward(decoder.model, trainer.teacher, batch, decoder.mask_id)

@@ -71,6 +71,12 @@ class Decoding:
             self.threshold,
             f"it is a probability and goes with remasking='low_confidence', not {self.remasking!r}",
         )
+        require(
+            self.sampling_dtype in ("float32", "float64"),
+            "sampling_dtype",
+            self.sampling_dtype,
+            "one of 'float32', 'float64'",
+        )
 
     @property
     def blocks(self) -> int:
@@ -168,13 +174,11 @@ def decode(
     reveal_step = prompt_ids.new_full((count, length), NEVER)
     seeds = seeds.to(device)
     schedule = torch.zeros(decoding.blocks, width, dtype=torch.int64)
-    for block, reveals in enumerate(decoding.schedule()):
-        schedule[block, : len(reveals)] = torch.tensor(reveals)
+    for block, counts in enumerate(decoding.schedule()):
+        schedule[block, : len(counts)] = torch.tensor(counts)
     schedule = schedule.to(device)
     dtype = getattr(torch, decoding.sampling_dtype)
-    kind: Confidence = (
-        decoding.remasking if decoding.remasking in ("margin", "entropy") else "probability"  # type: ignore[assignment]
-    )
+    kind: Confidence = decoding.remasking if decoding.remasking in ("margin", "entropy") else "probability"
     positions = torch.arange(length, device=device)
     in_block = torch.arange(width, device=device)
     live = torch.arange(count, device=device)

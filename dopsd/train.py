@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     (args.output_dir,) = broadcast_object_list([args.output_dir])
     output = Path(args.output_dir)
     config = report.configuration(model_arguments, task_arguments, rollouts, teaching, args)
-    checkpoint = report.claim(output, config, args.resume_from_checkpoint)
+    checkpoint = report.check_folder(output, config, args.resume_from_checkpoint)
 
     set_seed(args.seed)
     task = load_task(task_arguments.task)
@@ -62,11 +62,18 @@ def main(argv: Sequence[str]) -> None:
         rows["validation"],
         processing_class=tokenizer,
     )
+    # Only now is anything written: a run that can't start leaves no folder in the way of the next.
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        report.claim(output, config)
     trainer.add_callback(report.Metrics(output))
     report.start(trainer, config, len(rows["test"]))
 
     before = report.held_out(trainer, rows["test"], "before", output, config)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.bar.close()
     trainer.save_adapter(output)
     after = report.held_out(trainer, rows["test"], "after", output, config)
     report.finish(trainer, output, config, before, after, time.monotonic() - start)

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.errors import RunError, require
 from dopsd.models import device_of
-from dopsd.objective import lessons_of, mean_metrics
+from dopsd.objective import Objective, lessons_of, mean_metrics
 from dopsd.rollout import Decoder, Rollout, Row, standard_error
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, step_batches
@@ -60,7 +60,8 @@ class Trainer(transformers.Trainer):
     ) -> None:
         require(len(train_rows) > 0, "train_file", "no rows", "at least one row is needed to train")
         self.rollouts, self.teaching, self.decoder = rollouts, teaching, decoder
-        self.objective = teaching.objective()
+        self.objective: Objective = teaching.objective()
+        self.student = model
         self.teacher = TeacherWeights(
             model, teaching.teacher, teaching.ema_decay, from_adapter=model_arguments.adapter is not None
         )
@@ -71,8 +72,8 @@ class Trainer(transformers.Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=list(enumerate(train_rows)),  # type: ignore[arg-type]
-            eval_dataset=list(validation_rows),  # type: ignore[arg-type]
+            train_dataset=list(enumerate(train_rows)),
+            eval_dataset=list(validation_rows),
             data_collator=lambda rows: {"rows": rows},
             **kwargs,
         )
@@ -241,7 +242,7 @@ class Trainer(transformers.Trainer):
     def save_adapter(self, folder: Path) -> None:
         """The student's adapter and the tokenizer, ready for ``--adapter``."""
         if self.is_world_process_zero():
-            self.model.save_pretrained(folder, selected_adapters=[STUDENT])
+            self.student.save_pretrained(str(folder), selected_adapters=[STUDENT])
 
 
 class PromptSampler(Sampler[int]):
@@ -312,6 +313,10 @@ class ProgressBar(TrainerCallback):
             self.bar.set_postfix(getattr(self, "postfix", {}))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar's line, also when training ends with an error."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -53,7 +53,9 @@ class Trajectory:
             raise ValueError(f"reveal_step reaches {self.num_steps - 1} but leaves out some step before it")
         order = (steps * len(self.tokens) + torch.arange(len(self.tokens), device=steps.device)[decoded]).argsort()
         blocks = torch.arange(len(self.tokens), device=steps.device)[decoded][order] // self.block_length
-        if bool((blocks.diff() < 0).any()) or bool((blocks.diff()[steps[order].diff() == 0] != 0).any()):
+        unfinished = bool(len(blocks)) and not bool(decoded[: int(blocks[-1]) * self.block_length].all())
+        mixed = bool((blocks.diff() < 0).any()) or bool((blocks.diff()[steps[order].diff() == 0] != 0).any())
+        if unfinished or mixed:
             raise ValueError("reveal_step must finish one block before the next, and a step must stay in one block")
 
     @property

@@ -1,8 +1,9 @@
 """fused_confidence in tiles of rows and vocabulary, in plain PyTorch.
 
-One pass over the vocabulary per chunk of rows: each tile of logits is reduced to the rows' largest logit, logsumexp,
-top-k and best noisy score, and merged with what came before. A later tile wins only if it is strictly larger, so ties
-go to the lowest id whatever the tiles are. Small problems are one tile, and then nothing is merged.
+One pass over the vocabulary per chunk of rows: each tile of logits is reduced to the rows' largest logit,
+logsumexp, top-k and best noisy score, and merged with what came before. A later tile wins only if it is
+strictly larger, so ties go to the lowest id whatever the tiles are. Small problems are one tile, and then
+nothing is merged.
 """
 
 import math
@@ -14,8 +15,8 @@ from torch import Tensor
 from dopsd_kernels.contracts import ConfidenceOutput
 from dopsd_kernels.topk import stable_topk
 
-# Logits of one tile; the noise of a sampling call takes about eight times that. Two tiles of 512 rows at V = 32768.
-_TILE_LOGITS = 1 << 22
+# Logits of one tile: 4 MiB in fp32, and ten times that for the noise of a sampling call.
+_TILE_LOGITS = 1 << 20
 # Rows that share a reading (and conversion) of the weight.
 _CHUNK_ROWS = 1024
 
@@ -57,13 +58,19 @@ def confidence(
             end = min(begin + tile_columns, vocab)
             z = _logits(hidden[rows], weight[begin:end], None if bias is None else bias[begin:end])
             if exclude is not None:
-                inside = exclude if tile_columns >= vocab else exclude[(exclude >= begin) & (exclude < end)] - begin
+                inside = (
+                    exclude
+                    if tile_columns >= vocab
+                    else exclude[(exclude >= begin) & (exclude < end)] - begin
+                )
                 z.index_fill_(1, inside, -math.inf)
             tile = _reduce(z, begin, temperature, chunk_seed, top_k)
             best = tile if best is None else _merge(best, tile, top_k)
         assert best is not None  # V >= 1
         chunks.append(best)
-    best = chunks[0] if len(chunks) == 1 else _Best(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    best = (
+        chunks[0] if len(chunks) == 1 else _Best(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    )
     return ConfidenceOutput(
         best.token, best.logit, best.logsumexp, best.max_logit, best.argmax, best.top_values, best.top_indices
     )
@@ -82,11 +89,16 @@ def _reduce(z: Tensor, begin: int, temperature: float, seed: Tensor | None, top_
     if seed is not None:
         score, token = gumbel_noise(seed, begin, z.shape[1], z.dtype).add_(z, alpha=1 / temperature).max(-1)
         logit = z.gather(-1, token[:, None])[:, 0]
-    top_values, top_indices = stable_topk(z, min(top_k, z.shape[1])) if top_k else (z[:, :0], argmax[:, None][:, :0])
-    # The largest entry's term is exactly 1, so the sum cannot vanish; a row of -inf alone has the logsumexp -inf.
+    top_values, top_indices = (
+        stable_topk(z, min(top_k, z.shape[1])) if top_k else (z[:, :0], argmax[:, None][:, :0])
+    )
+    # The largest entry's term is exactly 1, so the sum cannot vanish; a row of -inf alone has the logsumexp
+    # -inf.
     shift = max_logit.clamp(min=torch.finfo(z.dtype).min)
     logsumexp = z.sub_(shift[:, None]).exp_().sum(-1).log_().add_(shift)
-    return _Best(max_logit, argmax + begin, logsumexp, score, token + begin, logit, top_values, top_indices + begin)
+    return _Best(
+        max_logit, argmax + begin, logsumexp, score, token + begin, logit, top_values, top_indices + begin
+    )
 
 
 def _merge(a: _Best, b: _Best, top_k: int) -> _Best:
@@ -112,8 +124,9 @@ def gumbel_noise(seed: Tensor, begin: int, columns: int, dtype: torch.dtype) -> 
 
     Philox4x32-10 with the seed as key and (column // 4, 0, 0, 0) as counter; column % 4 selects the word.
     """
-    # Both of a round's products are one operation on a leading dimension of 2. Words are kept modulo 2**32 only where
-    # a product needs them clean: wrapped int64 products hold both 32-bit halves, and XOR does not mix bits.
+    # Both of a round's products are one operation on a leading dimension of 2. Words are kept modulo 2**32
+    # only where a product needs them clean: wrapped int64 products hold both 32-bit halves, and XOR does not
+    # mix bits.
     multiplier = seed.new_tensor([0xD2511F53, 0xCD9E8D57])[:, None, None]
     rounds = torch.arange(10, device=seed.device)[:, None, None]
     increment = seed.new_tensor([0x9E3779B9, 0xBB67AE85])[:, None]
@@ -132,7 +145,8 @@ def gumbel_noise(seed: Tensor, begin: int, columns: int, dtype: torch.dtype) -> 
 
 def gumbel_of_word(word: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn 32-bit words (int64) into standard Gumbel noise."""
-    # Small words become large noise: the upper tail, which decides the argmax, keeps all 32 bits of resolution.
+    # Small words become large noise: the upper tail, which decides the argmax, keeps all 32 bits of
+    # resolution.
     uniform = word.to(dtype).add_(0.5).mul_(2.0**-32).clamp_(max=1 - torch.finfo(dtype).eps / 2)
     exponential = uniform.neg_().log1p_().neg_()
     return exponential.log_().neg_()

@@ -1,15 +1,15 @@
 """fused_step_kl in chunks of rows, in plain PyTorch.
 
-For a chunk of rows: two products give the student's and the teacher's logits, in fp32 and in place; element-wise
-passes turn them into the rows' losses and the gradient with respect to the student's logits, which overwrites the
-student's logits; a third product takes that gradient to the hidden states. Only the chunk's two logit buffers and a
-few temporaries ever exist, and they fit in the workspace.
+For a chunk of rows: two products give the student's and the teacher's logits, in fp32 and in place;
+element-wise passes turn them into the rows' losses and the gradient with respect to the student's logits,
+which overwrites the student's logits; a third product takes that gradient to the hidden states. Only the
+chunk's two logit buffers and a few temporaries ever exist, and they fit in the workspace.
 
-    chunk of rows (about 250 for V = 32768 and 64 MiB): products need many rows, each reads the whole weight
-      block of rows (1 MiB of logits on a CPU): element-wise passes need few rows, which stay in the cache
+    chunk (about 190 rows for V = 32768 and 64 MiB): products need many rows, for each reads the whole weight
+      block (about 25 rows): element-wise passes do not, so their temporaries take a quarter of the space
 
-With contributions phi_v(s_v, t_v) and pull_v = s_v dphi_v/ds_v on the kept set U (0 elsewhere), every divergence has
-the same gradient with respect to the student's logits: pull_j - s_j sum_v pull_v.
+With contributions phi_v(s_v, t_v) and pull_v = s_v dphi_v/ds_v on the kept set U (0 elsewhere), every
+divergence has the same gradient with respect to the student's logits: pull_j - s_j sum_v pull_v.
 """
 
 import math
@@ -22,11 +22,9 @@ from torch import Tensor
 from dopsd_kernels.contracts import StepKLOptions
 from dopsd_kernels.topk import stable_topk
 
-# Logits that the element-wise passes handle at once: about a core's L2 cache; elsewhere enough to fill a device.
-_BLOCK_BYTES_CPU = 1 << 20
-_BLOCK_BYTES = 1 << 24
-# Temporaries of those passes, in arrays of a block's size.
-_BLOCK_TEMPORARIES = 5
+# Temporaries of the element-wise passes, in rows of V or of top_k entries of the compute dtype.
+_VOCAB_TEMPORARIES = 5
+_TOP_K_TEMPORARIES = 12
 # Columns that `grad_threshold` keeps or skips together.
 _SKIP_COLUMNS = 256
 
@@ -61,26 +59,26 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def plan_workspace(student: Head, teacher: Head, workspace_bytes: int) -> Plan:
-    """Divide the workspace into the logits of a chunk, the temporaries of a block and a converted weight tile."""
+def plan_workspace(student: Head, teacher: Head, top_k: int | None, workspace_bytes: int) -> Plan:
+    """Divide the workspace into a chunk's logits, a block's temporaries and a converted weight tile."""
     dtype = compute_dtype(student.hidden)
     vocab, width = student.weight.shape
     teacher_width = teacher.weight.shape[1]
     widest = max(width, teacher_width)
     # Per row: two rows of logits, and the hidden rows gathered, converted and differentiated.
     row_bytes = dtype.itemsize * (2 * vocab + 3 * width + 2 * teacher_width)
-    block_row_bytes = dtype.itemsize * _BLOCK_TEMPORARIES * vocab
+    top_k_entries = 0 if top_k is None else top_k + 1
+    block_row_bytes = dtype.itemsize * (_VOCAB_TEMPORARIES * vocab + _TOP_K_TEMPORARIES * top_k_entries)
     converted = student.weight.dtype != dtype or teacher.weight.dtype != dtype
     column_bytes = dtype.itemsize * widest if converted else 0
 
     floor = row_bytes + block_row_bytes + column_bytes
     if workspace_bytes < floor:
         raise ValueError(
-            f"workspace_bytes is {workspace_bytes}, but one row of a vocabulary of {vocab} needs at least {floor}."
+            f"workspace_bytes is {workspace_bytes}, but one row of {vocab} logits needs at least {floor}."
         )
     spare = workspace_bytes - floor
-    cached = _BLOCK_BYTES_CPU if student.hidden.device.type == "cpu" else _BLOCK_BYTES
-    block_rows = 1 + min(spare // 4 // block_row_bytes, cached // (dtype.itemsize * vocab))
+    block_rows = 1 + spare // 4 // block_row_bytes
     spare -= (block_rows - 1) * block_row_bytes
     tile_columns = vocab
     if converted:
@@ -100,7 +98,7 @@ def step_kl(
     workspace_bytes: int,
 ) -> tuple[Tensor, Gradients]:
     """Return (row_loss, row_kl, row_clip_fraction) stacked as (3, N), and the gradients."""
-    plan = plan_workspace(student, teacher, workspace_bytes)
+    plan = plan_workspace(student, teacher, options.top_k, workspace_bytes)
     dtype = compute_dtype(student.hidden)
     count = student.hidden.shape[0]
     vocab, width = student.weight.shape
@@ -119,7 +117,6 @@ def step_kl(
     for start in range(0, active, max(chunk_rows, 1)):
         stop = min(start + chunk_rows, active)
         chunk = slice(start, stop) if rows is None else rows[start:stop]
-        # Scaling rows and bias instead of the logits keeps the temperature out of the V-sized passes.
         hidden = student.hidden[chunk].to(dtype)
         z_s, z_t = buffers[0, : stop - start], buffers[1, : stop - start]
         _logits(hidden, student, options.temperature, plan.tile_columns, out=z_s)
@@ -127,7 +124,9 @@ def step_kl(
         chunk_stats = torch.cat(
             [
                 _rows(s, t, options, any(needs))
-                for s, t in zip(z_s.split(plan.block_rows), z_t.split(plan.block_rows), strict=True)
+                for s, t in zip(
+                    torch.split(z_s, plan.block_rows), torch.split(z_t, plan.block_rows), strict=True
+                )
             ],
             dim=1,
         )
@@ -140,7 +139,7 @@ def step_kl(
 
 
 def _logits(hidden: Tensor, head: Head, temperature: float, tile_columns: int, out: Tensor) -> None:
-    """Write (hidden W^T + bias) / temperature to `out` (R, V), converting the weight tile by tile if it must be."""
+    """Write (hidden W^T + bias) / temperature to `out` (R, V), converting the weight in tiles if need be."""
     vocab = head.weight.shape[0]
     bias = None if head.bias is None else head.bias.to(out.dtype)
     for begin in range(0, vocab, tile_columns):
@@ -185,14 +184,16 @@ def _column_runs(dz: Tensor, grad_threshold: float, tile_columns: int) -> list[s
         return [slice(begin, min(begin + tile_columns, vocab)) for begin in range(0, vocab, tile_columns)]
     width = min(_SKIP_COLUMNS, tile_columns)
     low, high = dz.aminmax(dim=0)
-    peaks = torch.maximum(high, -low).split(width)
+    peaks = torch.split(torch.maximum(high, -low), width)
     # NaN is not below the threshold: it must reach the gradient.
     kept = torch.stack([~(peak < grad_threshold).all() for peak in peaks]).tolist()
     return [slice(i * width, min((i + 1) * width, vocab)) for i, keep in enumerate(kept) if keep]
 
 
-def _rows(z_s: Tensor, z_t: Tensor, options: StepKLOptions, want_grad: bool) -> Tensor:  # (R, V) twice -> (3, R)
-    """Return a block's (loss, kl, clip fraction); with `want_grad`, z_s becomes the gradient. Overwrites both."""
+def _rows(
+    z_s: Tensor, z_t: Tensor, options: StepKLOptions, want_grad: bool
+) -> Tensor:  # (R, V) twice -> (3, R)
+    """Return a block's (loss, kl, clip fraction); with `want_grad`, the gradient ends in z_s."""
     if options.top_k is None:
         log_s, log_t = torch.log_softmax(z_s, -1, out=z_s), torch.log_softmax(z_t, -1, out=z_t)
         return _divergence(log_s, log_t, options, want_grad)
@@ -217,9 +218,12 @@ def _rows(z_s: Tensor, z_t: Tensor, options: StepKLOptions, want_grad: bool) -> 
     return stats
 
 
-def _divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: bool) -> Tensor:  # (R, K) -> (3, R)
+def _divergence(
+    log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: bool
+) -> Tensor:  # (R, K) -> (3, R)
     """Return (loss, kl, clip fraction) of each row; with `want_grad`, the gradient overwrites log_s."""
-    # 0 log 0 below is 0, by replacing NaN. A row whose logits hold a NaN is NaN in every column, so one shows it.
+    # 0 log 0 below is 0, by replacing NaN. A row whose logits hold a NaN is NaN in every column, so one shows
+    # it.
     broken = (log_s[:, 0] + log_t[:, 0]).isnan()
     s = log_s.exp()
     contributions, pull, kl = _contributions(log_s, log_t, s, options)
@@ -227,7 +231,8 @@ def _divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad:
         loss, clip_fraction = kl, torch.zeros_like(kl)
     else:
         loss = contributions.clamp(max=options.clip).sum(-1)
-        kept = contributions.le_(options.clip)  # 0 or 1 in place: masks of bool are several times slower on a CPU
+        # 0 or 1 in place: masks of bool are several times slower on a CPU.
+        kept = contributions.le_(options.clip)
         clip_fraction = (kept.shape[-1] - kept.sum(-1)) / kept.shape[-1]
         pull.clamp_(max=torch.finfo(pull.dtype).max).mul_(kept)  # an infinite contribution is a clipped one
     if want_grad:
@@ -241,7 +246,7 @@ def _contributions(
     s: Tensor,  # (R, K)
     options: StepKLOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each entry's contribution and pull, in memory of their own if a clip is to follow, and the rows' kl."""
+    """Return each entry's contribution and pull (two tensors if a clip is to follow), and the rows' kl."""
     if options.divergence == "jsd":
         # The contributions are nonnegative as they are: both clip forms are one.
         log_m = torch.logaddexp(log_s + math.log1p(-options.beta), log_t + math.log(options.beta))

@@ -31,30 +31,32 @@ def fused_confidence(
 ) -> ConfidenceOutput:
     """Choose a token per row, and measure how sure the head is, without materialising the logits.
 
-    The logits hidden @ weight.T + bias are computed tile by tile in fp32, or in fp64 for fp64 `hidden`; tensors of
-    other dtypes are converted, weights tile by tile. Nothing has a gradient, and autocast has no effect inside.
+    The logits hidden @ weight.T + bias are computed tile by tile in fp32, or in fp64 for fp64 `hidden`;
+    tensors of other dtypes are converted, weights tile by tile. Nothing has a gradient, and autocast has no
+    effect inside.
 
     At temperature 0 the token is the argmax, ties to the lowest id. Above, it is the argmax of
-    logit / temperature + Gumbel noise, that is a sample from softmax(logits / temperature). The noise is a function
-    of the row's seed and the column alone (Philox4x32-10 with the seed as key and counter (column // 4, 0, 0, 0),
-    output word column % 4; uniform u = (word + 0.5) / 2**32, noise -log(-log1p(-u))), so that a row's sample does not
-    depend on which other rows are computed with it.
+    logit / temperature + Gumbel noise, that is a sample from softmax(logits / temperature). The noise is a
+    function of the row's seed and the column alone (Philox4x32-10 with the seed as key and counter (column //
+    4, 0, 0, 0), output word column % 4; uniform u = (word + 0.5) / 2**32, noise -log(-log1p(-u))), so that a
+    row's sample does not depend on which other rows are computed with it.
 
     Args:
         hidden: (..., d), fp16, bf16, fp32 or fp64.
         weight: (V, d), the LM head.
         bias: (V,), entries may be -inf.
         temperature: at least 0.
-        seed: required above temperature 0, ignored at 0. An int64 tensor of the leading dimensions holds one seed per
-            row. With one integer, row i of the flattened rows has the seed + i.
+        seed: required above temperature 0, ignored at 0. An int64 tensor of the leading dimensions holds one
+            seed per row. With one integer, row i of the flattened rows has the seed + i.
         top_k: how many of the largest logits to return, at most the number of ids that can be chosen.
         exclude: ids that cannot be chosen. Their logits are -inf everywhere: no output counts them.
         backend: "auto" or "torch". This version has no "triton".
 
     Returns:
-        ConfidenceOutput: the `token` with its `logit`; the `logsumexp`, `max_logit` and `argmax` of all logits; the
-        `top_values` and `top_indices` (..., top_k), largest first, ties to the lowest id. Logits are not divided by
-        the temperature: the token's probability at temperature 1 is exp(logit - logsumexp).
+        ConfidenceOutput: the `token` with its `logit`; the `logsumexp`, `max_logit` and `argmax` of all
+        logits; the `top_values` and `top_indices` (..., top_k), largest first, ties to the lowest id. Logits
+        are not divided by the temperature: the token's probability at temperature 1 is exp(logit -
+        logsumexp).
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range.

@@ -1,8 +1,8 @@
 """Executable specification of the ops: plain PyTorch that materialises the logits.
 
-Read this file to know what an op computes; the fast implementations are tested against it. Everything is computed
-in fp32, or in fp64 when the (student's) hidden states are fp64. Autograd differentiates `step_kl`; no gradient
-reaches the teacher.
+Read this file to know what an op computes; the fast implementations are tested against it. Everything is
+computed in fp32, or in fp64 when the (student's) hidden states are fp64. Autograd differentiates `step_kl`;
+no gradient reaches the teacher.
 """
 
 import math
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dopsd_kernels.contracts import ConfidenceOutput, StepKLOptions, StepKLOutput
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Clipped divergence between a student and a fixed teacher
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def step_kl(
@@ -49,7 +49,9 @@ def step_kl(
         if options.clip_form == "nonnegative":
             # s and t both sum to 1, so these terms cancel in the sum and make every contribution nonnegative.
             s_minus_t = log_s.exp() - log_t.exp()
-            contributions = exact + {"reverse_kl": -s_minus_t, "forward_kl": s_minus_t}.get(options.divergence, 0)
+            contributions = exact + {"reverse_kl": -s_minus_t, "forward_kl": s_minus_t}.get(
+                options.divergence, 0
+            )
         row_loss = contributions.clamp(max=options.clip).sum(-1)
         row_clip_fraction = (contributions > options.clip).to(row_kl.dtype).mean(-1)
 
@@ -79,12 +81,15 @@ def _log_probabilities(
     teacher_logits: Tensor,  # (..., V)
     options: StepKLOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Return log s and log t over the vocabulary, or over the teacher's top-k with or without a tail entry."""
+    """Return log s and log t, over the vocabulary or over the teacher's top-k and perhaps a tail entry."""
     if options.top_k is not None:
-        order = teacher_logits.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lowest id
+        order = teacher_logits.sort(
+            dim=-1, descending=True, stable=True
+        ).indices  # stable: ties to the lowest id
         kept, rest = order[..., : options.top_k], order[..., options.top_k :]
         student_logits, teacher_logits = (
-            _restrict(x, kept, rest, bucket=options.tail == "bucket") for x in (student_logits, teacher_logits)
+            _restrict(x, kept, rest, bucket=options.tail == "bucket")
+            for x in (student_logits, teacher_logits)
         )
     return _floored(student_logits.log_softmax(-1)), _floored(teacher_logits.log_softmax(-1))
 
@@ -109,7 +114,9 @@ def _contributions(log_s: Tensor, log_t: Tensor, options: StepKLOptions) -> Tens
     if options.divergence == "forward_kl":
         return _weighted_log_ratio(log_t, log_s)
     log_m = torch.logaddexp(log_s + math.log1p(-options.beta), log_t + math.log(options.beta))
-    return (1 - options.beta) * _weighted_log_ratio(log_s, log_m) + options.beta * _weighted_log_ratio(log_t, log_m)
+    return (1 - options.beta) * _weighted_log_ratio(log_s, log_m) + options.beta * _weighted_log_ratio(
+        log_t, log_m
+    )
 
 
 def _weighted_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -119,14 +126,14 @@ def _weighted_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(impossible, math.inf, p * (log_p - log_q))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Confidence of a softmax head, and sampling from it
 #
-# A sample is the argmax of logit / temperature + Gumbel noise. The noise of (row, column) is a pure function of the
-# row's 64-bit seed and the column: Philox4x32-10 (Salmon et al., 2011) with the seed as key and the counter
-# (column // 4, 0, 0, 0) gives four 32-bit words, and the column takes word column % 4. This is the layout of
-# `triton.language.randint4x(seed, offset)`.
-# --------------------------------------------------------------------------------------------------------------------
+# A sample is the argmax of logit / temperature + Gumbel noise. The noise of (row, column) is a pure function
+# of the row's 64-bit seed and the column: Philox4x32-10 (Salmon et al., 2011) with the seed as key and the
+# counter (column // 4, 0, 0, 0) gives four 32-bit words, and the column takes word column % 4. This is the
+# layout of `triton.language.randint4x(seed, offset)`.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def confidence(
@@ -172,7 +179,8 @@ def gumbel_noise(seed: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
 def gumbel_of_word(word: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn 32-bit words (int64) into standard Gumbel noise."""
     below_one = 1 - torch.finfo(dtype).eps / 2
-    # Small words become large noise: the upper tail, which decides the argmax, keeps all 32 bits of resolution.
+    # Small words become large noise: the upper tail, which decides the argmax, keeps all 32 bits of
+    # resolution.
     uniform = ((word.to(dtype) + 0.5) * 2.0**-32).clamp(max=below_one)
     exponential = -torch.log1p(-uniform)
     return -torch.log(exponential)

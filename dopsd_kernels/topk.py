@@ -6,8 +6,8 @@ from torch import Tensor
 def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (R, V) -> (R, k), (R, k) int64
     """Return the k largest values of each row and their columns, largest first, ties to the lowest column.
 
-    `torch.topk` leaves ties open. Its values are right in any case; its columns are wrong only where equal values
-    straddle the k-th place, and such rows are sorted in full.
+    `torch.topk` leaves ties open. Its values are right in any case; its columns are wrong only where equal
+    values straddle the k-th place, and such rows are sorted in full.
     """
     top, columns = values.topk(k, dim=-1)
     columns, by_column = columns.sort(dim=-1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 import dopsd.assets
@@ -39,17 +39,22 @@ def load_model(model: str, dtype: str = "auto") -> tuple[LLaDAModelLM, Any]:
     path = str(SHIPPED.get(model, model))
     config = read_config(model, path)
     kind = config.get("model_type")
-    require(kind in MODELS, "model", model, f"its config.json says model_type={kind!r}; known are {', '.join(MODELS)}")
+    known = f"its config.json says model_type={kind!r}; known are {', '.join(MODELS)}"
+    require(kind in MODELS, "model", model, known)
+    network: LLaDAModelLM
+    info: dict[str, Any]
     try:
-        network, info = MODELS[kind].from_pretrained(path, dtype=dtype, output_loading_info=True)
+        network, info = MODELS[str(kind)].from_pretrained(path, dtype=dtype, output_loading_info=True)  # type: ignore[misc]
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"model={model!r} can't be loaded: {first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             names = ", ".join(str(name) for name in sorted(info[problem])[:3])
             raise RunError(f"model={model!r}: its weights have {len(info[problem])} {problem.replace('_', ' ')}: {names}")
     mask_id = network.config.mask_token_id
+    if "mask_token_id" not in config and tokenizer.mask_token_id is not None:
+        mask_id = None  # what was found is the class's default, the published model's
     if mask_id is None:
         mask_id = network.config.mask_token_id = tokenizer.mask_token_id
     if mask_id is None or not 0 <= mask_id < len(network.lm_head_weight):
@@ -71,7 +76,7 @@ def read_config(model: str, path: str) -> dict[str, Any]:
         from transformers.utils import cached_file
 
         try:
-            local = Path(cached_file(path, "config.json"))
+            local = Path(str(cached_file(path, "config.json")))
         except OSError as error:
             raise UsageError(
                 f"model={model!r} can't be used: it is neither {', '.join(SHIPPED)}, nor a folder, nor a hub model that "
@@ -108,16 +113,21 @@ def load_adapter(model: LLaDAModelLM, adapter: str, trainable: bool) -> PeftMode
     weights = folder / "adapter_model.safetensors"
     present = weights.is_file() and (folder / "adapter_config.json").is_file()
     require(present, "adapter", adapter, "it is a folder with adapter_config.json and adapter_model.safetensors")
+    try:
+        with safe_open(weights, framework="pt") as tensors:
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise RunError(f"adapter={adapter!r}: {weights.name} can't be read: {first_line(error)}") from error
     modules = dict(model.named_modules())
-    with safe_open(weights, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-            name, side = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", key).groups()  # type: ignore[union-attr]
-            shape = tuple(tensors.get_slice(key).get_shape())
-            layer = modules.get(name)
-            require(layer is not None, "adapter", adapter, f"it adapts {name}, which this model does not have")
-            width = layer.in_features if side == "A" else layer.out_features  # type: ignore[union-attr]
-            fits = shape[1 if side == "A" else 0] == width
-            require(fits, "adapter", adapter, f"its {key} is {shape}, and this model's {name} takes {width}")
+    for key, shape in shapes.items():
+        found = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", key)
+        require(found is not None, "adapter", adapter, f"its tensors are lora_A and lora_B weights, and {key} is not")
+        name, side = found.groups()  # type: ignore[union-attr]
+        layer = modules.get(name)
+        require(layer is not None, "adapter", adapter, f"it adapts {name}, which this model does not have")
+        width = layer.in_features if side == "A" else layer.out_features  # type: ignore[union-attr]
+        fits = shape[1 if side == "A" else 0] == width
+        require(fits, "adapter", adapter, f"its {key} is {shape}, and this model's {name} takes {width}")
     return PeftModel.from_pretrained(model, folder, adapter_name=STUDENT, is_trainable=trainable)
 
 

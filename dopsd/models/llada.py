@@ -175,7 +175,7 @@ class LLaDAModelLM(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["LLaDABlock"]
+    _no_split_modules = ["LLaDABlock"]  # noqa: RUF012 (typed by the base class)
 
     # Linear layers that LoRA may adapt. "ff_out" is also the name of the head, hence the path.
     lora_modules: ClassVar[tuple[str, ...]] = (
@@ -218,7 +218,9 @@ class LLaDAModelLM(PreTrainedModel):
     @property
     def lm_head_weight(self) -> Tensor:
         """The LM head (V, d); it has no bias."""
-        return self.get_output_embeddings().weight
+        weight = self.get_output_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, read: Tensor | None = None

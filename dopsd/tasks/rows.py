@@ -22,13 +22,18 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix not in READERS:
         raise ValueError(f"{path}: a task file ends in one of {', '.join(READERS)}")
-    if path.suffix == ".csv":
-        # Every column is read as text: a puzzle such as 0140432014020000 would otherwise become an integer.
-        names = pyarrow.csv.open_csv(path).schema.names
-        features = datasets.Features({name: datasets.Value("string") for name in names})
-        table = datasets.load_dataset("csv", data_files=str(path), split="train", features=features)
-    else:
-        table = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+    if not path.read_bytes().strip():
+        raise ValueError(f"{path}: no rows")
+    features = None
+    try:
+        if path.suffix == ".csv":
+            # Every column is read as text: a puzzle such as 0140432014020000 would otherwise become an integer.
+            names = pyarrow.csv.open_csv(path).schema.names
+            features = datasets.Features({name: datasets.Value("string") for name in names})
+        table = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", features=features)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error)
+        raise ValueError(f"{path}: can't be read as {path.suffix[1:]} with at least one row: {reason}") from error
     by_name = {name.lower(): name for name in table.column_names}
     missing = [name for name in columns if name not in by_name]
     if missing:

@@ -17,7 +17,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 on Python integers, after Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"."""
+    """Philox4x32-10 on Python integers, after Salmon et al. (2011)."""
     c, k = list(counter), list(key)
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -67,13 +67,18 @@ def test_noise_is_the_specified_function_of_seed_and_column(seed):
 def test_noise_is_finite_for_every_word(module):
     # The largest words round to u = 1 in fp32 if nothing is done about it.
     words = torch.tensor([0, 1, 2**32 - 2, 2**32 - 1])
-    for dtype, lowest in ((torch.float32, -math.log(24 * math.log(2))), (torch.float64, -math.log(33 * math.log(2)))):
+    for dtype, lowest in (
+        (torch.float32, -math.log(24 * math.log(2))),
+        (torch.float64, -math.log(33 * math.log(2))),
+    ):
         noise = module.gumbel_of_word(words, dtype)
         assert noise[0].item() == pytest.approx(33 * math.log(2), rel=1e-6)
         assert noise[-1].item() == pytest.approx(lowest, rel=1e-6)
 
 
-def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seeds: list[int], top_k: int, exclude):
+def naive(
+    hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seeds: list[int], top_k: int, exclude
+):
     rows = []
     for h, seed in zip(hidden, seeds, strict=True):
         z = {v: (weight[v] @ h + bias[v]).item() for v in range(len(weight)) if v not in exclude}
@@ -93,14 +98,22 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seed
 @pytest.mark.parametrize("chunk_rows", [2, 1024])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("exclude", [(), (0, 13, 13)])
-def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, chunk_rows, temperature, exclude):
+def test_matches_the_definition_whatever_the_tiles(
+    monkeypatch, tile_logits, chunk_rows, temperature, exclude
+):
     monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
     monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
     hidden, weight, bias = randn(5, 3), randn(14, 3, seed=1), randn(14, seed=2)
     seeds = [3, -5, 2**40, 0, 9]
     for top_k in (0, 1, 6, 12):
         out = fused_confidence(
-            hidden, weight, bias=bias, temperature=temperature, seed=torch.tensor(seeds), top_k=top_k, exclude=exclude
+            hidden,
+            weight,
+            bias=bias,
+            temperature=temperature,
+            seed=torch.tensor(seeds),
+            top_k=top_k,
+            exclude=exclude,
         )
         expected = naive(hidden, weight, bias, temperature, seeds, top_k, exclude)
         for a, b in zip(out, expected, strict=True):
@@ -123,7 +136,10 @@ def test_matches_the_reference_with_ties(n, vocab, top_k, excluding, temperature
     with pytest.MonkeyPatch.context() as patch:
         for tile_logits in (8, 1 << 22):
             patch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
-            ours, theirs = fused_confidence(hidden, weight, **arguments), reference.confidence(hidden, weight, **arguments)
+            ours, theirs = (
+                fused_confidence(hidden, weight, **arguments),
+                reference.confidence(hidden, weight, **arguments),
+            )
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -150,7 +166,9 @@ def test_stable_topk_against_a_stable_sort():
 def test_samples_follow_the_softmax(temperature):
     rows, vocab = 20_000, 6
     logits = randn(vocab, seed=3, dtype=torch.float32)
-    out = fused_confidence(torch.ones(rows, 1), logits[:, None], temperature=temperature, seed=11, exclude=(4,))
+    out = fused_confidence(
+        torch.ones(rows, 1), logits[:, None], temperature=temperature, seed=11, exclude=(4,)
+    )
     counts = out.token.bincount(minlength=vocab).double()
     assert counts[4] == 0
     logits[4] = -math.inf
@@ -168,7 +186,9 @@ def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
     seeds = torch.arange(40) * 1000
     together = fused_confidence(hidden, weight, temperature=1.0, seed=seeds).token
     assert together.unique().numel() > 5
-    alone = torch.cat([fused_confidence(hidden[[i]], weight, temperature=1.0, seed=seeds[[i]]).token for i in range(40)])
+    alone = torch.cat(
+        [fused_confidence(hidden[[i]], weight, temperature=1.0, seed=seeds[[i]]).token for i in range(40)]
+    )
     assert torch.equal(together, alone)
     shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     again = fused_confidence(hidden[shuffled], weight, temperature=1.0, seed=seeds[shuffled]).token
@@ -182,7 +202,9 @@ def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
 def test_one_seed_gives_every_row_its_own():
     hidden, weight = torch.ones(30, 1).double(), torch.zeros(9, 1).double()
     tokens = fused_confidence(hidden, weight, temperature=1.0, seed=-4).token
-    assert torch.equal(tokens, fused_confidence(hidden, weight, temperature=1.0, seed=torch.arange(30) - 4).token)
+    assert torch.equal(
+        tokens, fused_confidence(hidden, weight, temperature=1.0, seed=torch.arange(30) - 4).token
+    )
     assert tokens.unique().numel() == 9
     greedy = fused_confidence(hidden, weight, seed=-4)
     assert not greedy.token.any()
@@ -217,6 +239,22 @@ def test_low_precision_inputs_give_fp32_logits(dtype):
     assert ours.dtype == torch.float32
     rounding = torch.finfo(torch.float32).eps * 8
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding * exact.abs().max()
+
+
+def test_a_tile_without_any_possible_id(monkeypatch):
+    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", 4)
+    hidden, weight = randn(3, 2), randn(12, 2, seed=1)
+    for impossible in (range(4), range(4, 8), range(8, 12)):
+        bias = torch.zeros(12).double()
+        bias[list(impossible)] = -math.inf
+        possible = [v for v in range(12) if v not in impossible]
+        for out in (
+            fused_confidence(hidden, weight, exclude=impossible, top_k=2),
+            fused_confidence(hidden, weight, bias=bias, top_k=2),
+        ):
+            z = hidden @ weight[possible].T
+            torch.testing.assert_close(out.logsumexp, z.logsumexp(-1))
+            assert out.token.tolist() == [possible[i] for i in z.argmax(-1)]
 
 
 def test_extreme_logits():

@@ -18,7 +18,9 @@ def meta(*shape: int) -> torch.Tensor:
 
 STEP_KL = {
     "student_hidden": [[1.0], H.long(), torch.tensor(1.0), torch.zeros(2, 3, 5)],
-    "teacher_hidden": [None, H.long(), torch.zeros(3, 2, 4), torch.zeros(2, 3, 5), H.clone().requires_grad_(), meta(2, 3, 4)],
+    "teacher_hidden": [
+        None, H.long(), torch.zeros(3, 2, 4), torch.zeros(2, 3, 5), H.clone().requires_grad_(), meta(2, 3, 4)
+    ],
     "weight": [None, W.int(), torch.zeros(4), torch.zeros(0, 4), meta(8, 4)],
     "teacher_weight": [W.int(), torch.zeros(7, 4), torch.zeros(4), W.clone().requires_grad_(), meta(8, 4)],
     "bias": [0.0, torch.zeros(8).long(), torch.zeros(7), torch.zeros(8, 1), meta(8)],
@@ -52,7 +54,11 @@ CONFIDENCE = {
 
 
 def cases(table):
-    return [pytest.param(name, value, id=f"{name}-{i}") for name, values in table.items() for i, value in enumerate(values)]
+    return [
+        pytest.param(name, value, id=f"{name}-{i}")
+        for name, values in table.items()
+        for i, value in enumerate(values)
+    ]
 
 
 def refused(op, name, arguments):
@@ -82,15 +88,21 @@ def test_top_k_counts_what_can_be_chosen():
     refused(fused_confidence, "top_k", dict(hidden=H, weight=W, exclude=(1, 2), top_k=7))
 
 
-@pytest.mark.parametrize("step_ids", [[1, 2], torch.zeros(3), torch.zeros(3).bool(), torch.zeros(2, 2).long()])
+@pytest.mark.parametrize(
+    "step_ids", [[1, 2], torch.zeros(3), torch.zeros(3).bool(), torch.zeros(2, 2).long()]
+)
 def test_step_mean_weights_refuses(step_ids):
     refused(step_mean_weights, "step_ids", dict(step_ids=step_ids))
 
 
 def test_the_smallest_workspace_is_named_and_enough():
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = dict(student_hidden=H.clone().to(dtype).requires_grad_(), teacher_hidden=H.to(dtype), weight=W.to(dtype))
-        with pytest.raises(ValueError, match="workspace_bytes is 100,.* needs at least") as caught:
+        arguments = dict(
+            student_hidden=H.clone().to(dtype).requires_grad_(),
+            teacher_hidden=H.to(dtype),
+            weight=W.to(dtype),
+        )
+        with pytest.raises(ValueError, match=r"workspace_bytes is 100,.* needs at least") as caught:
             fused_step_kl(**arguments, workspace_bytes=100)
         floor = int(re.search(r"at least (\d+)", str(caught.value))[1])
         fused_step_kl(**arguments, workspace_bytes=floor).loss.backward()
@@ -98,7 +110,9 @@ def test_the_smallest_workspace_is_named_and_enough():
 
 
 def test_both_backends_of_this_version_are_one():
-    assert torch.equal(fused_step_kl(H, H, W, backend="torch").loss, fused_step_kl(H, H, W, backend="auto").loss)
+    assert torch.equal(
+        fused_step_kl(H, H, W, backend="torch").loss, fused_step_kl(H, H, W, backend="auto").loss
+    )
     with pytest.raises(NotImplementedError, match='use "auto" or "torch"'):
         fused_step_kl(H, H, W, backend="triton")
 

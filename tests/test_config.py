@@ -1,0 +1,280 @@
+"""The command line and the recipes: what is accepted, what overrides what, and what an error says."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import yaml
+
+from dopsd import config
+from dopsd.config import parse_evaluate, parse_train
+from dopsd.errors import UsageError
+
+RECIPES = sorted(Path(config.__file__).parent.glob("recipes/*.yaml"))
+GROUPS = (
+    config.ModelArguments,
+    config.TaskArguments,
+    config.RolloutArguments,
+    config.TeachingArguments,
+    config.TrainingArguments,
+    config.EvaluationArguments,
+)
+
+
+def parsed(*argv: str) -> dict[str, Any]:
+    """Every option of a training command by name."""
+    return {f.name: getattr(group, f.name) for group in parse_train(argv) for f in fields(group) if f.init}
+
+
+def own_fields(group: type) -> list[Any]:
+    """The fields a dataclass declares itself, not those of transformers."""
+    return [f for f in fields(group) if f.name in vars(group)["__annotations__"]]
+
+
+# ---- recipes ----
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_line_of_a_shipped_recipe_takes_effect(recipe: Path) -> None:
+    """Each option of the YAML file has that value after parsing, by the recipe's name."""
+    values = parsed("--recipe", recipe.stem)
+    written = yaml.safe_load(recipe.read_text())
+    assert written
+    for name, value in written.items():
+        if value is None or value == "none":
+            # transformers turns report_to's "none" into no reporters.
+            assert values[name] in (None, []), name
+        elif isinstance(values[name], transformers.utils.ExplicitEnum):
+            assert values[name].value == value, name
+        else:
+            assert values[name] == value, name
+
+
+def test_the_tiny_recipe_is_the_default_and_the_command_line_wins() -> None:
+    """Without --recipe the tiny one is read; an option given beside it replaces the recipe's and leaves the others."""
+    written = yaml.safe_load((Path(config.__file__).parent / "recipes" / "tiny.yaml").read_text())
+    values = parsed("--steps", "12", "--clip", "0.04", "--weight_decay", "0.25")
+    assert (values["steps"], values["clip"], values["weight_decay"]) == (12, 0.04, 0.25)
+    assert (written["steps"], written["clip"], written["weight_decay"]) != (12, 0.04, 0.25)
+    assert values["block_length"] == written["block_length"]
+    assert values["learning_rate"] == written["learning_rate"]
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    """Lists, dictionaries, booleans and nulls of a YAML file arrive as such; a list is overridden whole."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "gen_length: 64\nblock_length: 16\nclip: null\nlora_targets: [q_proj, v_proj]\neval_tokens_per_step: [1, 4]\n"
+        "correct_only: false\nlearning_rate: 1e-3\nlr_scheduler_type: polynomial\n"
+        "lr_scheduler_kwargs: {lr_end: 1.0e-5, power: 2.0}\nreport_to: none\nseed: 7\n"
+    )
+    values = parsed("--recipe", str(path))
+    assert (values["gen_length"], values["block_length"]) == (64, 16)
+    assert (values["clip"], values["correct_only"]) == (None, False)
+    assert values["lora_targets"] == ["q_proj", "v_proj"]
+    assert values["lr_scheduler_kwargs"] == {"lr_end": 1e-5, "power": 2.0}
+    assert (values["learning_rate"], values["seed"], values["report_to"]) == (1e-3, 7, [])
+    assert parsed("--recipe", str(path), "--eval_tokens_per_step", "2")["eval_tokens_per_step"] == [2]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("retain_ration: 0.5\n", ["retain_ration", "retain_ratio", "recipe.yaml"]),
+        ("clip: [\n", ["not valid YAML"]),
+        ("just words\n", ["YAML file with one option a line"]),
+        ("", ["YAML file with one option a line"]),
+        ("pass_k: 0\n", ["pass_k=0", "at least 1"]),
+        ("steps: many\n", ["--steps", "many"]),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_named(tmp_path: Path, text: str, said: list[str]) -> None:
+    """A recipe's mistake is a usage error that names it, and for an unknown option the nearest known one."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as error:
+        parse_train(["--recipe", str(path)])
+    for word in said:
+        assert word in str(error.value)
+
+
+def test_an_unknown_recipe_lists_those_that_ship() -> None:
+    """The error holds the name and every recipe there is."""
+    with pytest.raises(UsageError) as error:
+        parse_train(["--recipe", "nano"])
+    for word in ("nano", *(path.stem for path in RECIPES)):
+        assert word in str(error.value)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_none_is_a_value_of_every_optional_option(word: str) -> None:
+    """Each of our options whose type allows for no value takes ``none``, also where its default is something else."""
+    optional = {
+        name
+        for group in GROUPS[:-1]
+        for name, hint in inspect.get_annotations(group).items()
+        if "None" in hint and name != "output_dir"
+    }
+    assert {"clip", "top_k", "threshold", "steps", "adapter", "train_file", "lora_targets", "bf16"} <= optional
+    values = parsed(*(token for name in sorted(optional) for token in (f"--{name}", word)))
+    for name in optional - {"bf16"}:
+        assert values[name] is None, name
+    assert isinstance(values["bf16"], bool)  # chosen by what the machine has
+    assert parsed("--output_dir", word)["output_dir"].startswith("runs/")
+    assert config.RolloutArguments(gen_length=48, block_length=8, steps=None).decoding().total_steps == 24
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--lora_r", "four"),
+        ("--lora_r", "4.5"),
+        ("--lora_r", "none"),
+        ("--clip", "little"),
+        ("--correct_only", "maybe"),
+        ("--selection", "nobody"),
+        ("--divergence", "KL"),
+        ("--eval_tokens_per_step", "two"),
+        ("--seed", "1.5"),
+        ("--learning_rate", "fast"),
+        ("--lr_scheduler_type", "spiral"),
+        ("--bf16", "perhaps"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_a_usage_error(option: str, value: str) -> None:
+    """The sentence names the option and the value given."""
+    with pytest.raises(UsageError) as error:
+        parse_train([option, value])
+    assert option in str(error.value) and value in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [("--learning_rat", "--learning_rate"), ("--retain-ration", "--retain-ratio"), ("--pass_at_k=4", "--pass_k")],
+)
+def test_an_unknown_option_is_answered_with_the_nearest(option: str, nearest: str) -> None:
+    """Neither dropped nor taken for an abbreviation."""
+    with pytest.raises(UsageError, match=rf"unknown option {option.partition('=')[0]}; did you mean {nearest}\?"):
+        parse_train([option, "1"])
+
+
+def test_abbreviations_are_unknown_options() -> None:
+    """``--learn`` is no option although it is the beginning of one."""
+    with pytest.raises(UsageError, match="unknown option --learn"):
+        parse_train(["--learn", "1"])
+
+
+def test_transformers_options_keep_their_names() -> None:
+    """What transformers.TrainingArguments names is given by its name and arrives there."""
+    line = (
+        "--learning_rate 3e-4 --seed 11 --max_steps 7 --report_to none --lr_scheduler_type cosine --adam_beta2 0.98 "
+        "--eval_strategy steps --eval_steps 5 --save_total_limit 3 --output_dir there"
+    )
+    values = parsed(*line.split(), "--lr_scheduler_kwargs", '{"num_cycles": 2}')
+    assert (values["learning_rate"], values["seed"], values["max_steps"], values["report_to"]) == (3e-4, 11, 7, [])
+    assert (values["lr_scheduler_type"], values["lr_scheduler_kwargs"]) == ("cosine", {"num_cycles": 2})
+    assert (values["adam_beta2"], values["eval_strategy"], values["eval_steps"]) == (0.98, "steps", 5)
+    assert (values["save_total_limit"], values["output_dir"]) == (3, "there")
+
+
+def test_transformers_own_checks_are_usage_errors() -> None:
+    """Options that contradict each other by transformers' rules are the user's to mend, like ours."""
+    with pytest.raises(UsageError, match="load_best_model_at_end"):
+        parse_train(["--eval_strategy", "no", "--load_best_model_at_end", "true"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gradient_accumulation_steps", "2"], ["gradient_accumulation_steps=2", "per_device_train_batch_size"]),
+        (["--gen_length", "50", "--block_length", "8"], ["block_length=8", "gen_length=50"]),
+        (["--steps", "5"], ["steps=5", "between 6 and 48"]),
+        (["--clip", "-0.1"], ["clip=-0.1", "at least 0"]),
+        (["--retain_ratio", "1.2"], ["retain_ratio=1.2", "[0, 1]"]),
+        (["--retain_ratio", "-0.2"], ["retain_ratio=-0.2", "[0, 1]"]),
+        (["--pass_k", "0"], ["pass_k=0", "at least 1"]),
+        (["--temperature", "0"], ["temperature=0.0", "pass_k=8"]),
+        (["--top_k", "0"], ["top_k=0", "at least 1, or none"]),
+        (["--beta", "1"], ["beta=1.0"]),
+        (["--ema_decay", "1"], ["ema_decay=1.0"]),
+        (["--threshold", "1.5"], ["threshold=1.5"]),
+        (["--threshold", "0.9", "--remasking", "margin"], ["threshold=0.9", "low_confidence", "margin"]),
+        (["--score_threshold", "2"], ["score_threshold=2.0"]),
+        (["--update_per_slice", "0"], ["update_per_slice=0"]),
+        (["--states_per_forward", "0"], ["states_per_forward=0"]),
+        (["--sequences_per_forward", "0"], ["sequences_per_forward=0"]),
+        (["--eval_tokens_per_step", "9"], ["eval_tokens_per_step=9", "block_length=8"]),
+        (["--train_problems", "0"], ["train_problems=0"]),
+        (["--lora_r", "0"], ["lora_r=0"]),
+        (["--lora_dropout", "1"], ["lora_dropout=1.0"]),
+        (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size=0"]),
+        (["--max_steps", "0"], ["max_steps=0"]),
+    ],
+    ids=lambda part: "-".join(part).replace("--", "") if isinstance(part, list) else None,
+)
+def test_a_value_out_of_range_names_the_option_and_what_is_accepted(argv: list[str], said: list[str]) -> None:
+    """Checked while parsing, before anything is loaded."""
+    with pytest.raises(UsageError) as error:
+        parse_train(argv)
+    for word in said:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gen_length", "48", "50"], ["gen_length=50"]),
+        (["--tokens_per_step", "9"], ["tokens_per_step=9", "block_length=8"]),
+        (["--reveal", "1.5"], ["reveal=1.5"]),
+        (["--eval_problems", "0"], ["eval_problems=0"]),
+        (["--pass_k", "4", "--temperature", "0"], ["temperature=0.0", "pass_k=4"]),
+        (["--adaptor", "x"], ["--adaptor", "--adapter"]),
+        (["--adapter"], ["--adapter"]),
+    ],
+    ids=lambda part: "-".join(part).replace("--", "") if isinstance(part, list) else None,
+)
+def test_the_evaluation_command_checks_its_options_too(argv: list[str], said: list[str]) -> None:
+    """The same kind of error, each of several lengths included."""
+    with pytest.raises(UsageError) as error:
+        parse_evaluate(argv)
+    for word in said:
+        assert word in str(error.value)
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_every_option_has_a_help_text(group: type) -> None:
+    """A sentence of its own for each field that a dataclass of ours declares."""
+    helps = [f.metadata.get("help", "") for f in own_fields(group)]
+    assert helps and all(text.strip().endswith(".") for text in helps)
+    assert len(set(helps)) == len(helps)
+
+
+@pytest.mark.parametrize(("parse", "groups"), [(parse_train, GROUPS[:-1]), (parse_evaluate, GROUPS[-1:])])
+def test_help_lists_every_option_in_its_group(
+    parse: Any, groups: tuple[Any, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--help exits with 0 and shows each option and its text below its group's title."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as done:
+        parse(["--help"])
+    assert not done.value.code
+    text = capsys.readouterr().out
+    titles = [f"\n{group._argument_group_name}:\n" for group in groups]
+    starts = [text.index(title) for title in titles]
+    assert starts == sorted(starts)
+    for group, start, end in zip(groups, starts, [*starts[1:], len(text)], strict=True):
+        section = "".join(text[start:end].split())
+        for f in own_fields(group):
+            assert f"--{f.name}" in section, f.name
+            assert "".join(f.metadata["help"].split()) in section, f.name

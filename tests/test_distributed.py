@@ -1,0 +1,99 @@
+"""Two processes train as one: the same rows, the same held-out responses, the same adapter."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dopsd import tasks, train
+
+ROOT = Path(train.__file__).parents[1]
+UPDATES = 4
+
+# A training command whose task calls every response right but those to the first training problem.
+PROGRAM = """
+import sys
+
+import torch
+
+from dopsd import tasks, train
+from dopsd.tasks.sudoku import Sudoku
+
+
+class AllButOne(Sudoku):
+    def score(self, row, response):
+        return float(row["puzzle"] != self.problems("train", 1)[0]["puzzle"])
+
+
+def main(argv):
+    tasks.TASKS["all-but-one"] = AllButOne
+    train.main([*argv, "--task", "all-but-one"])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1:])
+"""
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The numbers of metrics.csv."""
+    with (folder / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_two_processes_give_the_adapter_of_one(
+    small_run: list[str], random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two gloo processes with one prompt each against one process with two: the same global batches over two epochs,
+    in each of them one update for which one process accepts nothing. It ends in time.
+
+    SGD, because its step is linear in the gradient; without dropout, which each process draws for itself.
+    """
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    line = f"--max_steps {UPDATES} --train_problems 4 --optim sgd --learning_rate 0.1 --max_grad_norm 0 "
+    line += "--lora_dropout 0 --lr_scheduler_type constant --eval_problems 3 --validation_problems 3 --weight_decay 0 "
+    line += "--eval_strategy steps --eval_steps 2 --use_cpu true --stop_at_eos false"
+    argv = [*small_run, *line.split(), "--model", str(random_model)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    words += [*argv, "--ddp_backend", "gloo", "--per_device_train_batch_size", "1", "--output_dir", str(two)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    runpy.run_path(str(program))["main"]([*argv, "--output_dir", str(one)])
+
+    log = metrics(one)
+    accepted = [row["accepted"] for row in log if "accepted" in row]
+    assert len(accepted) == UPDATES and sorted(accepted[:2]) == sorted(accepted[2:]) == [0.5, 1.0]
+    for row, other in zip(log, metrics(two), strict=True):
+        assert row.keys() == other.keys()
+        # Means over K weigh processes alike, however many rows each has, and states are those of a process.
+        for name in row.keys() - {"kl", "overlap_top20", "clip_fraction", "states"}:
+            assert other[name] == pytest.approx(row[name], rel=1e-4), name
+    for name in ("held_out_before.json", "held_out_after.json"):
+        responses = json.loads((one / name).read_text())
+        assert responses == json.loads((two / name).read_text())
+        assert [len(each) for each in responses.values()] == [3]
+
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if "lora_B" in name:  # starts at zero, so it is the sum of the updates
+            assert value.abs().max() > 0
+        # Sums of some thousand fp32 terms in another order, over a few updates.
+        bound = 100 * torch.finfo(torch.float32).eps * float(value.abs().max())
+        difference = float((found[name] - value).abs().max())
+        assert difference <= bound, (name, difference, bound)

@@ -1,0 +1,577 @@
+"""The objective against a literal transcription of Eq. 12, and what it must never compute."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dopsd.errors import UsageError
+from dopsd.models import add_lora
+from dopsd.models.llada import LLaDAModelLM
+from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
+from dopsd.rollout import Rollout
+from dopsd.sampler import mix_seeds
+from dopsd.step_batch import Lesson, step_batches
+from dopsd.teacher import STUDENT, TEACHER, TeacherWeights
+from dopsd.trajectory import NEVER, Trajectory
+
+BLOCK, LENGTH, EOS = 4, 16, 0
+DEFAULTS: dict[str, Any] = {
+    "retain_ratio": 0.25,
+    "reveal_scope": "future_blocks",
+    "reveal_tail": True,
+    "teacher_context": "self_future",
+    "selection": "teacher",
+    "confidence": "probability",
+    "divergence": "reverse_kl",
+    "beta": 0.5,
+    "clip": 0.05,
+    "clip_form": "plain",
+    "top_k": None,
+    "tail": "renormalize",
+    "normalization": "step_mean",
+    "skip_last_block": False,
+}
+
+# Commits per step, block by block. Numbers of states and of commits are powers of two, so that 1/T and 1/|K| are exact
+# in any precision.
+EVEN = ([[2, 1, 1], [2, 2], [2, 2], [2]], [[2, 2]] * 4, [[2, 2], [2, 1]])
+STATES_EVEN = [8, 8, 4]
+
+
+def make_trajectory(commits: Sequence[Sequence[int]], prompt: int, vocab: int, seed: int) -> Trajectory:
+    """Random tokens revealed in a random order within each block; what is left over is the end-of-text tail."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, vocab - 1, (LENGTH,), generator=generator)
+    reveal_step = torch.full((LENGTH,), NEVER)
+    step = 0
+    for block, counts in enumerate(commits):
+        order = (block * BLOCK + torch.randperm(BLOCK, generator=generator)).tolist()
+        for count in counts:
+            for _ in range(count):
+                reveal_step[order.pop()] = step
+            step += 1
+    tokens[reveal_step == NEVER] = EOS
+    return Trajectory(torch.randint(1, vocab - 1, (prompt,), generator=generator), tokens, reveal_step, BLOCK)
+
+
+def make_rollouts(vocab: int, commits: Sequence[Sequence[Sequence[int]]] = EVEN) -> list[Rollout]:
+    """Rollouts with prompts of different lengths."""
+    return [
+        Rollout({}, make_trajectory(counts, prompt, vocab, seed), "", 1.0, 1)
+        for seed, (counts, prompt) in enumerate(zip(commits, (3, 6, 5), strict=True))
+    ]
+
+
+class StubDecoder:
+    """What `lessons_of` needs of a decoder: the reference prompt is one token longer than the longest prompt."""
+
+    eos_id = EOS
+
+    class task:
+        @staticmethod
+        def reference_prompt(row: Any) -> str:
+            return "reference"
+
+    @staticmethod
+    def encode(text: str) -> Tensor:
+        return torch.tensor([5, 4, 3, 2, 1, 2, 3])
+
+
+@dataclass
+class Setup:
+    """A student with a random adapter, its teacher, and the same two as plain weights that peft has no part in."""
+
+    model: PeftModel
+    network: Any
+    teacher: TeacherWeights
+    plain: LLaDAModelLM
+    student_lora: dict[str, Tensor]  # leaves, by "<layer>.A" and "<layer>.B"
+    teacher_lora: dict[str, Tensor] | None
+    mask_id: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mask_id = self.plain.config.mask_token_id
+
+    def weights(self, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """W + (alpha / r) B A for every adapted layer."""
+        weights = dict(self.plain.named_parameters())
+        if lora is None:
+            return weights
+        for name in {key[:-2] for key in lora}:
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + SCALE * lora[f"{name}.B"] @ lora[f"{name}.A"]
+        return weights
+
+
+RANK, ALPHA = 3, 6
+SCALE = ALPHA / RANK
+
+
+def randomise(model: PeftModel, seed: int) -> None:
+    """Give the student's adapter random values that change the network's output a good deal."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f".{STUDENT}." in name:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(0.15 * noise)
+
+
+def lora_of(model: PeftModel, adapter: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of an adapter's tensors, named by layer of the plain model."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for side in "AB":
+            ending = f".lora_{side}.{adapter}.weight"
+            if name.endswith(ending):
+                layer = name.removeprefix("base_model.model.").removesuffix(ending)
+                found[f"{layer}.{side}"] = parameter.detach().to(dtype, copy=True)
+    return found
+
+
+def make_setup(
+    small_llada: Callable[..., LLaDAModelLM], kind: str, dtype: torch.dtype = torch.float64, **changes: Any
+) -> Setup:
+    """``kind`` is fixed, from_adapter (a fixed teacher where the run starts from an adapter), ema or live."""
+    network = small_llada(dtype=dtype, d_model=16, n_heads=2, **changes)
+    plain = copy.deepcopy(network).double()
+    model = add_lora(network, None, RANK, ALPHA, 0.0)
+    randomise(model, 1)
+    start = lora_of(model, STUDENT, torch.float64)
+    teacher = TeacherWeights(
+        model, "fixed" if kind == "from_adapter" else kind, 0.75, from_adapter=kind == "from_adapter"
+    )
+    randomise(model, 2)
+    teacher.after_update()
+    student = lora_of(model, STUDENT, torch.float64)
+    seen = {
+        "fixed": None,
+        "from_adapter": start,
+        "ema": {name: 0.75 * start[name] + 0.25 * student[name] for name in start},
+        "live": {name: value.clone() for name, value in student.items()},
+    }[kind]
+    for value in student.values():
+        value.requires_grad_(True)
+    return Setup(model, network, teacher, plain, student, seen)
+
+
+@dataclass
+class Oracle:
+    """What Eq. 12 gives, and the figures of every row of K in order of state and position."""
+
+    loss: Any
+    chosen: list[list[int]]
+    kl: list[float]
+    clip_fraction: list[float]
+    overlap: list[float]
+    state_kl: list[float]
+
+
+def confidence_of(logits: Tensor, kind: str, mask_id: int) -> float:
+    """How sure a row of logits is, when the mask token cannot be chosen."""
+    allowed = [value for index, value in enumerate(logits.tolist()) if index != mask_id]
+    total = sum(math.exp(value) for value in allowed)
+    probabilities = sorted((math.exp(value) / total for value in allowed), reverse=True)
+    if kind == "logit":
+        return max(allowed)
+    if kind == "margin":
+        return probabilities[0] - probabilities[1]
+    if kind == "entropy":
+        return sum(p * math.log(p) for p in probabilities)
+    return probabilities[0]
+
+
+def contributions_of(logits_s: Tensor, logits_t: Tensor, options: Objective) -> tuple[Tensor, Tensor]:
+    """Each vocabulary entry's part of the divergence, as clipped and as it is."""
+    if options.top_k is not None:
+        order = sorted(range(len(logits_t)), key=lambda v: -float(logits_t[v].detach()))
+        kept, rest = order[: options.top_k], order[options.top_k :]
+        s, t = logits_s.softmax(-1), logits_t.softmax(-1)
+        if options.tail == "renormalize":
+            s, t = s[kept] / s[kept].sum(), t[kept] / t[kept].sum()
+        else:
+            s, t = torch.cat((s[kept], s[rest].sum()[None])), torch.cat((t[kept], t[rest].sum()[None]))
+    else:
+        s, t = logits_s.softmax(-1), logits_t.softmax(-1)
+    if options.divergence == "jsd":
+        m = (1 - options.beta) * s + options.beta * t
+        exact = (1 - options.beta) * s * (s / m).log() + options.beta * t * (t / m).log()
+        return exact, exact
+    if options.divergence == "reverse_kl":
+        exact, extra = s * (s / t).log(), t - s
+    else:
+        exact, extra = t * (t / s).log(), s - t
+    return (exact + extra if options.clip_form == "nonnegative" else exact), exact
+
+
+def top(logits: Tensor, count: int) -> set[int]:
+    """The ids of the largest entries."""
+    return set(sorted(range(len(logits)), key=lambda v: -float(logits[v].detach()))[:count])
+
+
+def eq12(setup: Setup, lessons: Sequence[Lesson], options: Objective) -> Oracle:
+    """Eq. 12 in loops: full logits of every state on its own, one divergence per position of K."""
+    student, teacher = setup.weights(setup.student_lora), setup.weights(setup.teacher_lora)
+    oracle = Oracle(torch.zeros((), dtype=torch.float64), [], [], [], [], [])
+    for lesson in lessons:
+        trajectory = lesson.trajectory
+        tokens, reveal_step = trajectory.tokens.tolist(), trajectory.reveal_step.tolist()
+        losses = []
+        for row, step in enumerate(lesson.steps.tolist()):
+            state = [token if when < step else setup.mask_id for token, when in zip(tokens, reveal_step, strict=True)]
+            shown = [tokens[i] if lesson.reveal[row, i] else state[i] for i in range(LENGTH)]
+            student_prompt, teacher_prompt = trajectory.prompt_ids.tolist(), lesson.teacher_prompt_ids.tolist()
+            ids = torch.tensor([student_prompt + state])
+            student_logits = functional_call(setup.plain, student, (ids,)).logits[0, len(student_prompt) :]
+            with torch.no_grad():
+                ids = torch.tensor([teacher_prompt + shown])
+                teacher_logits = functional_call(setup.plain, teacher, (ids,)).logits[0, len(teacher_prompt) :]
+
+            committed = [i for i in range(LENGTH) if reveal_step[i] == step]
+            start = committed[0] // BLOCK * BLOCK
+            masked = [i for i in range(start, start + BLOCK) if shown[i] == setup.mask_id]
+            if options.selection == "student":
+                chosen = [i for i in committed if i in masked]
+            else:
+                sure = {i: confidence_of(teacher_logits[i], options.confidence, setup.mask_id) for i in masked}
+                chosen = sorted(sorted(masked, key=lambda i: -sure[i])[: len(committed)])
+
+            divergences, exact_sum = [], 0.0
+            for i in chosen:
+                contributions, exact = contributions_of(student_logits[i], teacher_logits[i], options)
+                clip = math.inf if options.clip is None else options.clip
+                divergences.append(contributions.clamp(max=clip).sum())
+                oracle.clip_fraction.append(float((contributions > clip).double().mean()))
+                oracle.kl.append(float(exact.detach().sum()))
+                exact_sum += oracle.kl[-1]
+                shared = top(student_logits[i], 20) & top(teacher_logits[i], 20)
+                oracle.overlap.append(len(shared) / 20)
+            oracle.chosen.append([i - start for i in chosen])
+            oracle.state_kl.append(exact_sum / max(1, len(chosen)))
+            if divergences:
+                total = torch.stack(divergences).sum()
+                losses.append(total / len(chosen) if options.normalization == "step_mean" else total)
+        if losses:
+            oracle.loss = oracle.loss + torch.stack(losses).sum() / len(lesson.steps)
+    oracle.loss = oracle.loss / len(lessons)
+    return oracle
+
+
+def update(setup: Setup, lessons: Sequence[Lesson], options: Objective, size: int) -> tuple[float, list[StepOutput]]:
+    """Forward and backward over all lessons, ``size`` states at a time."""
+    outputs = []
+    batches = step_batches(lessons, size, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
+    for batch in batches:
+        outputs.append(options.forward(setup.network, setup.teacher, batch, setup.mask_id))
+        (outputs[-1].loss / len(lessons)).backward()
+    return float(sum(output.loss.detach() for output in outputs)) / len(lessons), outputs
+
+
+def check_update(setup: Setup, options: Objective, tolerance: float, size: int, rollouts: Sequence[Rollout]) -> Oracle:
+    """Loss, adapter gradients and metrics of a whole update equal the transcription's; returns the latter."""
+    lessons = lessons_of(options, rollouts, StubDecoder(), list(range(len(rollouts))))
+    oracle = eq12(setup, lessons, options)
+    if oracle.kl:
+        oracle.loss.backward()
+    setup.model.train()
+    loss, outputs = update(setup, lessons, options, size)
+
+    assert loss == pytest.approx(float(oracle.loss.detach()), rel=tolerance, abs=1e-14)
+    got = {}
+    for name, parameter in setup.model.named_parameters():
+        if f".{STUDENT}." not in name:
+            assert parameter.grad is None, name
+            continue
+        layer, side = name.removeprefix("base_model.model.").removesuffix(f".{STUDENT}.weight").rsplit(".lora_", 1)
+        got[f"{layer}.{side}"] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    assert got.keys() == setup.student_lora.keys() and len(got) == 2 * 2 * 7
+    for name, leaf in setup.student_lora.items():
+        expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        # The floor is for gradients that are zero but for rounding.
+        assert float((got[name] - expected).norm()) <= tolerance * float(expected.norm()) + 1e-14, name
+        assert float(expected.norm()) > 0 or not oracle.kl, name
+
+    assert [row.nonzero().flatten().tolist() for output in outputs for row in output.chosen] == oracle.chosen
+    for name in ("kl", "clip_fraction", "overlap"):
+        values = torch.cat([getattr(output, name) for output in outputs]).double()
+        expected = torch.tensor(getattr(oracle, name), dtype=torch.float64)
+        # Shares are means in fp32.
+        slack = tolerance if name == "kl" else 1e-6
+        torch.testing.assert_close(values, expected, rtol=slack, atol=slack)
+    state_kl = torch.cat([output.state_kl() for output in outputs]).double()
+    expected = torch.tensor(oracle.state_kl, dtype=torch.float64)
+    torch.testing.assert_close(state_kl, expected, rtol=tolerance, atol=tolerance)
+    return oracle
+
+
+@pytest.mark.parametrize("normalization", ["step_mean", "batchmean"])
+@pytest.mark.parametrize(("clip", "clip_form"), [(None, "plain"), (0.05, "plain"), (0.05, "nonnegative")])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_update_equals_eq_12_for_every_divergence(
+    small_llada: Callable[..., LLaDAModelLM], divergence: str, clip: float | None, clip_form: str, normalization: str
+) -> None:
+    """Loss and LoRA gradients of an update in micro-batches of 7, 7 and 6 states are those of Eq. 12."""
+    changes = {"divergence": divergence, "clip": clip, "clip_form": clip_form, "normalization": normalization}
+    # The JSD's contributions are smaller than a KL's: a bound that some of them pass.
+    if divergence == "jsd" and clip is not None:
+        changes |= {"clip": 0.01, "beta": 0.3}
+    setup = make_setup(small_llada, "fixed")
+    oracle = check_update(setup, Objective(**{**DEFAULTS, **changes}), 1e-9, 7, make_rollouts(37))
+    assert (max(oracle.clip_fraction) > 0) == (clip is not None)
+
+
+@pytest.mark.parametrize("scope", ["future_blocks", "masked"])
+@pytest.mark.parametrize("retain_ratio", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("selection", ["teacher", "student"])
+@pytest.mark.parametrize("kind", ["fixed", "from_adapter", "ema", "live"])
+def test_update_equals_eq_12_for_every_teacher(
+    small_llada: Callable[..., LLaDAModelLM], kind: str, selection: str, retain_ratio: float, scope: str
+) -> None:
+    """The same for whose weights the teacher has, what it is shown and who chooses K."""
+    options = Objective(
+        **{**DEFAULTS, "selection": selection, "retain_ratio": retain_ratio, "reveal_scope": scope, "clip": 0.02}
+    )
+    oracle = check_update(make_setup(small_llada, kind), options, 1e-9, 9, make_rollouts(37))
+    if scope == "masked" and retain_ratio == 1:
+        assert not oracle.kl  # all is revealed, nothing is left to teach
+    elif kind == "live" and retain_ratio == 0:
+        assert max(map(abs, oracle.kl)) < 1e-12  # the teacher is the student
+    else:
+        assert len(oracle.kl) > 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"confidence": "logit"},
+        {"confidence": "margin"},
+        {"confidence": "entropy"},
+        {"top_k": 5},
+        {"top_k": 5, "tail": "bucket", "clip_form": "nonnegative"},
+        {"teacher_context": "reference"},
+        {"reveal_tail": False, "retain_ratio": 0.5},
+    ],
+    ids=str,
+)
+def test_update_equals_eq_12_for_other_options(
+    small_llada: Callable[..., LLaDAModelLM], changes: dict[str, Any]
+) -> None:
+    """The same for the other options of the objective, one state at a time included."""
+    size = 1 if "confidence" in changes else 5
+    check_update(make_setup(small_llada, "ema"), Objective(**{**DEFAULTS, **changes}), 1e-9, size, make_rollouts(37))
+
+
+def test_update_with_odd_numbers_of_states(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """Any numbers of states and commits: weights are fp32, so each is off by at most two roundings of 2**-24."""
+    rollouts = make_rollouts(37, ([[3, 1], [1, 1, 2], [4]], [[3, 1]] * 3, [[1, 3], [3]]))
+    assert [rollout.trajectory.num_steps for rollout in rollouts] == [6, 6, 3]
+    check_update(make_setup(small_llada, "fixed"), Objective(**DEFAULTS), 2**-22, 4, rollouts)
+    skipping = Objective(**{**DEFAULTS, "skip_last_block": True})
+    check_update(make_setup(small_llada, "fixed"), skipping, 2**-22, 4, rollouts)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_update_in_single_precision(small_llada: Callable[..., LLaDAModelLM], divergence: str) -> None:
+    """An fp32 model's loss and gradients are those of the transcription in fp64, to 1e-5."""
+    options = Objective(**{**DEFAULTS, "divergence": divergence, "clip_form": "nonnegative"})
+    check_update(make_setup(small_llada, "ema", torch.float32), options, 1e-5, 7, make_rollouts(37))
+
+
+def test_tied_head_and_grouped_queries(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """Eq. 12 holds too where the head is the embedding and key heads are shared, and the embedding gets no gradient."""
+    setup = make_setup(small_llada, "fixed", weight_tying=True, n_kv_heads=1)
+    check_update(setup, Objective(**DEFAULTS), 1e-9, 20, make_rollouts(37))
+
+
+def test_micro_batches_do_not_matter(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """The summed loss and gradients of an update are the same for any number of states per forward."""
+    options = Objective(**DEFAULTS)
+    reference = None
+    for size in (1, 3, 20, 1000):
+        setup = make_setup(small_llada, "fixed")
+        lessons = lessons_of(options, make_rollouts(37), StubDecoder(), [0, 1, 2])
+        loss, outputs = update(setup, lessons, options, size)
+        assert [len(output.chosen) for output in outputs] == [min(size, 20 - i) for i in range(0, 20, size)]
+        grads = torch.cat([p.grad.flatten() for p in setup.model.parameters() if p.grad is not None])
+        result = torch.cat((torch.tensor([loss]).double(), grads))
+        reference = result if reference is None else reference
+        torch.testing.assert_close(result, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_checkpointing_changes_nothing(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """With an averaged teacher and activations recomputed in the backward pass, Eq. 12 still holds."""
+    setup = make_setup(small_llada, "ema")
+    setup.network.gradient_checkpointing_enable({"use_reentrant": False})
+    check_update(setup, Objective(**DEFAULTS), 1e-9, 7, make_rollouts(37))
+
+
+def test_a_state_of_the_skipped_block_is_left_out() -> None:
+    """``skip_last_block`` drops exactly the steps of the last block; a trajectory without other steps is no lesson."""
+    rollouts = make_rollouts(37)
+    whole = lessons_of(Objective(**DEFAULTS), rollouts, StubDecoder(), [0, 1, 2])
+    cut = lessons_of(Objective(**{**DEFAULTS, "skip_last_block": True}), rollouts, StubDecoder(), [0, 1, 2])
+    assert [lesson.steps.tolist() for lesson in whole] == [list(range(n)) for n in STATES_EVEN]
+    assert [lesson.steps.tolist() for lesson in cut] == [list(range(7)), list(range(6)), list(range(4))]
+
+    one_block = Trajectory(torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([0, 1]), 2)
+    skipping = Objective(**{**DEFAULTS, "skip_last_block": True})
+    assert lessons_of(skipping, [Rollout({}, one_block, "", 1.0, 1)], StubDecoder(), [0]) == []
+
+
+def test_a_lesson_is_a_function_of_its_seed() -> None:
+    """A trajectory's reveal depends on its seed and not on the trajectories beside it; other seeds draw otherwise."""
+    rollouts, options = make_rollouts(37), Objective(**DEFAULTS)
+    together = lessons_of(options, rollouts, StubDecoder(), [5, 6, 7])
+    for index, seed in enumerate((5, 6, 7)):
+        (alone,) = lessons_of(options, rollouts[index : index + 1], StubDecoder(), [seed])
+        assert torch.equal(alone.reveal, together[index].reveal)
+        direct = options.lesson(rollouts[index], StubDecoder.encode, None, EOS, int(mix_seeds(seed, 2)))
+        assert torch.equal(direct.reveal, together[index].reveal)
+    other = lessons_of(options, rollouts, StubDecoder(), [8, 9, 10])
+    assert not torch.equal(other[0].reveal, together[0].reveal)
+
+
+def test_the_reference_teacher_reads_another_prompt() -> None:
+    """An AR-style teacher has the reference prompt and no future tokens; a self-future one has the student's prompt."""
+    rollouts = make_rollouts(37)
+    options = Objective(**{**DEFAULTS, "teacher_context": "reference"})
+    reference = lessons_of(options, rollouts, StubDecoder(), [0, 1, 2])
+    own = lessons_of(Objective(**DEFAULTS), rollouts, StubDecoder(), [0, 1, 2])
+    for lesson, rollout in zip(reference, rollouts, strict=True):
+        assert torch.equal(lesson.teacher_prompt_ids, StubDecoder.encode(""))
+        assert not lesson.reveal.any() and lesson.reveal.shape == (rollout.trajectory.num_steps, LENGTH)
+    assert all(torch.equal(lesson.teacher_prompt_ids, lesson.trajectory.prompt_ids) for lesson in own)
+
+
+def test_mean_metrics_weigh_every_row_alike() -> None:
+    """Metrics are means over rows of K, not over batches; with no row they are nan."""
+
+    def output(values: list[float]) -> StepOutput:
+        column = torch.tensor(values)
+        return StepOutput(torch.zeros(()), torch.zeros(1, 4), torch.zeros(len(values)), column, column / 10, column / 5)
+
+    metrics = mean_metrics([output([1.0, 2.0, 3.0]), output([6.0]), output([])])
+    assert metrics == pytest.approx({"kl": 3.0, "clip_fraction": 0.3, "overlap_top20": 0.6})
+    assert all(math.isnan(value) for value in mean_metrics([output([])]).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("retain_ratio", -0.1),
+        ("retain_ratio", 1.1),
+        ("clip", -1.0),
+        ("top_k", 0),
+        ("beta", 0.0),
+        ("beta", 1.0),
+    ],
+)
+def test_bad_options_are_named(name: str, value: float) -> None:
+    """A value outside its range is an error that names the option."""
+    with pytest.raises(UsageError, match=f"^{name}="):
+        Objective(**{**DEFAULTS, name: value})
+
+
+# ---- what is never made ----
+
+
+class Watch(TorchDispatchMode):
+    """Records the rows of every tensor that spans the vocabulary, and of every product with the LM head."""
+
+    PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul")
+
+    def __init__(self, model: nn.Module, vocab: int, width: int) -> None:
+        super().__init__()
+        self.vocab, self.width = vocab, width
+        self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self.rows: list[int] = []
+        self.largest = 0
+        self.products: list[float] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
+                self.largest = max(self.largest, tensor.numel())
+                if any(size and size % self.vocab == 0 for size in tensor.shape):
+                    self.rows.append(tensor.numel() // self.vocab)
+        if func.overloadpacket.__name__ in self.PRODUCTS:
+            left, right = args[-2:]
+            if self.vocab in (*left.shape, *right.shape):
+                # 2 N d V operations: N of the product.
+                operations = 2 * left.numel() * right.shape[-1]
+                self.products.append(operations / (2 * self.width * self.vocab))
+        return out
+
+
+VOCAB = 1009
+
+
+def test_watch_sees_full_logits(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """The instrument works: the plain forward makes logits for every position."""
+    model = small_llada(vocab_size=VOCAB, mask_token_id=VOCAB - 1)
+    with Watch(model, VOCAB, 32) as watch:
+        model(torch.ones(3, 11, dtype=torch.int64))
+    assert max(watch.rows) == 33 and watch.products == [33]
+
+
+@pytest.mark.parametrize("kind", ["fixed", "ema", "live"])
+@pytest.mark.parametrize("confidence", ["probability", "margin", "entropy"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_only_candidates_and_k_meet_the_head(
+    small_llada: Callable[..., LLaDAModelLM], kind: str, confidence: str, clip: float | None
+) -> None:
+    """Forward and backward: logits of the teacher at the candidates and of both sides at K, and nothing more.
+
+    The products are those with the teacher's candidates (twice where entropies are taken), then over K the student's
+    and the teacher's logits, the gradient back to the hidden states, and both sides of the overlap metric.
+    """
+    setup = make_setup(small_llada, kind, torch.float32, vocab_size=VOCAB, mask_token_id=VOCAB - 1)
+    options = Objective(**{**DEFAULTS, "confidence": confidence, "clip": clip})
+    lessons = lessons_of(options, make_rollouts(VOCAB), StubDecoder(), [0, 1, 2])
+    (batch,) = step_batches(lessons, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
+    k_rows, candidates = int(batch.k.sum()), int(batch.candidates.sum())
+    assert len({k_rows, 2 * k_rows, candidates, batch.candidates.numel(), batch.student.input_ids.numel()}) == 5
+    with Watch(setup.model, VOCAB, 16) as watch:
+        options.forward(setup.network, setup.teacher, batch, setup.mask_id).loss.backward()
+    # Both sides' logits over K lie in one buffer of 2 |K| rows.
+    allowed = max(2 * k_rows, candidates)
+    assert max(watch.rows) == allowed
+    assert watch.largest <= allowed * VOCAB
+    chosen = [candidates] * (2 if confidence == "entropy" else 1)
+    assert sorted(watch.products) == sorted(chosen + [k_rows] * 5)
+
+
+def test_student_selection_needs_no_candidates(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """Where the student's commits are K, the teacher's head is not applied to the candidates at all."""
+    setup = make_setup(small_llada, "fixed", torch.float32, vocab_size=VOCAB, mask_token_id=VOCAB - 1)
+    options = Objective(**{**DEFAULTS, "selection": "student"})
+    lessons = lessons_of(options, make_rollouts(VOCAB), StubDecoder(), [0, 1, 2])
+    (batch,) = step_batches(lessons, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
+    with Watch(setup.model, VOCAB, 16) as watch:
+        options.forward(setup.network, setup.teacher, batch, setup.mask_id).loss.backward()
+    assert watch.products == [int(batch.k.sum())] * 5
+
+
+def test_teacher_adapter_is_not_in_the_students_graph(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """After an update with an averaged teacher, its adapter has no gradient, needs none, and has not moved."""
+    setup = make_setup(small_llada, "ema")
+    before = lora_of(setup.model, TEACHER, torch.float64)
+    lessons = lessons_of(Objective(**DEFAULTS), make_rollouts(37), StubDecoder(), [0, 1, 2])
+    update(setup, lessons, Objective(**DEFAULTS), 7)
+    for name, parameter in setup.model.named_parameters():
+        if f".{TEACHER}." in name:
+            assert parameter.grad is None and not parameter.requires_grad, name
+    after = lora_of(setup.model, TEACHER, torch.float64)
+    assert all(torch.equal(before[name], after[name]) for name in before)

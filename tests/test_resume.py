@@ -1,0 +1,154 @@
+"""Resume: a run that was killed goes on with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dopsd import report, train
+from dopsd.errors import RunError, UsageError
+from dopsd.tasks.sudoku import Sudoku
+from dopsd.trainer import Trainer
+
+ROOT = Path(train.__file__).parents[1]
+UPDATES = 3
+
+
+class Lottery(Sudoku):
+    """Sudoku in which every other response is right, whatever it says, so that numbers of tries differ."""
+
+    def score(self, row: Mapping[str, str], response: str) -> float:
+        return float(zlib.crc32((row["puzzle"] + response).encode()) % 2)
+
+
+def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[dict[str, Any]]]:
+    """Weights (averaged teacher included), optimiser state and log of a finished run."""
+    adapters = {name: value.detach() for name, value in trainer.student.named_parameters() if "lora_" in name}
+    log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    return adapters, list(trainer.optimizer.state.values()), log
+
+
+# Rows: options, updates in all, and the updates behind which the run is killed.
+CASES = {
+    "within an epoch": ((), 3, (1, 2)),
+    "across epochs, the last batch short": (("--train_problems", "5"), 5, (2, 3, 4)),
+    "between slices, across epochs": (("--train_problems", "4", "--update_per_slice", "2"), 7, (1, 4, 5)),
+    "with an averaged teacher": (("--teacher", "ema", "--ema_decay", "0.8"), 3, (2,)),
+    "with evaluations": (("--eval_strategy", "steps", "--eval_steps", "2", "--max_grad_norm", "0.2"), 3, (1, 2)),
+}
+
+
+@pytest.mark.parametrize(("options", "updates", "kills"), CASES.values(), ids=CASES.keys())
+def test_a_checkpoint_is_all_that_is_needed_to_go_on(
+    options: tuple[str, ...],
+    updates: int,
+    kills: tuple[int, ...],
+    make_trainer: Callable[..., Trainer],
+    random_model: Path,
+    tmp_path: Path,
+) -> None:
+    """From each of these checkpoints a new Trainer reaches the same weights, teacher, optimiser state and log, bit for
+    bit, dropout and retries included."""
+    argv = ("--model", str(random_model), "--max_steps", str(updates), "--save_steps", "1")
+    argv += ("--save_total_limit", "9", "--pass_k", "4", *options)
+    whole = make_trainer(*argv, task=Lottery())
+    whole.train()
+    weights, moments, log = state_of(whole)
+    accepted = [entry["accepted"] for entry in log if "accepted" in entry]
+    # There is something to learn on both sides of every kill, and not always at the first try.
+    assert accepted[0] > 0 and accepted[-1] > 0 and any(entry.get("tries", 1) > 1 for entry in log)
+    for kill in kills:
+        checkpoint = tmp_path / f"copy-{kill}" / f"checkpoint-{kill}"
+        shutil.copytree(Path(whole.args.output_dir or "") / checkpoint.name, checkpoint)
+        torch.manual_seed(kill)  # nothing is owed to the state that this process happens to be in
+        resumed = make_trainer(*argv, task=Lottery())
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        other_weights, other_moments, other_log = state_of(resumed)
+        assert resumed.state.global_step == updates
+        assert weights.keys() == other_weights.keys()
+        for name, value in weights.items():
+            assert torch.equal(value, other_weights[name]), (kill, name)
+        for first, second in zip(moments, other_moments, strict=True):
+            assert all(torch.equal(value, second[key]) for key, value in first.items())
+        assert log == other_log
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(small_run: list[str], tmp_path: Path) -> None:
+    """SIGKILL during update 2 or later, then --resume_from_checkpoint true: the same adapter bytes, metrics.csv and
+    held-out responses. A checkpoint that a kill left half-written is passed over for the one before."""
+    argv = [*small_run, "--max_steps", str(UPDATES), "--save_steps", "1", "--steps", "8"]
+    argv += ["--eval_strategy", "steps", "--eval_steps", "2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kept = ("adapter_model.safetensors", "metrics.csv", "held_out_before.json", "held_out_after.json")
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-m", "dopsd.train", *argv, "--output_dir", str(killed)]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed / "checkpoint-1" / "trainer_state.json").is_file():
+            assert process.poll() is None and time.monotonic() < deadline, (process.stderr and process.stderr.read())
+            time.sleep(0.005)
+        time.sleep(0.05)  # into the next update
+    finally:
+        process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "adapter_model.safetensors").exists() and not (killed / "report.json").exists()
+
+    train.main([*argv, "--output_dir", str(whole)])
+    train.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
+    expected = {name: (whole / name).read_bytes() for name in kept}
+    assert {name: (killed / name).read_bytes() for name in kept} == expected
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, killed)]
+    for name in ("accuracy_before", "accuracy_after", "tokens_per_step", "updates"):
+        assert reports[0][name] == reports[1][name]
+
+    for name in (*kept[:2], "held_out_after.json", "report.json", f"checkpoint-{UPDATES}/trainer_state.json"):
+        (killed / name).unlink()
+    (killed / f"checkpoint-{UPDATES}" / "optimizer.pt").write_bytes(b"half")
+    train.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
+    assert {name: (killed / name).read_bytes() for name in kept} == expected
+
+
+def test_which_checkpoint_a_folder_goes_on_from(tmp_path: Path) -> None:
+    """The newest that is complete by number, none when there is none yet; another option or no run is an error."""
+    config = {"model": {"model": "tiny"}, "training": {"seed": 1, "output_dir": "a", "nothing": None}}
+    output = tmp_path / "run"
+    assert report.check_folder(output, config, None) is None
+    assert report.check_folder(output, config, "false") is None
+    assert not output.exists()
+    with pytest.raises(UsageError, match="holds no run"):
+        report.check_folder(output, config, "true")
+    report.claim(output, config)
+    assert report.check_folder(output, config, "true") is None
+    with pytest.raises(UsageError, match="output_dir="):
+        report.check_folder(output, config, None)
+    for number in (2, 9, 10, 11):
+        (output / f"checkpoint-{number}").mkdir()
+        if number != 11:
+            (output / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
+    assert report.check_folder(output, config, "true") == str(output / "checkpoint-10")
+    assert report.check_folder(output, config, str(output / "checkpoint-2")) == str(output / "checkpoint-2")
+    with pytest.raises(RunError, match=r"checkpoint-11.*no complete checkpoint"):
+        report.check_folder(output, config, str(output / "checkpoint-11"))
+    elsewhere = {**config, "training": {**config["training"], "output_dir": "b"}}
+    assert report.check_folder(output, elsewhere, "true") == str(output / "checkpoint-10")
+    other = {**config, "training": {**config["training"], "seed": 2}}
+    with pytest.raises(UsageError, match=r"seed=2 can't be used: the run in .* has seed=1"):
+        report.check_folder(output, other, "true")
+    report.claim(output, other)
+    assert json.loads((output / report.RUN_FILE).read_text()) == config
