@@ -77,6 +77,9 @@ def main(argv: Sequence[str]) -> None:
     trainer.save_adapter(output)
     after = report.held_out(trainer, rows["test"], "after", output, config)
     report.finish(trainer, output, config, before, after, time.monotonic() - start)
+    # A process that left before the first has written its report could abort, and the launcher would end the others.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def test_a_fixed_teacher_stays_and_an_averaged_one_follows(make_trainer: Make, r
             task=Graded(1.0),
         )
         start = weights(trainer)
-        average = {name: value.clone() for name, value in adapter_parameters(trainer.student, STUDENT).items()}
+        average = {name: value.detach().clone() for name, value in adapter_parameters(trainer.student, STUDENT).items()}
         assert not changed(average, adapter_parameters(trainer.student, TEACHER))
         students: list[dict[str, Tensor]] = []
 
