@@ -6,9 +6,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--record", action="store_true", help="write the benchmarks' figures to benchmarks/results/"
-    )
+    parser.addoption("--record", action="store_true", help="write the benchmarks' figures to benchmarks/results/")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

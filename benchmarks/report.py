@@ -59,8 +59,8 @@ def cpu_kernels() -> str:
     machine, problem = results["machine"], results["problem"]
     lines.append("")
     lines.append(
-        f"d = {problem['d']}, V = {problem['V']}, {problem['dtype']}; {machine['cpu']}, {machine['threads']} thread(s), "
-        f"torch {machine['torch']}, {machine['date']}; medians of {problem['rounds']} interleaved rounds. On a GPU: not "
+        f"d = {problem['d']}, V = {problem['V']}, {problem['dtype']}; {machine['cpu']}, "
+        f"{machine['threads']} thread(s), torch {machine['torch']}, {machine['date']}; medians of {problem['rounds']} interleaved rounds. On a GPU: not "
         "measured."
     )
     return "\n".join(lines)

@@ -40,9 +40,7 @@ def record(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         }
         problem = {"d": WIDTH, "V": VOCAB, "dtype": "float32", "rounds": ROUNDS}
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(
-            json.dumps({"machine": machine, "problem": problem, "cases": cases}, indent=1) + "\n"
-        )
+        RESULTS.write_text(json.dumps({"machine": machine, "problem": problem, "cases": cases}, indent=1) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -64,8 +62,7 @@ def test_against_eager(benchmark: Any, record: dict[str, Any], op: str, case: st
     seconds = {"ours": benchmark.stats.stats.data, **{name: times[1:] for name, times in seconds.items()}}
 
     quantiles = {
-        name: torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        for name, times in seconds.items()
+        name: torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist() for name, times in seconds.items()
     }
     median = {name: q[1] for name, q in quantiles.items()}
     peak = {name: _peak_memory(op, name, case) for name in ("ours", "eager")}

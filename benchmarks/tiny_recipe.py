@@ -54,9 +54,7 @@ def run(seed: int, options: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run every seed and append the rows as they come."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--name", default="tiny", help="what to call the rows")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rows are added to it")
@@ -67,9 +65,7 @@ def main() -> None:
         rows.append({"name": args.name, "seed": seed, "options": args.options, **run(seed, args.options)})
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
     gains = [100 * row["accuracy_gain"] for row in rows if row["name"] == args.name]
-    print(
-        f"{args.name}: gains {', '.join(f'{gain:+.1f}' for gain in gains)}; mean {sum(gains) / len(gains):+.1f}"
-    )
+    print(f"{args.name}: gains {', '.join(f'{gain:+.1f}' for gain in gains)}; mean {sum(gains) / len(gains):+.1f}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("dopsd").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         main([word for word in argv if word != "--debug"])
     except (UsageError, RunError, OSError, ValueError) as error:
@@ -44,21 +44,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         raise SystemExit(1) from None
 
 
-def problems(task: Any, split: str, file: str | None, count: int | None, seed: int = 0) -> list[Row]:
-    """Rows of a file, at most ``count`` of them, or ``count`` generated ones."""
-    if file is None:
-        return task.problems(split, count, seed)
-    return task.read(Path(file))[:count]
+def problems(task: Any, split: str, file: str | None, count: int) -> list[Row]:
+    """The rows of a file, or ``count`` generated ones."""
+    return task.problems(split, count) if file is None else task.read(Path(file))
 
 
-def check_lengths(decoder: Decoder, rows: Sequence[Row], gen_length: int) -> None:
+def check_lengths(decoder: Decoder, prompts: Sequence[str], gen_length: int) -> None:
     """Raise :class:`~dopsd.errors.RunError` if a prompt and its response don't fit the model's context."""
     context = decoder.model.config.max_position_embeddings
-    lengths = [len(decoder.encode(decoder.task.prompt(row))) for row in rows]
+    lengths = [len(decoder.encode(prompt)) for prompt in prompts]
     long = [number for number, length in enumerate(lengths) if length + gen_length > context]
     if long:
         raise RunError(
-            f"{len(long)} of {len(rows)} prompts don't fit: row {long[0]} has {lengths[long[0]]} tokens, and with "
+            f"{len(long)} of {len(prompts)} prompts don't fit: row {long[0]} has {lengths[long[0]]} tokens, and with "
             f"gen_length={gen_length} the model's context of {context} leaves room for {context - gen_length}; prompts "
             "are never cut"
         )

@@ -66,5 +66,7 @@ def most_confident(
 ) -> Tensor:  # (S, B) bool
     """The ``count`` candidates of each row with the highest confidence; ties go to the lower position."""
     order = confidence.masked_fill(~candidates, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return candidates & (rank < count[:, None])

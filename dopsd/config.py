@@ -23,6 +23,7 @@ from dopsd.objective import Objective
 from dopsd.sampler import Decoding
 
 RECIPES = files("dopsd") / "recipes"
+EPILOG = "An error is one sentence and exit status 2 (an option) or 1 (anything else); --debug adds its traceback."
 
 
 def option(default: Any, help: str) -> Any:
@@ -149,7 +150,9 @@ class TeachingArguments:
     clip: float | None = option(0.05, "Upper bound on each vocabulary entry's contribution; none: no bound.")
     clip_form: Literal["plain", "nonnegative"] = option("plain", "The paper's contributions, or nonnegative ones.")
     top_k: int | None = option(None, "Restrict to the teacher's so many likeliest entries; none: full vocabulary.")
-    tail: Literal["renormalize", "bucket"] = option("renormalize", "With top_k: drop the rest, or keep it as one entry.")
+    tail: Literal["renormalize", "bucket"] = option(
+        "renormalize", "With top_k: drop the rest, or keep it as one entry."
+    )
     normalization: Literal["step_mean", "batchmean"] = option(
         "step_mean", "Mean over K and steps (Eq. 12), or sum over K and mean over steps."
     )
@@ -208,7 +211,9 @@ class TrainingArguments(transformers.TrainingArguments):
 def has_bf16(cpu: bool) -> bool:
     """Whether bf16 products run in hardware; emulated, they are 5 to 10 times slower than fp32."""
     if cpu:
-        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that is supported
+        capabilities: Mapping[str, Any] = getattr(
+            torch.cpu, "get_capabilities", dict
+        )()  # not in the oldest torch that is supported
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -263,9 +268,7 @@ class EvaluationArguments:
 
     def decoding(self, gen_length: int, tokens_per_step: int) -> Decoding:
         """Greedy decoding at one length and rate."""
-        return Decoding(
-            gen_length=gen_length, block_length=self.block_length, steps=-(-gen_length // tokens_per_step)
-        )
+        return Decoding(gen_length=gen_length, block_length=self.block_length, steps=-(-gen_length // tokens_per_step))
 
 
 class Parser(HfArgumentParser):
@@ -349,6 +352,7 @@ def parse_train(
         TrainingArguments,
         prog="python -m dopsd.train",
         description="d-OPSD: a diffusion language model learns from its own future tokens.",
+        epilog=EPILOG,
     )
     known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
     recipe = parser.tokens(read_recipe(known.recipe), known.recipe)
@@ -361,6 +365,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluationArguments:
         EvaluationArguments,
         prog="python -m dopsd.evaluate",
         description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
+        epilog=EPILOG,
     )
     (arguments,) = parser.parse(argv)
     return arguments

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         folder = Path(args.output).parent
         require(folder.is_dir(), "output", args.output, f"{folder} is no folder to write to")
     task = load_task(args.task)
-    rows = cli.problems(task, "test", args.test_file, args.eval_problems)
+    rows = cli.problems(task, "test", args.test_file, args.eval_problems)[: args.eval_problems]
     model, tokenizer = load_model(args.model, args.dtype)
     if args.adapter is not None:
         load_adapter(model, args.adapter, trainable=False)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     decoder = Decoder(
         model, tokenizer, task, model.config.mask_token_id, tokenizer.eos_token_id, args.sequences_per_forward
     )
-    cli.check_lengths(decoder, rows, max(args.gen_length))
+    cli.check_lengths(decoder, [task.prompt(row) for row in rows], max(args.gen_length))
     seeds = mix_seeds(args.seed, torch.arange(len(rows)))
     results: list[dict[str, Any]] = []
 

@@ -93,7 +93,7 @@ def claim(output: Path, config: Mapping[str, Any]) -> None:
 
 
 class Metrics(TrainerCallback):
-    """Keeps ``metrics.csv`` and ``curves.png`` up to date with the Trainer's log, which survives a resume."""
+    """Keeps ``metrics.csv`` up to date with the Trainer's log, which survives a resume."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -114,7 +114,7 @@ def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
         total = sum(p.numel() for p in trainer.student.parameters())
         trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
         print(
-            f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters, {trained:,} of them trained, "
+            f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters, {trained:,} trained, "
             f"on {trainer.args.device}; {trainer.args.max_steps} updates of "
             f"{trainer.args.train_batch_size * trainer.args.world_size} prompts; {problems} held-out problems; "
             f"writing to {trainer.args.output_dir}"

@@ -26,8 +26,8 @@ class Decoding:
         block_length: B, positions per block; divides ``gen_length``.
         steps: T, denoising steps over all blocks; None for gen_length / 2, two tokens a step.
         temperature: of the Gumbel-max sample; 0 is greedy.
-        remasking: what keeps a position masked: a low probability of its token (``low_confidence``), a small gap between
-            the two likeliest tokens (``margin``), a high ``entropy``, or chance (``random``).
+        remasking: what keeps a position masked: a low probability of its token (``low_confidence``), a small gap
+            between the two likeliest tokens (``margin``), a high ``entropy``, or chance (``random``).
         threshold: reveal every position whose token has at least this probability, and at least one, whatever
             ``steps`` says; None follows the schedule.
         stop_at_eos: stop a sequence once everything before its first end-of-text token is revealed.
@@ -59,12 +59,8 @@ class Decoding:
             f"{self.blocks} and {self.gen_length}",
         )
         require(self.temperature >= 0, "temperature", self.temperature, "it is at least 0")
-        require(
-            self.threshold is None or 0 < self.threshold <= 1, "threshold", self.threshold, "it lies in (0, 1]"
-        )
-        require(
-            self.remasking in get_args(Remasking), "remasking", self.remasking, f"one of {get_args(Remasking)}"
-        )
+        require(self.threshold is None or 0 < self.threshold <= 1, "threshold", self.threshold, "it lies in (0, 1]")
+        require(self.remasking in get_args(Remasking), "remasking", self.remasking, f"one of {get_args(Remasking)}")
         require(
             self.threshold is None or self.remasking == "low_confidence",
             "threshold",
@@ -230,9 +226,7 @@ def decode(
                 on_step(len(live))
     tokens = torch.where(reveal_step == NEVER, eos_id, tokens).cpu()
     reveal_step = reveal_step.cpu()
-    return [
-        Trajectory(prompt.cpu(), tokens[index], reveal_step[index], width) for index, prompt in enumerate(prompts)
-    ]
+    return [Trajectory(prompt.cpu(), tokens[index], reveal_step[index], width) for index, prompt in enumerate(prompts)]
 
 
 def finished(tokens: Tensor, reveal_step: Tensor, eos_id: int, stop_at_eos: bool) -> Tensor:

@@ -94,7 +94,7 @@ class StepBatch:
 def step_batches(
     lessons: Sequence[Lesson], size: int, *, mask_id: int, pad_id: int, device: torch.device
 ) -> Iterator[StepBatch]:
-    """Every state of every lesson, in batches of at most ``size`` states that may mix lessons; the last may be short."""
+    """Every state of every lesson, in batches of at most ``size`` states, which may mix lessons."""
     index = [(number, step) for number, lesson in enumerate(lessons) for step in range(len(lesson.steps))]
     for start in range(0, len(index), size):
         yield collate(lessons, index[start : start + size], mask_id=mask_id, pad_id=pad_id, device=device)
@@ -131,9 +131,7 @@ def collate(
         student_prompts += [trajectory.prompt_ids] * len(chosen)
         teacher_prompts += [lesson.teacher_prompt_ids] * len(chosen)
     state, shown, *rest = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
-    return StepBatch(
-        with_prompts(student_prompts, state, pad_id), with_prompts(teacher_prompts, shown, pad_id), *rest
-    )
+    return StepBatch(with_prompts(student_prompts, state, pad_id), with_prompts(teacher_prompts, shown, pad_id), *rest)
 
 
 def with_prompts(prompts: Sequence[Tensor], responses: Tensor, pad_id: int) -> Inputs:

@@ -33,14 +33,18 @@ def main(argv: Sequence[str]) -> None:
         "validation": cli.problems(
             task, "validation", task_arguments.validation_file, task_arguments.validation_problems
         ),
-        "test": cli.problems(task, "test", task_arguments.test_file, task_arguments.eval_problems),
+        "test": cli.problems(task, "test", task_arguments.test_file, task_arguments.eval_problems)[
+            : task_arguments.eval_problems
+        ],
     }
     base, tokenizer = load_model(model_arguments.model, model_arguments.dtype)
     decoder = Decoder(
         base, tokenizer, task, base.config.mask_token_id, tokenizer.eos_token_id, rollouts.sequences_per_forward
     )
     for part in rows.values():
-        cli.check_lengths(decoder, part, rollouts.gen_length)
+        cli.check_lengths(decoder, [task.prompt(row) for row in part], rollouts.gen_length)
+    if teaching.teacher_context == "reference":
+        cli.check_lengths(decoder, [task.reference_prompt(row) for row in rows["train"]], rollouts.gen_length)
     if model_arguments.adapter is None:
         student = add_lora(
             base,

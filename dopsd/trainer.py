@@ -117,8 +117,8 @@ class Trainer(transformers.Trainer):
             loss = self.accelerator.reduce(loss, "sum")
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss is {loss.item()} at update {self.state.global_step + 1}; the last checkpoint in "
-                f"{self.args.output_dir} is unharmed. A lower learning_rate, clip_form=nonnegative or fp32 may help"
+                f"the loss is {loss.item()} at update {self.state.global_step + 1}; checkpoints saved before it "
+                f"in {self.args.output_dir} are unharmed. A lower learning_rate, clip_form=nonnegative or fp32 may help"
             )
         if outputs:
             self.update_metrics.append({**mean_metrics(outputs), "states": float(states)})
@@ -129,7 +129,10 @@ class Trainer(transformers.Trainer):
         rows = [row for _, row in indexed_rows]
         indices = torch.tensor([index for index, _ in indexed_rows])
         seeds = mix_seeds(self.args.seed, self.state.global_step, indices)
-        with tqdm(total=len(rows), desc="roll out", unit="prompt", **self.bar.inner()) as bar, self.accelerator.autocast():
+        with (
+            tqdm(total=len(rows), desc="roll out", unit="prompt", **self.bar.inner()) as bar,
+            self.accelerator.autocast(),
+        ):
             rollouts = self.decoder.pass_at_k(
                 rows,
                 self.rollouts.decoding(),
@@ -154,7 +157,10 @@ class Trainer(transformers.Trainer):
             }
         )
         slices = self.teaching.update_per_slice
-        return [[part for lesson in lessons if len((part := lesson.slice(number, slices)).steps)] for number in range(slices)]
+        return [
+            [part for lesson in lessons if len((part := lesson.slice(number, slices)).steps)]
+            for number in range(slices)
+        ]
 
     def sum_gradients(self, model: Any) -> None:
         """Add the ranks' gradients; a parameter without one on some rank counts as zero there."""

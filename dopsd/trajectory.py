@@ -38,9 +38,7 @@ class Trajectory:
         for name in ("prompt_ids", "tokens", "reveal_step"):
             value = getattr(self, name)
             if value.ndim != 1 or value.dtype != torch.int64:
-                raise ValueError(
-                    f"{name} must be a 1-D int64 tensor, got {value.dtype} of shape {tuple(value.shape)}"
-                )
+                raise ValueError(f"{name} must be a 1-D int64 tensor, got {value.dtype} of shape {tuple(value.shape)}")
         if len(self.tokens) != len(self.reveal_step):
             raise ValueError(f"tokens has {len(self.tokens)} positions and reveal_step has {len(self.reveal_step)}")
         if self.block_length < 1 or len(self.tokens) % self.block_length:

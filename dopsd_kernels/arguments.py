@@ -37,9 +37,7 @@ def check_head(hidden_name: str, hidden: Any, weight_name: str, weight: Any) -> 
     if hidden.dim() == 0:
         raise ValueError(f"{hidden_name} is a scalar, but must have shape (..., d).")
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(
-            f"{weight_name} has shape {tuple(weight.shape)}, but must have (V, d) with V, d >= 1."
-        )
+        raise ValueError(f"{weight_name} has shape {tuple(weight.shape)}, but must have (V, d) with V, d >= 1.")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{hidden_name} has width {hidden.shape[-1]}, but {weight_name} needs width {weight.shape[1]}."
@@ -66,9 +64,7 @@ def check_number(name: str, value: Any, low: float, *, above: bool = False, high
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, but is a {type(value).__name__}.")
     if not (math.isfinite(value) and value < high and (value > low if above else value >= low)):
-        interval = f"{'above' if above else 'at least'} {low}" + (
-            "" if high == math.inf else f" and below {high}"
-        )
+        interval = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f" and below {high}")
         raise ValueError(f"{name} is {value}, but must be finite, {interval}.")
 
 
@@ -84,6 +80,4 @@ def check_backend(backend: Any) -> None:
     """Require a backend that this version has."""
     check_choice("backend", backend, ("auto", "triton", "torch"))
     if backend == "triton":
-        raise NotImplementedError(
-            'backend is "triton", but this version has no Triton kernels: use "auto" or "torch".'
-        )
+        raise NotImplementedError('backend is "triton", but this version has no Triton kernels: use "auto" or "torch".')

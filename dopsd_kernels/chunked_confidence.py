@@ -58,19 +58,13 @@ def confidence(
             end = min(begin + tile_columns, vocab)
             z = _logits(hidden[rows], weight[begin:end], None if bias is None else bias[begin:end])
             if exclude is not None:
-                inside = (
-                    exclude
-                    if tile_columns >= vocab
-                    else exclude[(exclude >= begin) & (exclude < end)] - begin
-                )
+                inside = exclude if tile_columns >= vocab else exclude[(exclude >= begin) & (exclude < end)] - begin
                 z.index_fill_(1, inside, -math.inf)
             tile = _reduce(z, begin, temperature, chunk_seed, top_k)
             best = tile if best is None else _merge(best, tile, top_k)
         assert best is not None  # V >= 1
         chunks.append(best)
-    best = (
-        chunks[0] if len(chunks) == 1 else _Best(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-    )
+    best = chunks[0] if len(chunks) == 1 else _Best(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
     return ConfidenceOutput(
         best.token, best.logit, best.logsumexp, best.max_logit, best.argmax, best.top_values, best.top_indices
     )
@@ -89,16 +83,12 @@ def _reduce(z: Tensor, begin: int, temperature: float, seed: Tensor | None, top_
     if seed is not None:
         score, token = gumbel_noise(seed, begin, z.shape[1], z.dtype).add_(z, alpha=1 / temperature).max(-1)
         logit = z.gather(-1, token[:, None])[:, 0]
-    top_values, top_indices = (
-        stable_topk(z, min(top_k, z.shape[1])) if top_k else (z[:, :0], argmax[:, None][:, :0])
-    )
+    top_values, top_indices = stable_topk(z, min(top_k, z.shape[1])) if top_k else (z[:, :0], argmax[:, None][:, :0])
     # The largest entry's term is exactly 1, so the sum cannot vanish; a row of -inf alone has the logsumexp
     # -inf.
     shift = max_logit.clamp(min=torch.finfo(z.dtype).min)
     logsumexp = z.sub_(shift[:, None]).exp_().sum(-1).log_().add_(shift)
-    return _Best(
-        max_logit, argmax + begin, logsumexp, score, token + begin, logit, top_values, top_indices + begin
-    )
+    return _Best(max_logit, argmax + begin, logsumexp, score, token + begin, logit, top_values, top_indices + begin)
 
 
 def _merge(a: _Best, b: _Best, top_k: int) -> _Best:

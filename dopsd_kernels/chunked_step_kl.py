@@ -74,9 +74,7 @@ def plan_workspace(student: Head, teacher: Head, top_k: int | None, workspace_by
 
     floor = row_bytes + block_row_bytes + column_bytes
     if workspace_bytes < floor:
-        raise ValueError(
-            f"workspace_bytes is {workspace_bytes}, but one row of {vocab} logits needs at least {floor}."
-        )
+        raise ValueError(f"workspace_bytes is {workspace_bytes}, but one row of {vocab} logits needs at least {floor}.")
     spare = workspace_bytes - floor
     block_rows = 1 + spare // 4 // block_row_bytes
     spare -= (block_rows - 1) * block_row_bytes
@@ -124,9 +122,7 @@ def step_kl(
         chunk_stats = torch.cat(
             [
                 _rows(s, t, options, any(needs))
-                for s, t in zip(
-                    torch.split(z_s, plan.block_rows), torch.split(z_t, plan.block_rows), strict=True
-                )
+                for s, t in zip(torch.split(z_s, plan.block_rows), torch.split(z_t, plan.block_rows), strict=True)
             ],
             dim=1,
         )
@@ -190,9 +186,7 @@ def _column_runs(dz: Tensor, grad_threshold: float, tile_columns: int) -> list[s
     return [slice(i * width, min((i + 1) * width, vocab)) for i, keep in enumerate(kept) if keep]
 
 
-def _rows(
-    z_s: Tensor, z_t: Tensor, options: StepKLOptions, want_grad: bool
-) -> Tensor:  # (R, V) twice -> (3, R)
+def _rows(z_s: Tensor, z_t: Tensor, options: StepKLOptions, want_grad: bool) -> Tensor:  # (R, V) twice -> (3, R)
     """Return a block's (loss, kl, clip fraction); with `want_grad`, the gradient ends in z_s."""
     if options.top_k is None:
         log_s, log_t = torch.log_softmax(z_s, -1, out=z_s), torch.log_softmax(z_t, -1, out=z_t)
@@ -218,9 +212,7 @@ def _rows(
     return stats
 
 
-def _divergence(
-    log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: bool
-) -> Tensor:  # (R, K) -> (3, R)
+def _divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: bool) -> Tensor:  # (R, K) -> (3, R)
     """Return (loss, kl, clip fraction) of each row; with `want_grad`, the gradient overwrites log_s."""
     # 0 log 0 below is 0, by replacing NaN. A row whose logits hold a NaN is NaN in every column, so one shows
     # it.

@@ -49,9 +49,7 @@ def step_kl(
         if options.clip_form == "nonnegative":
             # s and t both sum to 1, so these terms cancel in the sum and make every contribution nonnegative.
             s_minus_t = log_s.exp() - log_t.exp()
-            contributions = exact + {"reverse_kl": -s_minus_t, "forward_kl": s_minus_t}.get(
-                options.divergence, 0
-            )
+            contributions = exact + {"reverse_kl": -s_minus_t, "forward_kl": s_minus_t}.get(options.divergence, 0)
         row_loss = contributions.clamp(max=options.clip).sum(-1)
         row_clip_fraction = (contributions > options.clip).to(row_kl.dtype).mean(-1)
 
@@ -83,13 +81,10 @@ def _log_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Return log s and log t, over the vocabulary or over the teacher's top-k and perhaps a tail entry."""
     if options.top_k is not None:
-        order = teacher_logits.sort(
-            dim=-1, descending=True, stable=True
-        ).indices  # stable: ties to the lowest id
+        order = teacher_logits.sort(dim=-1, descending=True, stable=True).indices  # stable: ties to the lowest id
         kept, rest = order[..., : options.top_k], order[..., options.top_k :]
         student_logits, teacher_logits = (
-            _restrict(x, kept, rest, bucket=options.tail == "bucket")
-            for x in (student_logits, teacher_logits)
+            _restrict(x, kept, rest, bucket=options.tail == "bucket") for x in (student_logits, teacher_logits)
         )
     return _floored(student_logits.log_softmax(-1)), _floored(teacher_logits.log_softmax(-1))
 
@@ -114,9 +109,7 @@ def _contributions(log_s: Tensor, log_t: Tensor, options: StepKLOptions) -> Tens
     if options.divergence == "forward_kl":
         return _weighted_log_ratio(log_t, log_s)
     log_m = torch.logaddexp(log_s + math.log1p(-options.beta), log_t + math.log(options.beta))
-    return (1 - options.beta) * _weighted_log_ratio(log_s, log_m) + options.beta * _weighted_log_ratio(
-        log_t, log_m
-    )
+    return (1 - options.beta) * _weighted_log_ratio(log_s, log_m) + options.beta * _weighted_log_ratio(log_t, log_m)
 
 
 def _weighted_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:

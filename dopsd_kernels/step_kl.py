@@ -121,13 +121,9 @@ def fused_step_kl(
     else:
         check_head("teacher_hidden", teacher_hidden, "teacher_weight", teacher_weight)
         _check_frozen("teacher_weight", teacher_weight)
-        check_shape(
-            "teacher_weight", teacher_weight, (weight.shape[0], teacher_weight.shape[1]), "one vocabulary"
-        )
+        check_shape("teacher_weight", teacher_weight, (weight.shape[0], teacher_weight.shape[1]), "one vocabulary")
     leading = student_hidden.shape[:-1]
-    check_shape(
-        "teacher_hidden", teacher_hidden, (*leading, teacher_hidden.shape[-1]), "student_hidden's rows"
-    )
+    check_shape("teacher_hidden", teacher_hidden, (*leading, teacher_hidden.shape[-1]), "student_hidden's rows")
     device, vocab = student_hidden.device, weight.shape[0]
     for name, tensor in (
         ("teacher_hidden", teacher_hidden),
@@ -177,7 +173,7 @@ def fused_step_kl(
         workspace_bytes=workspace_bytes,
         needs=needs,
     )
-    outputs = _StepKL.apply(  # type: ignore[no-untyped-call]
+    outputs = _StepKL.apply(
         student_hidden.reshape(-1, weight.shape[1]),
         weight,
         bias,
@@ -321,7 +317,5 @@ def _check_row_weight(row_weight: Any, leading: torch.Size, device: torch.device
         raise ValueError("row_weight requires a gradient, but gets none: pass row_weight.detach().")
     flat: Tensor = row_weight.reshape(-1)
     if not bool(((flat >= 0) & (flat < torch.inf)).all()):
-        raise ValueError(
-            "row_weight has negative, infinite or NaN entries, but must be finite and nonnegative."
-        )
+        raise ValueError("row_weight has negative, infinite or NaN entries, but must be finite and nonnegative.")
     return flat

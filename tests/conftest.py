@@ -151,8 +151,6 @@ def make_trainer(tmp_path: Path, small_run: list[str]) -> Callable[..., Trainer]
         else:
             student = load_adapter(base, model_arguments.adapter, trainable=True)
         rows = (task.problems("train", tasks.train_problems), task.problems("validation", tasks.validation_problems))
-        return Trainer(
-            student, args, model_arguments, rollouts, teaching, decoder, *rows, processing_class=tokenizer
-        )
+        return Trainer(student, args, model_arguments, rollouts, teaching, decoder, *rows, processing_class=tokenizer)
 
     return make

@@ -248,7 +248,7 @@ def test_gaps_are_survived(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("history", [[], [{"step": 1, "learning_rate": 1e-3}], [{"step": 1, "loss": math.nan}]])
 def test_a_history_without_curves_is_refused(history: list[dict[str, float]], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="history has nothing to draw.*loss, kl, eval_accuracy"):
+    with pytest.raises(ValueError, match=r"history has nothing to draw.*loss, kl, eval_accuracy"):
         plot_curves(history, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 

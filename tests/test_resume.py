@@ -100,7 +100,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(small_run: list[str], tmp_path:
     try:
         deadline = time.monotonic() + 120
         while not (killed / "checkpoint-1" / "trainer_state.json").is_file():
-            assert process.poll() is None and time.monotonic() < deadline, (process.stderr and process.stderr.read())
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
             time.sleep(0.005)
         time.sleep(0.05)  # into the next update
     finally:

@@ -51,7 +51,9 @@ def load_model(model: str, dtype: str = "auto") -> tuple[LLaDAModelLM, Any]:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
             names = ", ".join(str(name) for name in sorted(info[problem])[:3])
-            raise RunError(f"model={model!r}: its weights have {len(info[problem])} {problem.replace('_', ' ')}: {names}")
+            raise RunError(
+                f"model={model!r}: its weights have {len(info[problem])} {problem.replace('_', ' ')}: {names}"
+            )
     mask_id = network.config.mask_token_id
     if "mask_token_id" not in config and tokenizer.mask_token_id is not None:
         mask_id = None  # what was found is the class's default, the published model's
@@ -79,8 +81,8 @@ def read_config(model: str, path: str) -> dict[str, Any]:
             local = Path(str(cached_file(path, "config.json")))
         except OSError as error:
             raise UsageError(
-                f"model={model!r} can't be used: it is neither {', '.join(SHIPPED)}, nor a folder, nor a hub model that "
-                f"can be read ({first_line(error)})"
+                f"model={model!r} can't be used: it is neither {', '.join(SHIPPED)}, nor a folder, nor a hub model "
+                f"that can be read ({first_line(error)})"
             ) from error
     try:
         return json.loads(local.read_text())

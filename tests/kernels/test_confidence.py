@@ -76,9 +76,7 @@ def test_noise_is_finite_for_every_word(module):
         assert noise[-1].item() == pytest.approx(lowest, rel=1e-6)
 
 
-def naive(
-    hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seeds: list[int], top_k: int, exclude
-):
+def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seeds: list[int], top_k: int, exclude):
     rows = []
     for h, seed in zip(hidden, seeds, strict=True):
         z = {v: (weight[v] @ h + bias[v]).item() for v in range(len(weight)) if v not in exclude}
@@ -98,9 +96,7 @@ def naive(
 @pytest.mark.parametrize("chunk_rows", [2, 1024])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("exclude", [(), (0, 13, 13)])
-def test_matches_the_definition_whatever_the_tiles(
-    monkeypatch, tile_logits, chunk_rows, temperature, exclude
-):
+def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, chunk_rows, temperature, exclude):
     monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
     monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
     hidden, weight, bias = randn(5, 3), randn(14, 3, seed=1), randn(14, seed=2)
@@ -166,9 +162,7 @@ def test_stable_topk_against_a_stable_sort():
 def test_samples_follow_the_softmax(temperature):
     rows, vocab = 20_000, 6
     logits = randn(vocab, seed=3, dtype=torch.float32)
-    out = fused_confidence(
-        torch.ones(rows, 1), logits[:, None], temperature=temperature, seed=11, exclude=(4,)
-    )
+    out = fused_confidence(torch.ones(rows, 1), logits[:, None], temperature=temperature, seed=11, exclude=(4,))
     counts = out.token.bincount(minlength=vocab).double()
     assert counts[4] == 0
     logits[4] = -math.inf
@@ -202,9 +196,7 @@ def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
 def test_one_seed_gives_every_row_its_own():
     hidden, weight = torch.ones(30, 1).double(), torch.zeros(9, 1).double()
     tokens = fused_confidence(hidden, weight, temperature=1.0, seed=-4).token
-    assert torch.equal(
-        tokens, fused_confidence(hidden, weight, temperature=1.0, seed=torch.arange(30) - 4).token
-    )
+    assert torch.equal(tokens, fused_confidence(hidden, weight, temperature=1.0, seed=torch.arange(30) - 4).token)
     assert tokens.unique().numel() == 9
     greedy = fused_confidence(hidden, weight, seed=-4)
     assert not greedy.token.any()

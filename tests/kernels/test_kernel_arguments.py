@@ -55,9 +55,7 @@ CONFIDENCE = {
 
 def cases(table):
     return [
-        pytest.param(name, value, id=f"{name}-{i}")
-        for name, values in table.items()
-        for i, value in enumerate(values)
+        pytest.param(name, value, id=f"{name}-{i}") for name, values in table.items() for i, value in enumerate(values)
     ]
 
 
@@ -88,9 +86,7 @@ def test_top_k_counts_what_can_be_chosen():
     refused(fused_confidence, "top_k", dict(hidden=H, weight=W, exclude=(1, 2), top_k=7))
 
 
-@pytest.mark.parametrize(
-    "step_ids", [[1, 2], torch.zeros(3), torch.zeros(3).bool(), torch.zeros(2, 2).long()]
-)
+@pytest.mark.parametrize("step_ids", [[1, 2], torch.zeros(3), torch.zeros(3).bool(), torch.zeros(2, 2).long()])
 def test_step_mean_weights_refuses(step_ids):
     refused(step_mean_weights, "step_ids", dict(step_ids=step_ids))
 
@@ -110,9 +106,7 @@ def test_the_smallest_workspace_is_named_and_enough():
 
 
 def test_both_backends_of_this_version_are_one():
-    assert torch.equal(
-        fused_step_kl(H, H, W, backend="torch").loss, fused_step_kl(H, H, W, backend="auto").loss
-    )
+    assert torch.equal(fused_step_kl(H, H, W, backend="torch").loss, fused_step_kl(H, H, W, backend="auto").loss)
     with pytest.raises(NotImplementedError, match='use "auto" or "torch"'):
         fused_step_kl(H, H, W, backend="triton")
 

@@ -44,9 +44,7 @@ def naive_contributions(
     return terms + correction if form == "nonnegative" else terms, terms
 
 
-def naive_loss(
-    hs, ht, w_s, w_t, b_s, b_t, row_weight, divergence, form, top_k, tail, clip, temperature, reduction
-):
+def naive_loss(hs, ht, w_s, w_t, b_s, b_t, row_weight, divergence, form, top_k, tail, clip, temperature, reduction):
     loss, row_loss, row_kl, row_fraction = [], [], [], []
     for i in range(hs.shape[0]):
         z_s, z_t = (w_s @ hs[i] + b_s) / temperature, (w_t @ ht[i] + b_t) / temperature
@@ -303,9 +301,7 @@ def test_leading_dimensions_and_strides_do_not_matter():
     hs, ht, weight = randn(2, 3, 4), randn(2, 3, 4, seed=1), randn(6, 4, seed=2)
     row_weight = randn(2, 3, seed=3).abs()
     flat = hs.reshape(6, 4).requires_grad_()
-    expected = fused_step_kl(
-        flat, ht.reshape(6, 4), weight, row_weight=row_weight.reshape(6), reduction="none"
-    )
+    expected = fused_step_kl(flat, ht.reshape(6, 4), weight, row_weight=row_weight.reshape(6), reduction="none")
     (grad,) = torch.autograd.grad(expected.loss.sum(), flat)
     strided = hs.permute(2, 1, 0).contiguous().permute(2, 1, 0).requires_grad_()
     assert not strided.is_contiguous()
@@ -386,9 +382,7 @@ def test_only_what_requires_a_gradient_gets_one(reduction):
 def test_low_precision_is_at_least_as_good_as_the_plain_computation(divergence, dtype):
     n, d, vocab = 16, 64, 301
     hs, weight = randn(n, d, dtype=dtype), (randn(vocab, d, seed=2) / d**0.5 * 2).to(dtype)
-    ht = (hs.double() + 0.1 * randn(n, d, seed=1)).to(
-        dtype
-    )  # close to the student, where rounding hurts most
+    ht = (hs.double() + 0.1 * randn(n, d, seed=1)).to(dtype)  # close to the student, where rounding hurts most
 
     def plain(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x = hs.detach().clone().to(dtype).requires_grad_()

@@ -36,10 +36,7 @@ def products(run) -> int:
 )
 def test_number_of_products(reduction, trained_head, units):
     hs, ht, weight = problem(trained_head=trained_head)
-    assert (
-        products(lambda: fused_step_kl(hs, ht, weight, reduction=reduction).loss.sum().backward())
-        == units * UNIT
-    )
+    assert products(lambda: fused_step_kl(hs, ht, weight, reduction=reduction).loss.sum().backward()) == units * UNIT
 
 
 def test_nothing_is_differentiated_without_need():
@@ -53,10 +50,7 @@ def test_rows_of_weight_zero_enter_no_product():
     hs, ht, weight = problem()
     row_weight = torch.zeros(N)
     row_weight[[3, 17, 40]] = 0.5
-    assert (
-        products(lambda: fused_step_kl(hs, ht, weight, row_weight=row_weight).loss.backward())
-        == 3 * UNIT * 3 // N
-    )
+    assert products(lambda: fused_step_kl(hs, ht, weight, row_weight=row_weight).loss.backward()) == 3 * UNIT * 3 // N
     # "none": neither do, in the backward, rows without an upstream gradient.
     loss = fused_step_kl(hs, ht, weight, reduction="none").loss
     assert products(lambda: loss[:6].sum().backward()) == 3 * UNIT * 6 // N
@@ -171,6 +165,4 @@ def test_skipped_tiles_save_products_within_the_documented_bound():
     bound = threshold / N / temperature * weight[left_out].abs().sum(0)
     assert ((exact - skipped).abs() <= bound).all()
     assert not torch.equal(exact, skipped)
-    assert torch.equal(run(math.ulp(0.0)), exact) or torch.allclose(
-        run(math.ulp(0.0)), exact, rtol=1e-12, atol=0
-    )
+    assert torch.equal(run(math.ulp(0.0)), exact) or torch.allclose(run(math.ulp(0.0)), exact, rtol=1e-12, atol=0)
