@@ -60,8 +60,8 @@ def cpu_kernels() -> str:
     lines.append("")
     lines.append(
         f"d = {problem['d']}, V = {problem['V']}, {problem['dtype']}; {machine['cpu']}, "
-        f"{machine['threads']} thread(s), torch {machine['torch']}, {machine['date']}; medians of {problem['rounds']} interleaved rounds. On a GPU: not "
-        "measured."
+        f"{machine['threads']} thread(s), torch {machine['torch']}, {machine['date']}; medians of "
+        f"{problem['rounds']} interleaved rounds. On a GPU: not measured."
     )
     return "\n".join(lines)
 

@@ -74,7 +74,7 @@ def diffusion_loss(model: LLaDAModelLM, ids: Tensor, prompt_length: int, generat
 
 
 def pretrain(steps: int, batch_size: int, seed: int) -> tuple[LLaDAModelLM, PreTrainedTokenizerFast]:
-    """Train from scratch: Muon on the matrices of the blocks, AdamW on the rest, linear decay over the last half."""
+    """Train from scratch: Muon on the matrices of the blocks, AdamW on the rest, 40 steps of warm-up, no decay."""
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     tokenizer = character_tokenizer()
@@ -86,8 +86,7 @@ def pretrain(steps: int, batch_size: int, seed: int) -> tuple[LLaDAModelLM, PreT
         torch.optim.AdamW([p for p in model.parameters() if id(p) not in inside], lr=2e-3, betas=(0.9, 0.99)),
     ]
     schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 40, 2 * (1 - step / steps)))
-        for o in optimizers
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 40)) for optimizer in optimizers
     ]
     model.train()
     average = None
@@ -112,7 +111,7 @@ def main() -> None:
     """Parse the command line, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model and tokenizer to")
-    parser.add_argument("--steps", type=int, default=1384)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch_size", type=int, default=128, help="problems per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="results are the same bits only for the same number")

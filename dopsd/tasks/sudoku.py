@@ -101,7 +101,7 @@ class Sudoku:
     columns = ("puzzle", "solution")
 
     def problems(self, split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
-        """``count`` distinct generated problems of ``train``, ``validation`` or ``test``; the same seed, the same ones."""
+        """``count`` distinct generated problems of ``train``, ``validation`` or ``test``, a function of ``seed``."""
         rng = random.Random(f"{split}-{seed}")
         grids = grids_of(split)
         rows: dict[str, dict[str, str]] = {}

@@ -1,0 +1,46 @@
+"""The script that makes the shipped model."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from dopsd.assets.pretrain import MASK, RESPONSE_LENGTH, character_tokenizer, diffusion_loss, pretrain, sample_batch
+from dopsd.models import load_model
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    first, second, other = (pretrain(2, 4, seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_the_shipped_files_have_the_architecture_and_tokenizer_that_the_script_makes() -> None:
+    model, tokenizer = load_model("tiny")
+    fresh, made = pretrain(0, 4, 0)
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in fresh.state_dict().items()
+    }
+    assert tokenizer.get_vocab() == made.get_vocab() and tokenizer.mask_token == MASK
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_212_288
+
+
+def test_every_character_is_one_token_and_comes_back() -> None:
+    tokenizer = character_tokenizer()
+    text = "0123401234012340:a1p4=1234341221434321"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text) and tokenizer.decode(ids) == text
+
+
+def test_the_loss_of_a_uniform_model_is_the_entropy_of_the_vocabulary() -> None:
+    """Cross-entropy over the mask ratio is unbiased for the mean over tokens: log V for uniform predictions."""
+    tokenizer = character_tokenizer()
+    model = pretrain(0, 4, 0)[0]
+    torch.nn.init.zeros_(model.model.transformer.ff_out.weight)
+    ids, prompt_length = sample_batch(tokenizer, 64, random.Random(0))
+    assert ids.shape == (64, prompt_length + RESPONSE_LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.stack([diffusion_loss(model, ids, prompt_length, generator).detach() for _ in range(30)])
+    expected = torch.log(torch.tensor(float(len(tokenizer))))
+    assert abs(losses.mean() - expected) < 4 * losses.std() / 30**0.5
