@@ -10,13 +10,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from dopsd.models import STUDENT
 from dopsd.sampler import inference
 from dopsd.trajectory import Trajectory
 
 RevealScope = Literal["future_blocks", "masked"]
 TeacherKind = Literal["fixed", "ema", "live"]
 
-STUDENT, TEACHER = "default", "teacher"
+TEACHER = "teacher"
 
 
 def self_future(

@@ -21,12 +21,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.errors import RunError, require
-from dopsd.models import device_of
+from dopsd.models import STUDENT, device_of
 from dopsd.objective import Objective, lessons_of, mean_metrics
 from dopsd.rollout import Decoder, Rollout, Row, standard_error
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, step_batches
-from dopsd.teacher import STUDENT, TeacherWeights
+from dopsd.teacher import TeacherWeights
 
 # Seeds of evaluation draws, apart from those of training.
 EVALUATION = -1

@@ -16,10 +16,12 @@ from transformers import AutoTokenizer
 import dopsd.assets
 from dopsd.errors import RunError, UsageError, require
 from dopsd.models.llada import LLaDAModelLM
-from dopsd.teacher import STUDENT
 
 # model_type in a checkpoint's config.json -> the class that reads it.
 MODELS: dict[str, type[LLaDAModelLM]] = {"llada": LLaDAModelLM}
+
+# The name of the adapter that is trained: PEFT's default, so that what is saved loads anywhere.
+STUDENT = "default"
 
 # Models that ship with the package, by the name ``--model`` takes.
 SHIPPED = {"tiny": Path(dopsd.assets.__file__).parent / "tiny"}
