@@ -181,6 +181,7 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
 
     output_dir: str | None = option(None, "Where everything is written; none: runs/DATE-TIME.")
+    disable_tqdm: bool | None = option(False, "No progress bars.")
     bf16: bool | None = option(  # type: ignore[assignment]
         None, "Compute in bf16 (autocast); none: where the GPU or CPU has it in hardware."
     )

@@ -79,7 +79,7 @@ class Trainer(transformers.Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.bar = ProgressBar()
+        self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
         self.add_callback(self.bar)
         self.add_callback(TeacherFollows(self))
 
@@ -289,15 +289,17 @@ class TeacherFollows(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """One bar over the updates, with the figures that tell whether training works; inner bars for its long parts."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
         self.bar: tqdm | None = None
+        self.figures: dict[str, str] = {}
 
     def inner(self) -> dict[str, Any]:
-        """Options of a bar inside an update."""
-        return {"leave": False, "position": 1, "disable": self.bar is None, "delay": 5.0}
+        """Options of a bar for a part: of an update, or of what comes before and after training."""
+        return {"leave": False, "position": int(self.bar is not None), "disable": not self.shown, "delay": 3.0}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if self.shown:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="update")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -313,10 +315,8 @@ class ProgressBar(TrainerCallback):
                 "pass_rate": "pass",
                 "eval_accuracy": "validation",
             }
-            for key, name in names.items():
-                if key in logs:
-                    self.postfix = {**getattr(self, "postfix", {}), name: f"{logs[key]:.3g}"}
-            self.bar.set_postfix(getattr(self, "postfix", {}))
+            self.figures |= {name: f"{logs[key]:.3g}" for key, name in names.items() if key in logs}
+            self.bar.set_postfix(self.figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
