@@ -78,7 +78,7 @@ class Decoder:
         seeds: Tensor,  # (N,) int64
         *,
         hints: Tensor | None = None,  # (N, L) int64, see ``decode``
-        on_rows: Callable[[int], None] | None = None,
+        on_rows: Callable[[int], object] | None = None,
     ) -> list[Rollout]:
         """Decode each row once."""
         rollouts = []
@@ -110,7 +110,7 @@ class Decoder:
         k: int,
         temperature: float,
         *,
-        on_rows: Callable[[int], None] | None = None,
+        on_rows: Callable[[int], object] | None = None,
     ) -> list[Rollout]:
         """For each row the first correct response of at most ``k`` tries, else the one with the best grade.
 

@@ -141,7 +141,7 @@ def decode(
     eos_id: int,
     seeds: Tensor,
     hints: Tensor | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[int], object] | None = None,
 ) -> list[Trajectory]:
     """Decode one response to each prompt, as one batch.
 
