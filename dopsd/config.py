@@ -181,7 +181,7 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
 
     output_dir: str | None = option(None, "Where everything is written; none: runs/DATE-TIME.")
-    disable_tqdm: bool | None = option(False, "No progress bars.")
+    disable_tqdm: bool = option(False, "No progress bars.")
     bf16: bool | None = option(  # type: ignore[assignment]
         None, "Compute in bf16 (autocast); none: where the GPU or CPU has it in hardware."
     )
@@ -191,6 +191,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.output_dir = time.strftime("runs/%Y%m%d-%H%M%S")
         # transformers takes bf16 on a machine without an accelerator for a mistake unless this is said.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "accuracy"
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()

@@ -93,7 +93,7 @@ def test_two_processes_give_the_adapter_of_one(
     for name in ("held_out_before.json", "held_out_after.json"):
         responses = json.loads((one / name).read_text())
         assert responses == json.loads((two / name).read_text())
-        assert [len(each) for each in responses.values()] == [3]
+        assert {len(each) for each in responses.values()} == {3}
 
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     assert expected.keys() == found.keys()
