@@ -7,7 +7,7 @@ import inspect
 import json
 import time
 from argparse import Action
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -302,8 +302,7 @@ class Parser(HfArgumentParser):
             raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
         if unknown:
             name = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-            raise UsageError(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UsageError(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}")
         return tuple(parsed)
 
     def tokens(self, options: dict[str, Any], source: str) -> list[str]:
@@ -313,11 +312,16 @@ class Parser(HfArgumentParser):
             action: Action | None = self._option_string_actions.get(f"--{name}")
             if action is None:
                 known = [key.removeprefix("--") for key in self._option_string_actions]
-                near = difflib.get_close_matches(str(name), known, n=1)
-                raise UsageError(f"{source}: unknown option {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+                raise UsageError(f"{source}: unknown option {name!r}{did_you_mean(str(name), known)}")
             values = value if isinstance(value, list) else ["none" if value is None else value]
             out += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
         return out
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause with the known option nearest to ``name``; empty if none is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def none_or(kind: Any) -> Any:

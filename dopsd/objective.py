@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import require
-from dopsd.rollout import Rollout
+from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import mix_seeds
 from dopsd.step_batch import Lesson, StepBatch
 from dopsd.teacher import RevealScope, TeacherWeights, self_future
@@ -72,9 +72,7 @@ class Objective:
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "it is at least 1, or none")
         require(0 < self.beta < 1, "beta", self.beta, "it lies strictly between 0 and 1")
 
-    def lesson(
-        self, rollout: Rollout, encode: Callable[[str], Tensor], reference_prompt: str | None, eos_id: int, seed: int
-    ) -> Lesson:
+    def lesson(self, rollout: Rollout, decoder: Decoder, seed: int) -> Lesson:
         """Which steps of a rollout are trained on, and what its teacher sees at each; drawn from ``seed`` alone."""
         trajectory = rollout.trajectory
         steps = torch.arange(trajectory.num_steps)
@@ -82,16 +80,16 @@ class Objective:
             last = len(trajectory.tokens) - trajectory.block_length
             steps = steps[trajectory.block_starts(steps) < last]
         if self.teacher_context == "reference":
-            assert reference_prompt is not None
             nothing = torch.zeros(len(steps), len(trajectory.tokens), dtype=torch.bool)
-            return Lesson(trajectory, steps, nothing, encode(reference_prompt).cpu())
+            prompt_ids = decoder.encode(decoder.task.reference_prompt(rollout.row))
+            return Lesson(trajectory, steps, nothing, prompt_ids.cpu())
         reveal = self_future(
             trajectory,
             steps,
             retain_ratio=self.retain_ratio,
             scope=self.reveal_scope,
             tail=self.reveal_tail,
-            eos_id=eos_id,
+            eos_id=decoder.eos_id,
             generator=torch.Generator().manual_seed(seed),
         )
         return Lesson(trajectory, steps, reveal, trajectory.prompt_ids)
@@ -161,21 +159,11 @@ def top_k_overlap(student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor
 
 
 def lessons_of(
-    objective: Objective,
-    rollouts: Sequence[Rollout],
-    decoder: Any,
-    seeds: Sequence[int],
+    objective: Objective, rollouts: Sequence[Rollout], decoder: Decoder, seeds: Sequence[int]
 ) -> list[Lesson]:
     """The lessons of ``rollouts``, leaving out those with no step to train on."""
-    reference = objective.teacher_context == "reference"
     lessons = [
-        objective.lesson(
-            rollout,
-            decoder.encode,
-            decoder.task.reference_prompt(rollout.row) if reference else None,
-            decoder.eos_id,
-            int(mix_seeds(seed, 2)),
-        )
+        objective.lesson(rollout, decoder, int(mix_seeds(seed, 2)))
         for rollout, seed in zip(rollouts, seeds, strict=True)
     ]
     return [lesson for lesson in lessons if len(lesson.steps)]

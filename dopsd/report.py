@@ -121,9 +121,7 @@ def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
         )
 
 
-def held_out(
-    trainer: Trainer, rows: Sequence[Row], moment: str, output: Path, config: Mapping[str, Any]
-) -> dict[str, list[float]]:
+def held_out(trainer: Trainer, rows: Sequence[Row], moment: str, output: Path) -> dict[str, list[float]]:
     """Scores on held-out rows by tokens per step, the run's own rate first; kept in ``held_out_<moment>.json``.
 
     A file that is there already, from before a resume, is read instead.
@@ -155,8 +153,7 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
     """Picture the first correct rollout: when tokens were revealed, what the teacher saw, where K was, KL per step."""
     rollout = next((one for one in rollouts if one.score >= 1), rollouts[0])
     decoder, objective = trainer.decoder, trainer.objective
-    reference = decoder.task.reference_prompt(rollout.row) if objective.teacher_context == "reference" else None
-    lesson = objective.lesson(rollout, decoder.encode, reference, decoder.eos_id, trainer.args.seed)
+    lesson = objective.lesson(rollout, decoder, trainer.args.seed)
     trajectory = rollout.trajectory
     chosen = torch.zeros_like(lesson.reveal)
     step_kl = []

@@ -64,6 +64,7 @@ class TeacherWeights:
         kind: ``fixed``, the weights at the start of the run; ``ema``, their exponential moving average; ``live``, the
             student's own.
         ema_decay: share of the average that is kept at each update.
+        from_adapter: whether the run starts from an adapter that was trained before.
 
     A fixed teacher over a fresh adapter is the base model with adapters off. Where the run starts from an adapter, or
     averages, the teacher's weights are a second, frozen adapter named ``teacher``.

@@ -11,10 +11,10 @@ from transformers import set_seed
 
 from dopsd import cli, report
 from dopsd.config import parse_train
-from dopsd.models import add_lora, load_adapter, load_model
+from dopsd.models import load_model
 from dopsd.rollout import Decoder
 from dopsd.tasks import load_task
-from dopsd.trainer import Trainer
+from dopsd.trainer import Trainer, with_adapter
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,18 +45,8 @@ def main(argv: Sequence[str]) -> None:
         cli.check_lengths(decoder, [task.prompt(row) for row in part], rollouts.gen_length)
     if teaching.teacher_context == "reference":
         cli.check_lengths(decoder, [task.reference_prompt(row) for row in rows["train"]], rollouts.gen_length)
-    if model_arguments.adapter is None:
-        student = add_lora(
-            base,
-            model_arguments.lora_targets,
-            model_arguments.lora_r,
-            model_arguments.lora_alpha,
-            model_arguments.lora_dropout,
-        )
-    else:
-        student = load_adapter(base, model_arguments.adapter, trainable=True)
     trainer = Trainer(
-        student,
+        with_adapter(base, model_arguments),
         args,
         model_arguments,
         rollouts,
@@ -73,13 +63,13 @@ def main(argv: Sequence[str]) -> None:
     trainer.add_callback(report.Metrics(output))
     report.start(trainer, config, len(rows["test"]))
 
-    before = report.held_out(trainer, rows["test"], "before", output, config)
+    before = report.held_out(trainer, rows["test"], "before", output)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.bar.close()
     trainer.save_adapter(output)
-    after = report.held_out(trainer, rows["test"], "after", output, config)
+    after = report.held_out(trainer, rows["test"], "after", output)
     report.finish(trainer, output, config, before, after, time.monotonic() - start)
     # A process that left before the first has written its report could abort, and the launcher would end the others.
     trainer.accelerator.wait_for_everyone()

@@ -21,7 +21,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.errors import RunError, require
-from dopsd.models import STUDENT, device_of
+from dopsd.models import STUDENT, add_lora, device_of, load_adapter
+from dopsd.models.llada import LLaDAModelLM
 from dopsd.objective import Objective, lessons_of, mean_metrics
 from dopsd.rollout import Decoder, Rollout, Row, standard_error
 from dopsd.sampler import Decoding, mix_seeds
@@ -246,9 +247,16 @@ class Trainer(transformers.Trainer):
         return f"pending_{self.accelerator.process_index}.json"
 
     def save_adapter(self, folder: Path) -> None:
-        """The student's adapter and the tokenizer, ready for ``--adapter``."""
+        """The student's adapter alone, ready for ``--adapter``."""
         if self.is_world_process_zero():
             self.student.save_pretrained(str(folder), selected_adapters=[STUDENT])
+
+
+def with_adapter(base: LLaDAModelLM, arguments: ModelArguments) -> PeftModel:
+    """``base`` with the adapter to train: the one that ``arguments`` names, or a fresh one."""
+    if arguments.adapter is not None:
+        return load_adapter(base, arguments.adapter, trainable=True)
+    return add_lora(base, arguments.lora_targets, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
 
 
 class PromptSampler(Sampler[int]):

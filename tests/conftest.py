@@ -129,9 +129,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def make_trainer(tmp_path: Path, small_run: list[str]) -> Callable[..., Trainer]:
     """Builds a Trainer as ``dopsd.train`` does, writing to a new folder unless ``argv`` names one."""
     from dopsd.config import parse_train
-    from dopsd.models import add_lora, load_adapter
     from dopsd.tasks.sudoku import Sudoku
-    from dopsd.trainer import Trainer
+    from dopsd.trainer import Trainer, with_adapter
 
     def make(*argv: str, task: Sudoku | None = None) -> Trainer:
         folder = str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
@@ -140,16 +139,7 @@ def make_trainer(tmp_path: Path, small_run: list[str]) -> Callable[..., Trainer]
         task = task or Sudoku()
         base, tokenizer = load_model(model_arguments.model)
         decoder = Decoder(base, tokenizer, task, base.config.mask_token_id, tokenizer.eos_token_id, 64)
-        if model_arguments.adapter is None:
-            student = add_lora(
-                base,
-                model_arguments.lora_targets,
-                model_arguments.lora_r,
-                model_arguments.lora_alpha,
-                model_arguments.lora_dropout,
-            )
-        else:
-            student = load_adapter(base, model_arguments.adapter, trainable=True)
+        student = with_adapter(base, model_arguments)
         rows = (task.problems("train", tasks.train_problems), task.problems("validation", tasks.validation_problems))
         return Trainer(student, args, model_arguments, rollouts, teaching, decoder, *rows, processing_class=tokenizer)
 

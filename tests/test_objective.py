@@ -436,7 +436,7 @@ def test_a_lesson_is_a_function_of_its_seed() -> None:
     for index, seed in enumerate((5, 6, 7)):
         (alone,) = lessons_of(options, rollouts[index : index + 1], StubDecoder(), [seed])
         assert torch.equal(alone.reveal, together[index].reveal)
-        direct = options.lesson(rollouts[index], StubDecoder.encode, None, EOS, int(mix_seeds(seed, 2)))
+        direct = options.lesson(rollouts[index], StubDecoder(), int(mix_seeds(seed, 2)))
         assert torch.equal(direct.reveal, together[index].reveal)
     other = lessons_of(options, rollouts, StubDecoder(), [8, 9, 10])
     assert not torch.equal(other[0].reveal, together[0].reveal)

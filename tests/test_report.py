@@ -108,12 +108,11 @@ def test_held_out_responses_are_kept_and_not_decoded_again(
 
     trainer = make_trainer("--model", str(random_model), "--eval_tokens_per_step", "8", task=Grades())
     rows = Sudoku().problems("test", 5)
-    config: dict[str, Any] = {}
-    first = report.held_out(trainer, rows, "after", tmp_path, config)
+    first = report.held_out(trainer, rows, "after", tmp_path)
     assert first == {rate: [int(row["puzzle"][0]) / 4 for row in rows] for rate in ("4", "8")}
     written = json.loads((tmp_path / "held_out_after.json").read_text())
     assert [one["puzzle"] for one in written["4"]] == [row["puzzle"] for row in rows]
     monkeypatch.setattr(trainer.decoder.model, "hidden_states", None)  # decoding would fail now
-    assert report.held_out(trainer, rows, "after", tmp_path, config) == first
+    assert report.held_out(trainer, rows, "after", tmp_path) == first
     with pytest.raises(TypeError):
-        report.held_out(trainer, rows, "before", tmp_path, config)
+        report.held_out(trainer, rows, "before", tmp_path)
