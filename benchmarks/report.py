@@ -1,6 +1,7 @@
-"""Renders the README's tables from the files under ``benchmarks/results``: ``python -m benchmarks.report``.
+"""Renders the README's tables and the kernels' figures from the files under ``benchmarks/results``.
 
-``--check`` changes nothing and exits with 1 if a table and its file differ.
+``python -m benchmarks.report`` rewrites them; ``--check`` changes nothing and exits with 1 if a table and its file
+differ.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 import statistics
 from pathlib import Path
 from typing import Any
+
+from benchmarks import plots
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,30 +46,114 @@ def percent(row: dict[str, float], moment: str) -> str:
     return f"{100 * row[f'accuracy_{moment}']:.1f} ± {100 * row[f'standard_error_{moment}']:.1f}"
 
 
-def cpu_kernels() -> str:
-    """Time and memory of the ops on a CPU, against eager PyTorch and the bare products."""
-    results = json.loads((RESULTS / "cpu_step_kl.json").read_text())
+# What the README shows of the result files: setting, rows' kind, and the variant of ours.
+SHOWN = (
+    ("reverse KL", "reverse_kl", "diffuse", ""),
+    ("reverse KL, clipped", "clipped", "diffuse", ""),
+    ("reverse KL, peaked rows", "reverse_kl", "peaked", "grad_threshold"),
+    ("confidence", "confidence", "diffuse", ""),
+    ("confidence, sampled", "confidence", "diffuse", "temperature"),
+)
+PEERS = ("floor", "eager", "compile", "liger", "liger chunked", "trl")
+
+
+def kernels() -> str:
+    """Time and memory of the ops, on every kind of machine that they were measured on."""
+    return "\n\n".join(kernel_table(kind) for kind in ("cpu", "gpu"))
+
+
+def kernel_table(kind: str) -> str:
+    """One machine's table: ours (Triton where it ran) against every other provider."""
+    results = load_kernels(kind)
+    if results is None:
+        return f"On a {kind.upper()}: not measured."
+    timed = [row for row in results["rows"] if "ms" in row]
+    ran = {row["provider"] for row in timed}
+    peers = [peer for peer in PEERS if peer in ran]
     lines = [
-        "| op | rows | time / eager | time / bare products | extra memory | extra memory / eager |",
-        "|---|---|---|---|---|---|",
+        f"| op | rows | ms | {' | '.join(f'/ {peer}' for peer in peers)} | memory | / eager |",
+        "|---" * (len(peers) + 5) + "|",
     ]
-    for name, case in results["cases"].items():
-        lines.append(
-            f"| {name.replace('_', ' ')} | {case['rows']} | {case['ours_over_eager']:.2f} | "
-            f"{case['ours_over_floor']:.2f} | {case['peak_bytes']['ours'] / 2**20:.0f} MiB | "
-            f"{case['peak_ours_over_eager']:.3f} |"
-        )
-    machine, problem = results["machine"], results["problem"]
-    lines.append("")
-    lines.append(
-        f"d = {problem['d']}, V = {problem['V']}, {problem['dtype']}; {machine['cpu']}, "
-        f"{machine['threads']} thread(s), torch {machine['torch']}, {machine['date']}; medians of "
-        f"{problem['rounds']} interleaved rounds. On a GPU: not measured."
-    )
-    return "\n".join(lines)
+    for name, setting, data, variant in SHOWN:
+        # A loss is timed forward and backward.
+        phase = "forward" if setting == "confidence" else "both"
+        rows = [row for row in timed if (row["setting"], row["data"], row["phase"]) == (setting, data, phase)]
+        for count in sorted({row["rows"] for row in rows}):
+            here = {label(row): row for row in rows if row["rows"] == count}
+            ours = best_of_ours(here, variant)
+            if ours is None:
+                continue
+            option = f", {ours['variant']}" if variant == "grad_threshold" else ""
+            ratios = [f"{ours['over'][peer]:.2f}" if peer in ours["over"] else "" for peer in peers]
+            cells = [f"{name}{option}", f"{count}", f"{ours['ms']:.3g}", *ratios, mebibytes(ours)]
+            peaks = [row["peak_bytes"] for row in (ours, here.get("eager")) if row and row["peak_bytes"]]
+            saved = f"{peaks[0] / peaks[1]:.3f}" if len(peaks) == 2 else ""
+            lines.append(f"| {' | '.join([*cells, saved])} |")
+    return "\n".join([*lines, "", kernel_footnote(results)])
 
 
-SECTIONS = {"tiny_recipe": tiny_recipe, "cpu_kernels": cpu_kernels}
+def best_of_ours(rows: dict[str, dict[str, Any]], variant: str) -> dict[str, Any] | None:
+    """The Triton backend's row if there is one, else the PyTorch backend's, of the variant that starts so."""
+    for backend in ("triton", "torch"):
+        for row in rows.values():
+            if row["provider"] == f"ours {backend}" and row["variant"].partition("=")[0] == variant:
+                return row
+    return None
+
+
+def kernel_footnote(results: dict[str, Any]) -> str:
+    """Where and how a table was measured, who is missing, and what the rounding of logits costs."""
+    machine, rows = results["machine"], results["rows"]
+    timed = [row for row in rows if "ms" in row]
+    sizes = dict.fromkeys(f"{row['op']}: {row['dtype']}, d = {row['width']}, V = {row['vocab']}" for row in timed)
+    sentences = [
+        f"{machine['device']}, {machine['threads']} CPU thread(s)"
+        + "".join(f", {name} {version}" for name, version in machine["versions"].items() if version)
+        + f", {machine['date']}",
+        f"Times are medians of interleaved rounds ({'; '.join(sizes)})",
+    ]
+    errors = {
+        label(row): row["gradient_error"]
+        for row in rows
+        if (row["setting"], row["data"]) == ("reverse_kl", "peaked") and "gradient_error" in row
+    }
+    if errors:
+        listed = ", ".join(f"{name} {error:.1g}" for name, error in errors.items())
+        sentences.append(f"Relative error of the gradient of peaked rows: {listed}")
+    peaks = {label(row): row for row in rows if "peak_bytes" in row and "ms" not in row}
+    if peaks:
+        size = next(iter(peaks.values()))
+        listed = ", ".join(f"{name} {mebibytes(row)}" for name, row in peaks.items())
+        sentences.append(f"Memory for N = {size['rows']}, V = {size['vocab']}: {listed}")
+    reasons = {}
+    for row in rows:
+        kind, _, reason = row["status"].partition(": ")
+        if kind == "skipped" and not row["variant"]:
+            reasons[label(row)] = reason
+        elif kind not in ("ok", "skipped"):
+            reasons[f"{label(row)}, {row['setting']}, N = {row['rows']}"] = row["status"]
+    if reasons:
+        sentences.append("Not run: " + "; ".join(f"{name} ({reason.rstrip('.')})" for name, reason in reasons.items()))
+    return ". ".join(sentences) + "."
+
+
+def mebibytes(row: dict[str, Any]) -> str:
+    """A row's peak memory beyond its inputs."""
+    return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
+
+
+def label(row: dict[str, Any]) -> str:
+    """A provider with its variant."""
+    return f"{row['provider']} {row['variant']}".strip()
+
+
+def load_kernels(kind: str) -> dict[str, Any] | None:
+    """The kernel results of a kind of machine, "cpu" or "gpu"; None before they were measured."""
+    path = RESULTS / f"kernels_{kind}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+SECTIONS = {"tiny_recipe": tiny_recipe, "kernels": kernels}
 
 
 def render(text: str) -> str:
@@ -79,7 +166,7 @@ def render(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Rewrite the README, or check it."""
+    """Rewrite the README and draw the figures, or check the README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a table and its file differ")
     args = parser.parse_args(argv)
@@ -88,6 +175,7 @@ def main(argv: list[str] | None = None) -> Any:
     if args.check:
         return int(made != text)
     README.write_text(made)
+    plots.draw({kind: results for kind in ("cpu", "gpu") if (results := load_kernels(kind))}, ROOT / "docs")
     return 0
 
 

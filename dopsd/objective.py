@@ -109,12 +109,15 @@ class Objective:
                 batch.teacher.input_ids, batch.teacher.attention_mask, batch.columns + batch.teacher.offset
             )
             chosen = self.choose(block_hidden, weight, batch, mask_id)
-        state, offset = chosen.nonzero(as_tuple=True)  # one entry per row of K
+        rows = batch.rows_by_commit if self.selection == "student" else batch.rows_by_confidence
+        # One entry per row of K, in order: nonzero() without waiting to learn how many there are.
+        places = chosen.flatten().byte().argsort(descending=True, stable=True)[: int(rows.sum())]
+        state, offset = places // chosen.shape[1], places % chosen.shape[1]
         count = chosen.sum(-1)
 
         # The student is read at K only. States with fewer positions repeat one that then carries no row.
         rank = chosen.long().cumsum(-1)[state, offset] - 1
-        read = batch.columns[:, :1].repeat(1, max(1, int(count.max())))
+        read = batch.columns[:, :1].repeat(1, max(1, int(rows.max())))
         read[state, rank] = batch.columns[state, offset]
         student_hidden = model.hidden_states(
             batch.student.input_ids, batch.student.attention_mask, read + batch.student.offset
@@ -144,10 +147,11 @@ class Objective:
         """(S, B) bool: K of each state, the k candidates the teacher is surest of, or what the student committed."""
         if self.selection == "student":
             return batch.committed & batch.candidates
-        _, row_confidence = choose_tokens(block_hidden[batch.candidates], weight, self.confidence, mask_id=mask_id)
-        confidence = row_confidence.new_full(batch.candidates.shape, -torch.inf)
-        confidence[batch.candidates] = row_confidence
-        return most_confident(confidence, batch.candidates, batch.k)
+        candidates = block_hidden.flatten(0, 1)[batch.candidate_index]
+        _, row_confidence = choose_tokens(candidates, weight, self.confidence, mask_id=mask_id)
+        confidence = row_confidence.new_full((batch.candidates.numel(),), -torch.inf)
+        confidence[batch.candidate_index] = row_confidence
+        return most_confident(confidence.view(batch.candidates.shape), batch.candidates, batch.k)
 
 
 def top_k_overlap(student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor) -> Tensor:

@@ -100,10 +100,11 @@ def mix_seeds(*values: Tensor | int) -> Tensor:
 
     A draw is then a function of what it is for, and not of what was drawn before it or beside it.
     """
-    state = torch.zeros((), dtype=torch.int64)
+    # Made where the values are: numbers then never have to be sent there.
+    device = next((value.device for value in values if isinstance(value, Tensor)), None)
+    state = torch.zeros((), dtype=torch.int64, device=device)
     for value in values:
-        value = torch.as_tensor(value, dtype=torch.int64)
-        state = (state.to(value.device) ^ value) - 7046029254386353131  # 0x9E3779B97F4A7C15, as a signed integer
+        state = (state ^ value) - 7046029254386353131  # 0x9E3779B97F4A7C15, as a signed integer
         state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
         state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
         state = state ^ ((state >> 31) & 0x1FFFFFFFF)
@@ -146,7 +147,8 @@ def decode(
     """Decode one response to each prompt, as one batch.
 
     A sequence's result depends on its prompt and its seed, not on what it is batched with. Only the masked positions of
-    a sequence's current block meet the LM head.
+    a sequence's current block meet the LM head (with a threshold, where sequences differ in how many these are, as many
+    positions as the sequence has that has most).
 
     Args:
         model: offers ``hidden_states(input_ids, attention_mask, read)`` and ``lm_head_weight``.
@@ -157,7 +159,8 @@ def decode(
         seeds: (N,) int64, one per sequence; unused at temperature 0 unless ``remasking`` is ``random``.
         hints: (N, L) int64 tokens shown ahead of their turn, ``mask_id`` where there is none. A block's hints are
             cleared when decoding enters it.
-        on_step: called after each step with the number of sequences still going.
+        on_step: called after each step with the number of sequences still going (on a GPU, after the last block:
+            asking it costs waiting for it, and is done at the ends of blocks, or at every step with a threshold).
 
     Returns:
         N trajectories, on the CPU.
@@ -169,64 +172,76 @@ def decode(
     tokens = prompt_ids.new_full((count, length), mask_id)
     reveal_step = prompt_ids.new_full((count, length), NEVER)
     seeds = seeds.to(device)
-    schedule = torch.zeros(decoding.blocks, width, dtype=torch.int64)
-    for block, counts in enumerate(decoding.schedule()):
-        schedule[block, : len(counts)] = torch.tensor(counts)
-    schedule = schedule.to(device)
+    # Without a threshold, all sequences are at the same step of the same block, which are then known here.
+    schedule = [(reveals, masked) for counts in decoding.schedule() for reveals, masked in countdown(counts)]
     dtype = getattr(torch, decoding.sampling_dtype)
     kind: Confidence = decoding.remasking if decoding.remasking in ("margin", "entropy") else "probability"
     positions = torch.arange(length, device=device)
     in_block = torch.arange(width, device=device)
-    live = torch.arange(count, device=device)
-    step_in_block = torch.zeros(count, dtype=torch.int64, device=device)
+    live = torch.arange(count, device=device)  # (n,) sequences still going, as of the last look
+    going = torch.ones(count, dtype=torch.bool, device=device)  # (n,) which of these are
     step = 0
     with inference(model):
         while len(live):
-            masked = reveal_step[live] == NEVER
-            start = masked.long().argmax(-1) // width * width  # (n,) of the first block with a mask left
+            unrevealed = reveal_step[live] == NEVER
+            start = unrevealed.long().argmax(-1) // width * width  # (n,) of the first block with a mask left
             shown = tokens[live]
             if hints is not None:
                 shown = torch.where(positions >= start[:, None] + width, hints[live], shown)
-            columns = start[:, None] + in_block
+            masked = unrevealed.gather(1, start[:, None] + in_block)
+            if decoding.threshold is None:
+                reveals, most_masked = schedule[step]
+            else:
+                reveals, most_masked = 1, int(masked.sum(-1).max())
+            # The masked positions of the block, in order; a sequence with fewer has others behind them.
+            offsets = masked.long().argsort(dim=-1, descending=True, stable=True)[:, :most_masked]
+            masked = masked.gather(1, offsets)
+            columns = start[:, None] + offsets
             attention_mask = None
             if prompt_mask is not None:
-                attention_mask = torch.cat((prompt_mask[live], torch.ones_like(masked)), dim=1)
+                attention_mask = torch.cat((prompt_mask[live], torch.ones_like(unrevealed)), dim=1)
             hidden = model.hidden_states(
                 torch.cat((prompt_ids[live], shown), dim=1), attention_mask, columns + prompt_ids.shape[1]
-            )
-            masked = masked.gather(1, columns)
+            ).flatten(0, 1)
             position_seeds = mix_seeds(seeds[live][:, None], step, columns)
             row_tokens, row_confidence = choose_tokens(
-                hidden[masked].to(dtype) if dtype == torch.float64 else hidden[masked],
+                hidden.to(dtype) if dtype == torch.float64 else hidden,
                 model.lm_head_weight,
                 kind,
                 mask_id=mask_id,
                 temperature=decoding.temperature,
-                seeds=position_seeds[masked] if decoding.temperature else None,
+                seeds=position_seeds.flatten() if decoding.temperature else None,
             )
-            confidence = row_confidence.new_full(masked.shape, -torch.inf)
-            confidence[masked] = row_confidence
+            confidence = row_confidence.view(masked.shape)
             if decoding.remasking == "random":
                 confidence = mix_seeds(position_seeds, 1).double()
-            if decoding.threshold is None:
-                reveals = schedule[start // width, step_in_block[live]]
-                chosen = most_confident(confidence, masked, reveals)
-            else:
-                chosen = most_confident(confidence, masked, torch.ones_like(start))
+            chosen = most_confident(confidence, masked, torch.full_like(start, reveals))
+            if decoding.threshold is not None:
                 chosen |= masked & (confidence >= decoding.threshold)
-            rows, offsets = chosen.nonzero(as_tuple=True)
-            filled = tokens.new_zeros(masked.shape).masked_scatter_(masked, row_tokens)
-            tokens[live[rows], columns[rows, offsets]] = filled[chosen]
-            reveal_step[live[rows], columns[rows, offsets]] = step
+            chosen &= going[:, None]
+            places = live[:, None], columns
+            tokens[places] = torch.where(chosen, row_tokens.view(masked.shape), tokens[places])
+            reveal_step[places] = torch.where(chosen, step, reveal_step[places])
+            going = ~finished(tokens[live], reveal_step[live], eos_id, decoding.stop_at_eos)
             step += 1
-            finished_block = (masked & ~chosen).sum(-1) == 0
-            step_in_block[live] = torch.where(finished_block, 0, step_in_block[live] + 1)
-            live = live[~finished(tokens[live], reveal_step[live], eos_id, decoding.stop_at_eos)]
+            if reading_is_free(device) or decoding.threshold is not None or reveals == most_masked:
+                still = going.nonzero()[:, 0]
+                live, going = live[still], going[still]
             if on_step is not None:
                 on_step(len(live))
     tokens = torch.where(reveal_step == NEVER, eos_id, tokens).cpu()
     reveal_step = reveal_step.cpu()
     return [Trajectory(prompt.cpu(), tokens[index], reveal_step[index], width) for index, prompt in enumerate(prompts)]
+
+
+def countdown(reveals: Sequence[int]) -> list[tuple[int, int]]:
+    """Each step's reveals in a block, with how many positions are masked before it."""
+    return [(count, sum(reveals[step:])) for step, count in enumerate(reveals)]
+
+
+def reading_is_free(device: torch.device) -> bool:
+    """Whether the host may read a tensor at any time: it would have to wait until a GPU has finished its work."""
+    return device.type == "cpu"
 
 
 def finished(tokens: Tensor, reveal_step: Tensor, eos_id: int, stop_at_eos: bool) -> Tensor:

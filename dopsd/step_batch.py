@@ -74,6 +74,9 @@ class StepBatch:
         candidates: (S, B) bool, those masked for student and teacher alike: K is chosen among them.
         committed: (S, B) bool, those the student's step revealed.
         k: (S,) int64, how many it revealed.
+        candidate_index: (C,) int64, the candidates' places in the flattened (S, B).
+        rows_by_confidence: (S,) int64 on the CPU, how many candidates K has if the k surest are chosen.
+        rows_by_commit: (S,) int64 on the CPU, how many it has if it is what the student's step revealed.
         lesson: (S,) int64, index of each state's lesson.
         weight: (S,) fp32, 1 / number of states of that lesson (the 1/T of Eq. 12).
     """
@@ -84,6 +87,9 @@ class StepBatch:
     candidates: Tensor
     committed: Tensor
     k: Tensor
+    candidate_index: Tensor
+    rows_by_confidence: Tensor
+    rows_by_commit: Tensor
     lesson: Tensor
     weight: Tensor
 
@@ -130,8 +136,23 @@ def collate(
         )
         student_prompts += [trajectory.prompt_ids] * len(chosen)
         teacher_prompts += [lesson.teacher_prompt_ids] * len(chosen)
-    state, shown, *rest = (torch.cat(part).to(device) for part in zip(*parts, strict=True))
-    return StepBatch(with_prompts(student_prompts, state, pad_id), with_prompts(teacher_prompts, shown, pad_id), *rest)
+    state, shown, columns, candidates, committed, k, number_of_lesson, weight = (
+        torch.cat(part) for part in zip(*parts, strict=True)
+    )
+    return StepBatch(
+        student=with_prompts(student_prompts, state.to(device), pad_id),
+        teacher=with_prompts(teacher_prompts, shown.to(device), pad_id),
+        columns=columns.to(device),
+        candidates=candidates.to(device),
+        committed=committed.to(device),
+        k=k.to(device),
+        # Sizes that the host needs are counted before anything is on a GPU, which it would have to wait for.
+        candidate_index=candidates.flatten().nonzero()[:, 0].to(device),
+        rows_by_confidence=torch.minimum(k, candidates.sum(-1)),
+        rows_by_commit=(committed & candidates).sum(-1),
+        lesson=number_of_lesson.to(device),
+        weight=weight.to(device),
+    )
 
 
 def with_prompts(prompts: Sequence[Tensor], responses: Tensor, pad_id: int) -> Inputs:

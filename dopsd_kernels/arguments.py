@@ -74,10 +74,3 @@ def check_integer(name: str, value: Any, low: int, high: int) -> None:
         raise TypeError(f"{name} must be an int, but is a {type(value).__name__}.")
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, but must be between {low} and {high}.")
-
-
-def check_backend(backend: Any) -> None:
-    """Require a backend that this version has."""
-    check_choice("backend", backend, ("auto", "triton", "torch"))
-    if backend == "triton":
-        raise NotImplementedError('backend is "triton", but this version has no Triton kernels: use "auto" or "torch".')

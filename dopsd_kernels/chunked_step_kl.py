@@ -1,32 +1,37 @@
-"""fused_step_kl in chunks of rows, in plain PyTorch.
+"""fused_step_kl in chunks of rows: the loop and the products around a backend's passes over the logits.
 
-For a chunk of rows: two products give the student's and the teacher's logits, in fp32 and in place;
-element-wise passes turn them into the rows' losses and the gradient with respect to the student's logits,
-which overwrites the student's logits; a third product takes that gradient to the hidden states. Only the
-chunk's two logit buffers and a few temporaries ever exist, and they fit in the workspace.
+For a chunk of rows: a product gives the student's and the teacher's logits, one product for both where they share
+the weight; passes over blocks of them give the rows' losses and the gradient with respect to the student's logits;
+a last product takes that gradient to the hidden states. Only the chunk's logits, the gradient, and a few temporaries
+ever exist, and they fit in the workspace.
 
-    chunk (about 190 rows for V = 32768 and 64 MiB): products need many rows, for each reads the whole weight
-      block (about 25 rows): element-wise passes do not, so their temporaries take a quarter of the space
+    chunk (256 rows for V = 126464 and 256 MiB): products need many rows, for each reads the whole weight
+      block: passes in PyTorch have temporaries, which take a quarter of the space; those in Triton read a block
+        several times, so it should fit the L2 cache
 
-With contributions phi_v(s_v, t_v) and pull_v = s_v dphi_v/ds_v on the kept set U (0 elsewhere), every
-divergence has the same gradient with respect to the student's logits: pull_j - s_j sum_v pull_v.
+The gradient of a 16-bit product overwrites logits that are no longer needed. It starts `head_rows` rows of its own
+size before them; a row of it is half as long as one of the logits, so that b rows can be written from row r on while
+r * 4 + head_rows * 2 >= (r + b) * 2 bytes per column: the blocks grow from head_rows to what is wanted.
+
+    bytes  | head |  student's logits, fp32: row 0 | row 1 | row 2 | ...          | teacher's logits
+           | gradient, 16 bits: 0 | 1 | 2 | 3 | ...
 """
 
-import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dopsd_kernels import divergence, products
 from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.topk import stable_topk
+from dopsd_kernels.vocab_group import VocabGroup
 
-# Temporaries of the element-wise passes, in rows of V or of top_k entries of the compute dtype.
-_VOCAB_TEMPORARIES = 5
-_TOP_K_TEMPORARIES = 12
 # Columns that `grad_threshold` keeps or skips together.
 _SKIP_COLUMNS = 256
+# Products on a GPU work in tiles of this many rows.
+_ROW_TILE = 64
 
 
 class Head(NamedTuple):
@@ -38,7 +43,10 @@ class Head(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the weighted sum of row losses, in the compute dtype; None where none was asked for."""
+    """Gradients of the weighted sum of row losses; None where none was asked for.
+
+    In fp32, or fp64 for fp64 hidden states; that of bf16 hidden states in bf16, which loses nothing more later.
+    """
 
     hidden: Tensor | None  # (N, d)
     weight: Tensor | None  # (V, d)
@@ -50,222 +58,263 @@ class Plan:
     """How the workspace is divided."""
 
     chunk_rows: int  # rows per product
-    block_rows: int  # rows per element-wise pass
-    tile_columns: int  # weight rows (vocabulary columns) converted to the compute dtype at once
+    block_rows: int  # rows per pass over logits
+    head_rows: int  # rows of gradient that fit before the logits; 0 if it lies where the logits were
+    tile_columns: int  # weight rows (vocabulary columns) converted, or multiplied for a weight's gradient, at once
 
 
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype of logits and sums: fp64 for fp64 hidden states, else fp32."""
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype in which the hidden states' gradient is returned."""
+    return hidden.dtype if hidden.dtype == torch.bfloat16 else products.compute_dtype(hidden)
 
 
-def plan_workspace(student: Head, teacher: Head, top_k: int | None, workspace_bytes: int) -> Plan:
-    """Divide the workspace into a chunk's logits, a block's temporaries and a converted weight tile."""
-    dtype = compute_dtype(student.hidden)
-    vocab, width = student.weight.shape
-    teacher_width = teacher.weight.shape[1]
-    widest = max(width, teacher_width)
-    # Per row: two rows of logits, and the hidden rows gathered, converted and differentiated.
-    row_bytes = dtype.itemsize * (2 * vocab + 3 * width + 2 * teacher_width)
-    top_k_entries = 0 if top_k is None else top_k + 1
-    block_row_bytes = dtype.itemsize * (_VOCAB_TEMPORARIES * vocab + _TOP_K_TEMPORARIES * top_k_entries)
-    converted = student.weight.dtype != dtype or teacher.weight.dtype != dtype
-    column_bytes = dtype.itemsize * widest if converted else 0
+def plan_workspace(
+    student: Head,
+    teacher: Head,
+    needs: tuple[bool, bool, bool],
+    options: StepKLOptions,
+    workspace_bytes: int,
+    backend: str,
+    vocab: int,
+) -> Plan:
+    """Divide the workspace into a chunk's logits, a block's temporaries and a converted weight tile.
 
-    floor = row_bytes + block_row_bytes + column_bytes
+    `vocab` is the size of the largest shard: the processes of a group must agree on chunks and blocks.
+    """
+    compute = products.compute_dtype(student.hidden)
+    operand = products.operand_dtype(student.hidden, student.weight)
+    width = student.weight.shape[1]
+    both_widths = width + teacher.weight.shape[1]
+    # Per row: two rows of logits; the hidden states gathered and converted, and the gradients of both products.
+    row_bytes = compute.itemsize * (2 * vocab + both_widths)
+    if any(needs):
+        row_bytes += compute.itemsize * width * (2 if needs[1] else 1)
+    converted = student.weight.dtype != operand or teacher.weight.dtype != operand
+    column_bytes = compute.itemsize * max(width, teacher.weight.shape[1])
+    column_bytes *= converted or (needs[1] and operand != compute)
+    head_row_bytes = operand.itemsize * vocab * (any(needs) and operand != compute)
+    if backend == "triton":
+        wanted_rows = _triton().block_rows(vocab, student.hidden.device)
+        block_row_bytes = _triton().block_row_bytes(options.top_k, student.hidden.device)
+    else:
+        wanted_rows = student.hidden.shape[0]
+        block_row_bytes = divergence.row_bytes(vocab, options, compute)
+
+    floor = row_bytes + block_row_bytes + column_bytes + head_row_bytes
     if workspace_bytes < floor:
         raise ValueError(f"workspace_bytes is {workspace_bytes}, but one row of {vocab} logits needs at least {floor}.")
     spare = workspace_bytes - floor
-    block_rows = 1 + spare // 4 // block_row_bytes
+    block_rows = max(1, min(wanted_rows, 1 + spare // 4 // block_row_bytes))
     spare -= (block_rows - 1) * block_row_bytes
+    head_rows = 0
+    if head_row_bytes:
+        head_rows = 1 + min(block_rows // 4, spare // 16 // head_row_bytes)
+        spare -= (head_rows - 1) * head_row_bytes
     tile_columns = vocab
-    if converted:
+    if column_bytes:
         tile_columns = min(vocab, 1 + spare // 4 // column_bytes)
         spare -= (tile_columns - 1) * column_bytes
-    return Plan(1 + spare // row_bytes, block_rows, tile_columns)
+    return Plan(1 + spare // row_bytes, block_rows, head_rows, tile_columns)
+
+
+def _triton() -> ModuleType:
+    # Imported where it is used: the package needs Triton only for this backend.
+    from dopsd_kernels.triton import step_kl
+
+    return step_kl
 
 
 def step_kl(
     student: Head,
     teacher: Head,
     rows: Tensor | None,  # (A,) int64: the rows to compute; None for all
-    row_scale: Tensor | None,  # (A,) upstream gradient of each computed row's loss; None for no gradients
+    row_scale: Tensor | None,  # (A,) upstream gradient of each computed row's loss; None for ones
     needs: tuple[bool, bool, bool],  # whether hidden, weight and bias need a gradient
     options: StepKLOptions,
     grad_threshold: float,
     workspace_bytes: int,
+    backend: str,
+    group: VocabGroup,
 ) -> tuple[Tensor, Gradients]:
     """Return (row_loss, row_kl, row_clip_fraction) stacked as (3, N), and the gradients."""
-    plan = plan_workspace(student, teacher, options.top_k, workspace_bytes)
-    dtype = compute_dtype(student.hidden)
+    plan = plan_workspace(student, teacher, needs, options, workspace_bytes, backend, group.widest)
+    passes = _triton().rows if backend == "triton" else divergence.rows
+    dtype = products.compute_dtype(student.hidden)
     count = student.hidden.shape[0]
     vocab, width = student.weight.shape
-    if row_scale is None:
-        needs = (False, False, False)
-
-    def zeros(wanted: bool, *shape: int) -> Tensor | None:
-        return student.hidden.new_zeros(shape, dtype=dtype) if wanted else None
-
-    grads = Gradients(zeros(needs[0], count, width), zeros(needs[1], vocab, width), zeros(needs[2], vocab))
+    grads = Gradients(
+        student.hidden.new_zeros((count, width), dtype=gradient_dtype(student.hidden)) if needs[0] else None,
+        student.hidden.new_zeros((vocab, width), dtype=dtype) if needs[1] else None,
+        student.hidden.new_zeros((vocab,), dtype=dtype) if needs[2] else None,
+    )
     stats = student.hidden.new_zeros((3, count), dtype=dtype)
     active = count if rows is None else rows.numel()
-    chunk_rows = min(plan.chunk_rows, active)
-    buffers = student.hidden.new_empty((2, chunk_rows, vocab), dtype=dtype)
+    if active == 0:
+        return stats, grads
+    if row_scale is None:
+        row_scale = student.hidden.new_ones(active, dtype=dtype)
+    bias_s, bias_t = (None if head.bias is None else head.bias.to(dtype) for head in (student, teacher))
+    memory = _Memory(student, plan, min(active, _chunk_rows(active, plan, student.hidden)))
 
-    for start in range(0, active, max(chunk_rows, 1)):
-        stop = min(start + chunk_rows, active)
-        chunk = slice(start, stop) if rows is None else rows[start:stop]
-        hidden = student.hidden[chunk].to(dtype)
-        z_s, z_t = buffers[0, : stop - start], buffers[1, : stop - start]
-        _logits(hidden, student, options.temperature, plan.tile_columns, out=z_s)
-        _logits(teacher.hidden[chunk].to(dtype), teacher, options.temperature, plan.tile_columns, out=z_t)
-        chunk_stats = torch.cat(
+    for chunk in products.tiles(active, memory.chunk_rows):
+        places = chunk if rows is None else rows[chunk]
+        size = chunk.stop - chunk.start
+        z = memory.logits(size)
+        dz = memory.gradient(size) if any(needs) else None
+        hidden = _logits(student, teacher, places, plan.tile_columns, z)
+        stats[:, places] = torch.cat(
             [
-                _rows(s, t, options, any(needs))
-                for s, t in zip(torch.split(z_s, plan.block_rows), torch.split(z_t, plan.block_rows), strict=True)
+                passes(
+                    z[0, block], z[1, block], bias_s, bias_t, options, group, None if dz is None else dz[block], None
+                )
+                for block in _blocks(size, plan)
             ],
             dim=1,
         )
-        stats[:, chunk] = chunk_stats
-        if row_scale is not None:
-            # z_s now holds the gradient of each row's own loss; the row's scale enters on the narrow side.
-            scale = (row_scale[start:stop] / options.temperature)[:, None]
-            _accumulate(z_s, hidden, scale, chunk, student.weight, grads, grad_threshold, plan.tile_columns)
+        if dz is not None:
+            # dz is the gradient of each row's own loss; the row's scale enters on the narrow side.
+            scale = (row_scale[chunk] / options.temperature)[:, None]
+            if grads.hidden is not None:
+                dh = _hidden_gradient(dz, student.weight, grad_threshold, plan.tile_columns, backend)
+                grads.hidden[places] = group.sum(dh).mul_(scale).to(grads.hidden.dtype)
+            if grads.weight is not None:
+                products.add_weight_gradient(grads.weight, dz, hidden, scale, plan.tile_columns)
+            if grads.bias is not None:
+                products.add_bias_gradient(grads.bias, dz, scale)
     return stats, grads
 
 
-def _logits(hidden: Tensor, head: Head, temperature: float, tile_columns: int, out: Tensor) -> None:
-    """Write (hidden W^T + bias) / temperature to `out` (R, V), converting the weight in tiles if need be."""
-    vocab = head.weight.shape[0]
-    bias = None if head.bias is None else head.bias.to(out.dtype)
-    for begin in range(0, vocab, tile_columns):
-        tile = head.weight[begin : begin + tile_columns].to(out.dtype)
-        z = out[:, begin : begin + tile_columns]
-        if bias is None:
-            torch.addmm(z, hidden, tile.T, beta=0, alpha=1 / temperature, out=z)
+def step_kl_from_logits(
+    student: Tensor,  # (N, V)
+    teacher: Tensor,  # (N, V)
+    rows: Tensor | None,  # (A,) int64: the rows to compute; None for all
+    row_scale: Tensor | None,  # (A,) upstream gradient of each computed row's loss; None for ones
+    want_grad: bool,
+    options: StepKLOptions,
+    workspace_bytes: int,
+    backend: str,
+    group: VocabGroup,
+) -> tuple[Tensor, Tensor]:
+    """Return (row_loss, row_kl, row_clip_fraction) stacked as (3, N), and the gradient of `student`."""
+    dtype = products.compute_dtype(student)
+    count = student.shape[0]
+    stats = student.new_zeros((3, count), dtype=dtype)
+    gradients = student.new_zeros(student.shape if want_grad else (0,))
+    if row_scale is not None:
+        row_scale = row_scale / options.temperature
+    elif options.temperature != 1:
+        row_scale = student.new_full((count,), 1 / options.temperature, dtype=dtype)
+
+    if backend == "triton":
+        # Rows that are selected, or whose columns are not contiguous, are copied; others are read in place.
+        row_bytes = 3 * 4 * group.widest + _triton().block_row_bytes(options.top_k, student.device)
+        wanted_rows = _triton().block_rows(group.widest, student.device)
+    else:
+        row_bytes = 2 * dtype.itemsize * group.widest + divergence.row_bytes(group.widest, options, dtype)
+        wanted_rows = count
+    if workspace_bytes < row_bytes:
+        raise ValueError(
+            f"workspace_bytes is {workspace_bytes}, but a row of {group.widest} logits needs at least {row_bytes}."
+        )
+    active = count if rows is None else rows.numel()
+    for block in products.tiles(active, max(1, min(wanted_rows, workspace_bytes // row_bytes))):
+        places = block if rows is None else rows[block]
+        scale = None if row_scale is None else row_scale[block]
+        if backend == "triton":
+            z_s, z_t = (x if x.stride(1) == 1 else x.contiguous() for x in (student[places], teacher[places]))
+            gradient = torch.empty_like(z_s) if want_grad else None
+            stats[:, places] = _triton().rows(z_s, z_t, None, None, options, group, gradient, scale)
         else:
-            addend = bias[begin : begin + tile_columns]
-            torch.addmm(addend, hidden, tile.T, beta=1 / temperature, alpha=1 / temperature, out=z)
+            z_s, z_t = (x[places].to(dtype, copy=True) for x in (student, teacher))
+            gradient = z_s if want_grad else None
+            stats[:, places] = divergence.rows(z_s, z_t, None, None, options, group, gradient, scale)
+        if gradient is not None:
+            gradients[places] = gradient.to(gradients.dtype)
+    return stats, gradients
 
 
-def _accumulate(
-    dz: Tensor,  # (R, V) gradient of each row's loss with respect to its logits
-    hidden: Tensor,  # (R, d)
-    scale: Tensor,  # (R, 1)
-    chunk: slice | Tensor,  # the rows' places among all rows
-    weight: Tensor,  # (V, d)
-    grads: Gradients,
-    grad_threshold: float,
+class _Memory:
+    """The logits of a chunk and the gradient that takes their place."""
+
+    def __init__(self, student: Head, plan: Plan, chunk_rows: int) -> None:
+        self.chunk_rows = chunk_rows
+        self.vocab = student.weight.shape[0]
+        self.dtype = products.compute_dtype(student.hidden)
+        self.operand = products.operand_dtype(student.hidden, student.weight)
+        # The logits begin at a multiple of 256 bytes, as an allocation of their own would.
+        self.head = -(-plan.head_rows * self.vocab * self.operand.itemsize // 256) * 256 // self.dtype.itemsize
+        self.memory = student.hidden.new_empty(self.head + 2 * chunk_rows * self.vocab, dtype=self.dtype)
+
+    def logits(self, rows: int) -> Tensor:
+        """Return (2, R, V), contiguous: the student's and the teacher's."""
+        return self.memory[self.head :][: 2 * rows * self.vocab].view(2, rows, self.vocab)
+
+    def gradient(self, rows: int) -> Tensor:
+        """Return (R, V) in the operands' dtype: the student's logits themselves, if that is theirs."""
+        return self.memory.view(self.operand)[: rows * self.vocab].view(rows, self.vocab)
+
+
+def _chunk_rows(active: int, plan: Plan, hidden: Tensor) -> int:
+    """Return the rows of a chunk: all chunks about equal, for every one reads the whole weight."""
+    limit = plan.chunk_rows
+    if not hidden.is_cuda:
+        return -(-active // -(-active // limit))
+    if limit >= _ROW_TILE:
+        limit = limit // _ROW_TILE * _ROW_TILE
+    return min(limit, -(-active // -(-active // limit) // 8) * 8)
+
+
+def _blocks(count: int, plan: Plan) -> list[slice]:
+    """Return the blocks of a chunk, in order; the module's docstring tells why the first may be small."""
+    blocks: list[slice] = []
+    begin = 0
+    while begin < count:
+        size = min(plan.block_rows, plan.head_rows + begin) if plan.head_rows else plan.block_rows
+        blocks.append(slice(begin, min(begin + size, count)))
+        begin += size
+    return blocks
+
+
+def _logits(
+    student: Head,
+    teacher: Head,
+    places: slice | Tensor,
     tile_columns: int,
-) -> None:
-    """Take a chunk's gradient from the logits to the hidden states, the weight and the bias."""
-    runs = _column_runs(dz, grad_threshold, tile_columns)
-    if grads.hidden is not None:
-        dh = torch.zeros_like(hidden)
-        for columns in runs:
-            dh.addmm_(dz[:, columns], weight[columns].to(dz.dtype))
-        grads.hidden[chunk] = dh.mul_(scale)
-    if grads.weight is not None:
-        scaled = hidden * scale
-        for columns in runs:
-            grads.weight[columns].addmm_(dz[:, columns].T, scaled)
-    if grads.bias is not None:
-        grads.bias.addmv_(dz.T, scale[:, 0])
+    z: Tensor,  # (2, R, V)
+) -> Tensor:
+    """Write a chunk's logits, without bias and temperature; return the student's hidden states as multiplied."""
+    operand = products.operand_dtype(student.hidden, student.weight)
+    hidden = student.hidden[places].to(operand)
+    if teacher.weight is student.weight and teacher.hidden.dtype == student.hidden.dtype:
+        both = torch.cat([hidden, teacher.hidden[places].to(operand)])
+        products.logits(both, student.weight, tile_columns, out=z.flatten(0, 1))
+        return both[: hidden.shape[0]]
+    products.logits(hidden, student.weight, tile_columns, out=z[0])
+    # The student's dtype decides in which the logits are.
+    sixteen = z.dtype == torch.float32 and products.operand_dtype(teacher.hidden, teacher.weight).itemsize == 2
+    seen = teacher.hidden[places].to(teacher.weight.dtype if sixteen else z.dtype)
+    products.logits(seen, teacher.weight, tile_columns, out=z[1])
+    return hidden
 
 
-def _column_runs(dz: Tensor, grad_threshold: float, tile_columns: int) -> list[slice]:
-    """Return the column ranges whose gradient enters the products: all of them when the threshold is 0."""
+def _hidden_gradient(dz: Tensor, weight: Tensor, threshold: float, tile_columns: int, backend: str) -> Tensor:
+    """Return dz @ weight (R, d), without the blocks that `grad_threshold` leaves out."""
+    if weight.dtype == dz.dtype:
+        if threshold == 0:
+            return products.matmul(dz, weight)
+        if backend == "triton" and dz.dtype.itemsize == 2:
+            return _triton().hidden_gradient(dz, weight, threshold)
+    return products.hidden_gradient(dz, weight, _column_runs(dz, threshold, tile_columns))
+
+
+def _column_runs(dz: Tensor, threshold: float, tile_columns: int) -> list[slice]:
+    """Return the column ranges whose gradient enters the product: all of them when the threshold is 0."""
     vocab = dz.shape[1]
-    if grad_threshold == 0:
-        return [slice(begin, min(begin + tile_columns, vocab)) for begin in range(0, vocab, tile_columns)]
+    if threshold == 0:
+        return products.tiles(vocab, tile_columns)
     width = min(_SKIP_COLUMNS, tile_columns)
     low, high = dz.aminmax(dim=0)
     peaks = torch.split(torch.maximum(high, -low), width)
     # NaN is not below the threshold: it must reach the gradient.
-    kept = torch.stack([~(peak < grad_threshold).all() for peak in peaks]).tolist()
+    kept = torch.stack([~(peak < threshold).all() for peak in peaks]).tolist()
     return [slice(i * width, min((i + 1) * width, vocab)) for i, keep in enumerate(kept) if keep]
-
-
-def _rows(z_s: Tensor, z_t: Tensor, options: StepKLOptions, want_grad: bool) -> Tensor:  # (R, V) twice -> (3, R)
-    """Return a block's (loss, kl, clip fraction); with `want_grad`, the gradient ends in z_s."""
-    if options.top_k is None:
-        log_s, log_t = torch.log_softmax(z_s, -1, out=z_s), torch.log_softmax(z_t, -1, out=z_t)
-        return _divergence(log_s, log_t, options, want_grad)
-
-    # The teacher's top-k: k entries, and with a bucket one more whose logit is the logsumexp of the rest.
-    kept = stable_topk(z_t, options.top_k)[1]
-    support_s, support_t = z_s.gather(-1, kept), z_t.gather(-1, kept)
-    if options.tail == "renormalize":
-        grad = support_s.log_softmax(-1)
-        stats = _divergence(grad, support_t.log_softmax(-1), options, want_grad)
-        if want_grad:
-            z_s.zero_().scatter_(-1, kept, grad)
-        return stats
-    rest_s = z_s.scatter_(-1, kept, -math.inf).logsumexp(-1, keepdim=True)
-    rest_t = z_t.scatter_(-1, kept, -math.inf).logsumexp(-1, keepdim=True)
-    grad = torch.cat([support_s, rest_s], -1).log_softmax(-1)
-    stats = _divergence(grad, torch.cat([support_t, rest_t], -1).log_softmax(-1), options, want_grad)
-    if want_grad:
-        # An entry of the rest gets its share of the bucket's gradient; an empty rest has no shares.
-        shares = z_s.sub_(rest_s.masked_fill(rest_s == -math.inf, 0)).exp_()
-        shares.mul_(grad[:, -1:]).scatter_(-1, kept, grad[:, :-1])
-    return stats
-
-
-def _divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: bool) -> Tensor:  # (R, K) -> (3, R)
-    """Return (loss, kl, clip fraction) of each row; with `want_grad`, the gradient overwrites log_s."""
-    # 0 log 0 below is 0, by replacing NaN. A row whose logits hold a NaN is NaN in every column, so one shows
-    # it.
-    broken = (log_s[:, 0] + log_t[:, 0]).isnan()
-    s = log_s.exp()
-    contributions, pull, kl = _contributions(log_s, log_t, s, options)
-    if options.clip is None:
-        loss, clip_fraction = kl, torch.zeros_like(kl)
-    else:
-        loss = contributions.clamp(max=options.clip).sum(-1)
-        # 0 or 1 in place: masks of bool are several times slower on a CPU.
-        kept = contributions.le_(options.clip)
-        clip_fraction = (kept.shape[-1] - kept.sum(-1)) / kept.shape[-1]
-        pull.clamp_(max=torch.finfo(pull.dtype).max).mul_(kept)  # an infinite contribution is a clipped one
-    if want_grad:
-        torch.addcmul(pull, s, pull.sum(-1, keepdim=True), value=-1, out=log_s)
-    return torch.stack([loss, kl, clip_fraction]).masked_fill_(broken, math.nan)
-
-
-def _contributions(
-    log_s: Tensor,  # (R, K)
-    log_t: Tensor,  # (R, K)
-    s: Tensor,  # (R, K)
-    options: StepKLOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each entry's contribution and pull (two tensors if a clip is to follow), and the rows' kl."""
-    if options.divergence == "jsd":
-        # The contributions are nonnegative as they are: both clip forms are one.
-        log_m = torch.logaddexp(log_s + math.log1p(-options.beta), log_t + math.log(options.beta))
-        contributions = _weighted_log_ratio(log_t.exp(), log_t, log_m).mul_(options.beta)
-        pull = _weighted_log_ratio(s, log_s, log_m).mul_(1 - options.beta)
-        contributions.add_(pull)
-        return contributions, pull, contributions.sum(-1)
-
-    nonnegative = options.clip is None or options.clip_form == "nonnegative"
-    if options.divergence == "reverse_kl":
-        contributions = _weighted_log_ratio(s, log_s, log_t)
-        kl = contributions.sum(-1)
-        if options.clip is None:
-            return contributions, contributions, kl
-        if nonnegative:
-            return (contributions - s).add_(log_t.exp()), contributions, kl
-        return contributions, contributions + s, kl
-
-    t = log_t.exp()
-    contributions = _weighted_log_ratio(t, log_t, log_s)
-    kl = contributions.sum(-1)
-    if nonnegative:
-        pull = s - t
-        return contributions.add_(pull), pull, kl
-    return contributions, t.neg_(), kl
-
-
-def _weighted_log_ratio(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p log(p / q): 0 where p is 0, infinite where only q is."""
-    return (log_p - log_q).mul_(p).nan_to_num_(nan=0.0, posinf=math.inf)

@@ -7,15 +7,19 @@ from torch import Tensor
 
 from dopsd_kernels import chunked_confidence
 from dopsd_kernels.arguments import (
-    check_backend,
     check_bias,
+    check_choice,
     check_device,
     check_head,
     check_integer,
     check_number,
     check_shape,
 )
+from dopsd_kernels.backends import choose_backend
 from dopsd_kernels.contracts import ConfidenceOutput
+
+# The largest top_k of the Triton kernels, which keep that many entries of a row in registers.
+_MAX_TRITON_TOP_K = 128
 
 
 def fused_confidence(
@@ -50,7 +54,9 @@ def fused_confidence(
             seed per row. With one integer, row i of the flattened rows has the seed + i.
         top_k: how many of the largest logits to return, at most the number of ids that can be chosen.
         exclude: ids that cannot be chosen. Their logits are -inf everywhere: no output counts them.
-        backend: "auto" or "torch". This version has no "triton".
+        backend: "auto" is "triton" on a GPU that there are kernels for, and "torch" elsewhere, for fp64 and for
+            `top_k` above 128. "triton" raises where it cannot run. Both give the same ids, up to rounding of
+            logits (and of scores, about 1e-6) that are nearly equal.
 
     Returns:
         ConfidenceOutput: the `token` with its `logit`; the `logsumexp`, `max_logit` and `argmax` of all
@@ -59,30 +65,30 @@ def fused_confidence(
         logsumexp).
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        NotImplementedError: `backend` is "triton".
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range, or `backend` is "triton"
+            and cannot run.
     """
     check_head("hidden", hidden, "weight", weight)
     leading, device, vocab = hidden.shape[:-1], hidden.device, weight.shape[0]
     check_device("weight", weight, device)
     check_bias("bias", bias, vocab, device)
     check_number("temperature", temperature, 0)
-    check_backend(backend)
-    ids = None
-    if len(exclude):
-        for token in exclude:
-            check_integer("exclude", token, 0, vocab - 1)
-        distinct = sorted(set(exclude))
-        if len(distinct) == vocab:
-            raise ValueError(f"exclude holds all {vocab} ids, but must leave one that can be chosen.")
-        ids = torch.tensor(distinct, device=device)
-    check_integer("top_k", top_k, 0, vocab if ids is None else vocab - len(ids))
+    check_choice("backend", backend, ("auto", "triton", "torch"))
+    for token in exclude:
+        check_integer("exclude", token, 0, vocab - 1)
+    excluded = sorted(set(exclude))
+    if len(excluded) == vocab:
+        raise ValueError(f"exclude holds all {vocab} ids, but must leave one that can be chosen.")
+    check_integer("top_k", top_k, 0, vocab - len(excluded))
     seeds = _row_seeds(seed, leading, device) if temperature > 0 else None
 
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        output = chunked_confidence.confidence(
-            hidden.reshape(-1, weight.shape[1]), weight, bias, temperature, seeds, top_k, ids
-        )
+    arguments = (hidden.reshape(-1, weight.shape[1]), weight, bias, temperature, seeds, top_k, excluded, backend)
+    with torch.no_grad():
+        # Outside of torch.compile the op would do the same, but a call of a small problem would take a third longer.
+        if torch.compiler.is_compiling():
+            output = _with_token(ConfidenceOutput(*torch.ops.dopsd.confidence(*arguments)), seeds)
+        else:
+            output = _compute(*arguments)
     if len(leading) == 1:
         return output
     return ConfidenceOutput(*(x.reshape(leading + x.shape[1:]) for x in output))
@@ -99,3 +105,103 @@ def _row_seeds(seed: int | Tensor | None, leading: torch.Size, device: torch.dev
     check_shape("seed", seed, leading, "one per row")
     check_device("seed", seed, device)
     return seed.reshape(-1)
+
+
+def _compute(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+    seed: Tensor | None,  # (N,) int64; None at temperature 0
+    top_k: int,
+    exclude: list[int],
+    backend: str,
+) -> ConfidenceOutput:
+    also = f"top_k is above {_MAX_TRITON_TOP_K}" if top_k > _MAX_TRITON_TOP_K else None
+    if choose_backend(backend, (hidden, weight, bias), also) == "triton":
+        from dopsd_kernels.triton.confidence import confidence
+
+        output = _empty_output(hidden, seed, top_k)
+        confidence(output, hidden, weight, bias, temperature, seed, top_k, exclude)
+        return _with_token(output, seed)
+    ids = torch.tensor(exclude, device=hidden.device) if exclude else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        return chunked_confidence.confidence(hidden, weight, bias, temperature, seed, top_k, ids)
+
+
+def _empty_output(
+    hidden: Tensor,  # (N, d)
+    seed: Tensor | None,  # (N,)
+    top_k: int,
+) -> ConfidenceOutput:
+    """Return outputs to be written; without a seed, `token` and `logit` have no entries."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    count = hidden.shape[0]
+    sampled = 0 if seed is None else count
+
+    def ids(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=torch.int64)
+
+    def logits(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=dtype)
+
+    return ConfidenceOutput(
+        token=ids(sampled),
+        logit=logits(sampled),
+        logsumexp=logits(count),
+        max_logit=logits(count),
+        argmax=ids(count),
+        top_values=logits(count, top_k),
+        top_indices=ids(count, top_k),
+    )
+
+
+def _with_token(output: ConfidenceOutput, seed: Tensor | None) -> ConfidenceOutput:
+    return output if seed is not None else output._replace(token=output.argmax, logit=output.max_logit)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The op that torch.compile sees
+#
+# `dopsd::confidence` is opaque to it, so that what depends on the device (backend, configurations) is decided when
+# the op runs. An op may not return one tensor twice: without a seed, its `token` and `logit` have no entries.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _op(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+    seed: Tensor | None,  # (N,) int64
+    top_k: int,
+    exclude: list[int],
+    backend: str,
+) -> ConfidenceOutput:
+    output = _compute(hidden, weight, bias, temperature, seed, top_k, exclude, backend)
+    if seed is not None:
+        return output
+    return output._replace(token=output.argmax.new_empty(0), logit=output.max_logit.new_empty(0))
+
+
+def _fake_op(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V, d)
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+    seed: Tensor | None,  # (N,) int64
+    top_k: int,
+    exclude: list[int],
+    backend: str,
+) -> ConfidenceOutput:
+    return _empty_output(hidden, seed, top_k)
+
+
+_LIBRARY = torch.library.Library("dopsd", "FRAGMENT")
+_LIBRARY.define(
+    "confidence(Tensor hidden, Tensor weight, Tensor? bias, float temperature, Tensor? seed, int top_k, int[] exclude, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+_LIBRARY.impl("confidence", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("dopsd::confidence", _fake_op, lib=_LIBRARY)

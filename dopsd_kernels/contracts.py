@@ -38,3 +38,9 @@ class StepKLOptions:
     top_k: int | None = None
     tail: str = "renormalize"
     temperature: float = 1.0
+
+    def entries(self, vocab: int) -> int:
+        """Return how many entries a row's divergence has: those of the vocabulary, or of the teacher's top-k."""
+        if self.top_k is None:
+            return vocab
+        return self.top_k + (self.tail == "bucket")

@@ -1,15 +1,12 @@
 """fused_step_kl: a student's divergence from its teacher, from hidden states, without their logits."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dopsd_kernels import chunked_step_kl
 from dopsd_kernels.arguments import (
-    check_backend,
     check_bias,
     check_choice,
     check_device,
@@ -19,12 +16,13 @@ from dopsd_kernels.arguments import (
     check_number,
     check_shape,
 )
-from dopsd_kernels.chunked_step_kl import Gradients, Head
-from dopsd_kernels.contracts import StepKLOptions, StepKLOutput
+from dopsd_kernels.contracts import StepKLOutput
+from dopsd_kernels.step_kl_ops import StepKL, StepKLFromLogits
 
-# Products of about 190 rows at V = 32768, enough for their full rate on a CPU, and of 50 at V = 126464.
-# A GPU needs about 256 rows to be limited by arithmetic, not by reading the weight: 384 MiB at V = 126464.
-DEFAULT_WORKSPACE_BYTES = 64 << 20
+# On a CPU, products of about 190 rows at V = 32768, enough for their full rate. On a GPU, of 256 rows at
+# V = 126464: with fewer they are limited by reading the weight.
+_CPU_WORKSPACE_BYTES = 64 << 20
+_GPU_WORKSPACE_BYTES = 256 << 20
 
 
 def fused_step_kl(
@@ -45,7 +43,9 @@ def fused_step_kl(
     temperature: float = 1.0,
     reduction: str = "mean",
     grad_threshold: float = 0.0,
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
+    workspace_bytes: int | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    check_finite: bool = False,
     backend: str = "auto",
 ) -> StepKLOutput:
     """Compute the step-level distillation loss of d-OPSD (the inner sum of Eq. 12) from hidden states.
@@ -68,17 +68,19 @@ def fused_step_kl(
     entry pulls towards s = t.
 
     The logits never exist as a whole: rows are processed in chunks that fit in `workspace_bytes`. For "mean"
-    and "sum" the gradient is computed in the forward pass and stored in the compute dtype (one hidden-sized
-    tensor, and one weight-sized tensor if the weight is trained); for "none" it is recomputed in the backward
-    pass, for the rows that have an upstream gradient. The compute dtype is fp64 for fp64 `student_hidden` and
-    else fp32; tensors of other dtypes are converted, weights in tiles. Autocast has no effect inside. There
-    is no second derivative.
+    and "sum" the gradient is computed in the forward pass and stored in the compute dtype, or bf16 for bf16
+    `student_hidden` (one hidden-sized tensor, and one weight-sized tensor if the weight is trained); for "none" it
+    is recomputed in the backward pass, for the rows that have an upstream gradient. The compute dtype is fp64 for
+    fp64 `student_hidden` and else fp32. On a GPU, hidden states and weight of one 16-bit dtype are multiplied as
+    they are, into fp32 logits, and the logits' gradient is rounded to that dtype once; else, tensors of other dtypes
+    are converted, weights in tiles. Autocast has no effect inside. There is no second derivative.
 
     Args:
         student_hidden: (..., d), fp16, bf16, fp32 or fp64. Gets a gradient.
         teacher_hidden: (..., d_t) with the same leading dimensions. No teacher tensor may require a gradient.
-        weight: (V, d), the LM head. Gets a gradient, accumulated in the compute dtype, if it requires one;
-            that gradient is the student's alone, also when the teacher uses the same weight.
+        weight: (V, d), the LM head; one that FSDP2 has sharded is gathered. Gets a gradient, accumulated in the
+            compute dtype, if it requires one; that gradient is the student's alone, also when the teacher uses the
+            same weight.
         teacher_weight: (V, d_t). None: the teacher uses `weight`, as a constant, and `bias` unless
             `teacher_bias` is given. With a `teacher_weight`, a teacher without `teacher_bias` has no bias.
         bias: (V,), entries may be -inf. Gets a gradient if it requires one.
@@ -101,8 +103,14 @@ def fused_step_kl(
             gradient by less than grad_threshold * scale / temperature * sum of |weight[v, i]| over the
             columns left out, where scale is the row's weight, divided by the number of rows for "mean".
         workspace_bytes: limit of the tensors that exist at once beside inputs, outputs and gradients. Buffers
-            of the allocator and of the matrix products come on top.
-        backend: "auto" or "torch". This version has no "triton".
+            of the allocator and of the matrix products come on top. None: 64 MiB, on a GPU 256 MiB.
+        vocab_group: a process group over which the vocabulary is sharded, as in tensor parallelism: each process
+            gives its consecutive rows of the weights and biases, in rank order, and the same hidden states and
+            options. Outputs and the gradient of `student_hidden` are those of the whole vocabulary, on every
+            process. Only numbers per row are exchanged, and that gradient.
+        check_finite: look for NaN and infinities in all inputs first. That reads each once, and waits for a GPU.
+        backend: "torch", or "triton" for the kernels, which need a GPU and fp16, bf16 or fp32. "auto" takes the
+            kernels where they can be used.
 
     Returns:
         StepKLOutput: `loss`, and for every row, detached and in the leading dimensions, `row_loss`
@@ -112,9 +120,11 @@ def fused_step_kl(
         has none, the reverse KL is infinite; an unclipped row of infinite loss has no meaningful gradient.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
-        NotImplementedError: `backend` is "triton".
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range, or `backend` is "triton" and
+            the kernels cannot be used.
     """
+    weight, teacher_weight = _whole(weight), None if teacher_weight is None else _whole(teacher_weight)
+    bias, teacher_bias = (None if x is None else _whole(x) for x in (bias, teacher_bias))
     check_head("student_hidden", student_hidden, "weight", weight)
     if teacher_weight is None:
         check_head("teacher_hidden", teacher_hidden, "weight", weight)
@@ -136,56 +146,91 @@ def fused_step_kl(
     check_bias("teacher_bias", teacher_bias, vocab, device)
     _check_frozen("teacher_hidden", teacher_hidden)
     _check_frozen("teacher_bias", teacher_bias)
-    check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "jsd"))
-    check_choice("clip_form", clip_form, ("plain", "nonnegative"))
-    check_choice("tail", tail, ("renormalize", "bucket"))
+    options = check_options(divergence, beta, clip, clip_form, top_k, tail, temperature, vocab, vocab_group)
+    settings = check_settings(workspace_bytes, vocab_group, check_finite, backend, device)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_number("beta", beta, 0, above=True, high=1)
-    check_number("temperature", temperature, 0, above=True)
     check_number("grad_threshold", grad_threshold, 0)
-    if clip is not None:
-        check_number("clip", clip, 0)
-    if top_k is not None:
-        check_integer("top_k", top_k, 1, vocab)
-    check_integer("workspace_bytes", workspace_bytes, 1, 1 << 62)
-    check_backend(backend)
-    rows = None
     if row_weight is not None:
         row_weight = _check_row_weight(row_weight, leading, device)
-        rows = row_weight.nonzero()[:, 0]
-        if rows.numel() == row_weight.numel():
-            rows = None
-
-    if teacher_weight is None:
-        teacher_weight = weight.detach()
-        if teacher_bias is None and bias is not None:
-            teacher_bias = bias.detach()
+    if teacher_weight is None and teacher_bias is None and bias is not None:
+        teacher_bias = bias.detach()
     grad_enabled = torch.is_grad_enabled()
     needs = (
         grad_enabled and student_hidden.requires_grad,
         grad_enabled and weight.requires_grad,
         grad_enabled and bias is not None and bias.requires_grad,
     )
-    settings = _Settings(
-        options=StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature),
-        reduction=reduction,
-        grad_threshold=grad_threshold,
-        workspace_bytes=workspace_bytes,
-        needs=needs,
-    )
-    outputs = _StepKL.apply(
-        student_hidden.reshape(-1, weight.shape[1]),
+    outputs = StepKL.apply(
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
         weight,
         bias,
-        teacher_hidden.reshape(-1, teacher_weight.shape[1]),
+        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
         teacher_weight,
         teacher_bias,
         row_weight,
-        rows,
-        settings,
+        reduction,
+        needs,
+        options,
+        (grad_threshold, *settings),
     )
-    loss, *per_row = (x.reshape(leading) if x.dim() else x for x in outputs)
-    return StepKLOutput(loss, *per_row)
+    return StepKLOutput(*(x.reshape(leading) if x.dim() else x for x in outputs))
+
+
+def step_kl_from_logits(
+    student_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    *,
+    row_weight: Tensor | None = None,  # (N,)
+    divergence: str = "reverse_kl",
+    beta: float = 0.5,
+    clip: float | None = None,
+    clip_form: str = "plain",
+    top_k: int | None = None,
+    tail: str = "renormalize",
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    workspace_bytes: int | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    check_finite: bool = False,
+    backend: str = "auto",
+) -> StepKLOutput:
+    """Compute `fused_step_kl`'s loss from logits, for a model whose LM head cannot be reached.
+
+    The same divergences, clips, reductions and outputs; see there. Beyond the logits and the student's gradient, both
+    of which are the caller's, only the workspace is used: softmaxes, losses and masks of N x V never exist. The
+    gradient is computed in the backward pass, in fp32, and rounded once to the logits' dtype.
+
+    Args:
+        student_logits: (..., V), fp16, bf16, fp32 or fp64. Gets a gradient.
+        teacher_logits: (..., V), same shape; may not require a gradient.
+        row_weight, divergence, beta, clip, clip_form, top_k, tail, temperature, reduction, workspace_bytes,
+            vocab_group, check_finite, backend: as for `fused_step_kl`. With a `vocab_group` the logits are this
+            process' columns, and so is the gradient.
+
+    Returns:
+        StepKLOutput, as `fused_step_kl`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, shape, device or range.
+    """
+    check_floating("student_logits", student_logits)
+    check_floating("teacher_logits", teacher_logits)
+    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
+        raise ValueError(f"student_logits has shape {tuple(student_logits.shape)}, but must have (..., V) with V >= 1.")
+    *leading, vocab = student_logits.shape
+    device = student_logits.device
+    check_shape("teacher_logits", teacher_logits, (*leading, vocab), "that of student_logits")
+    check_device("teacher_logits", teacher_logits, device)
+    _check_frozen("teacher_logits", teacher_logits)
+    options = check_options(divergence, beta, clip, clip_form, top_k, tail, temperature, vocab, vocab_group)
+    settings = check_settings(workspace_bytes, vocab_group, check_finite, backend, device)
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if row_weight is not None:
+        row_weight = _check_row_weight(row_weight, torch.Size(leading), device)
+    outputs = StepKLFromLogits.apply(
+        student_logits.reshape(-1, vocab), teacher_logits.reshape(-1, vocab), row_weight, reduction, options, settings
+    )
+    return StepKLOutput(*(x.reshape(leading) if x.dim() else x for x in outputs))
 
 
 def step_mean_weights(step_ids: Tensor) -> Tensor:  # (N,) -> (N,)
@@ -215,88 +260,48 @@ def step_mean_weights(step_ids: Tensor) -> Tensor:  # (N,) -> (N,)
     return share.to(torch.float32)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    options: StepKLOptions
-    reduction: str
-    grad_threshold: float
-    workspace_bytes: int
-    needs: tuple[bool, bool, bool]  # of hidden, weight and bias
-
-    def run(
-        self,
-        student: Head,
-        teacher: Head,
-        rows: Tensor | None,
-        row_scale: Tensor | None,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor, Gradients]:
-        # Which of the operations inside autocast would round is PyTorch's to change.
-        with torch.autocast(student.hidden.device.type, enabled=False):
-            return chunked_step_kl.step_kl(
-                student,
-                teacher,
-                rows,
-                row_scale,
-                needs,
-                self.options,
-                self.grad_threshold,
-                self.workspace_bytes,
-            )
+def check_options(
+    divergence: str,
+    beta: float,
+    clip: float | None,
+    clip_form: str,
+    top_k: int | None,
+    tail: str,
+    temperature: float,
+    vocab: int,
+    vocab_group: dist.ProcessGroup | None,
+) -> tuple[str, float, float | None, str, int | None, str, float]:
+    """Check what defines a row's loss, and return it in the order of `StepKLOptions`."""
+    check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "jsd"))
+    check_choice("clip_form", clip_form, ("plain", "nonnegative"))
+    check_choice("tail", tail, ("renormalize", "bucket"))
+    check_number("beta", beta, 0, above=True, high=1)
+    check_number("temperature", temperature, 0, above=True)
+    if clip is not None:
+        check_number("clip", clip, 0)
+    if top_k is not None:
+        # How many columns the other processes of a group hold is known only later.
+        check_integer("top_k", top_k, 1, vocab if vocab_group is None else 1 << 62)
+    return divergence, beta, clip, clip_form, top_k, tail, temperature
 
 
-class _StepKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # (N, d)
-        weight: Tensor,  # (V, d)
-        bias: Tensor | None,  # (V,)
-        teacher_hidden: Tensor,  # (N, d_t)
-        teacher_weight: Tensor,  # (V, d_t)
-        teacher_bias: Tensor | None,  # (V,)
-        row_weight: Tensor | None,  # (N,)
-        rows: Tensor | None,  # (A,) the rows of non-zero weight; None for all
-        settings: _Settings,
-    ) -> tuple[Tensor, ...]:
-        student, teacher = Head(hidden, weight, bias), Head(teacher_hidden, teacher_weight, teacher_bias)
-        dtype = chunked_step_kl.compute_dtype(hidden)
-        if row_weight is None:
-            row_weight = hidden.new_ones(hidden.shape[0], dtype=dtype)
-        row_weight = row_weight.to(dtype)
-        scale = row_weight if rows is None else row_weight[rows]
-        if settings.reduction == "mean":
-            scale = scale / max(scale.numel(), 1)
-
-        recompute = settings.reduction == "none"
-        needs = (False, False, False) if recompute else settings.needs
-        stats, grads = settings.run(student, teacher, rows, scale, needs)
-        row_loss, row_kl, row_clip_fraction = stats.unbind()
-        loss = row_weight * row_loss
-        if settings.reduction != "none":
-            loss = loss.sum()
-        if settings.reduction == "mean":
-            loss = loss / max(scale.numel(), 1)
-
-        ctx.settings = settings
-        ctx.save_for_backward(*((*student, *teacher, row_weight) if recompute else grads))
-        ctx.mark_non_differentiable(row_loss, row_kl, row_clip_fraction)
-        return loss, row_loss, row_kl, row_clip_fraction
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        settings: _Settings = ctx.settings
-        if settings.reduction == "none":
-            *sides, row_weight = ctx.saved_tensors
-            student, teacher = Head(*sides[:3]), Head(*sides[3:])
-            scale = upstream * row_weight
-            rows = scale.nonzero()[:, 0]
-            grads = settings.run(student, teacher, rows, scale[rows], settings.needs)[1]
-        else:
-            grads = Gradients(*(None if g is None else g * upstream for g in ctx.saved_tensors))
-        # Autograd rounds these to the inputs' dtypes: only now, for unscaled fp16 would lose small gradients.
-        return *grads, None, None, None, None, None, None
+def check_settings(
+    workspace_bytes: int | None,
+    vocab_group: dist.ProcessGroup | None,
+    check_finite: bool,
+    backend: str,
+    device: torch.device,
+) -> tuple[int, str | None, bool, str]:
+    """Check what defines how a loss is computed, and return it in the order of the operators."""
+    if workspace_bytes is None:
+        workspace_bytes = _GPU_WORKSPACE_BYTES if device.type == "cuda" else _CPU_WORKSPACE_BYTES
+    check_integer("workspace_bytes", workspace_bytes, 1, 1 << 62)
+    check_choice("backend", backend, ("auto", "triton", "torch"))
+    if not isinstance(check_finite, bool):
+        raise TypeError(f"check_finite must be a bool, but is a {type(check_finite).__name__}.")
+    if vocab_group is not None and not isinstance(vocab_group, dist.ProcessGroup):
+        raise TypeError(f"vocab_group must be a torch.distributed.ProcessGroup, but is a {type(vocab_group).__name__}.")
+    return workspace_bytes, None if vocab_group is None else vocab_group.group_name, check_finite, backend
 
 
 def _check_frozen(name: str, tensor: Tensor | None) -> None:
@@ -316,6 +321,17 @@ def _check_row_weight(row_weight: Any, leading: torch.Size, device: torch.device
     if row_weight.requires_grad:
         raise ValueError("row_weight requires a gradient, but gets none: pass row_weight.detach().")
     flat: Tensor = row_weight.reshape(-1)
-    if not bool(((flat >= 0) & (flat < torch.inf)).all()):
-        raise ValueError("row_weight has negative, infinite or NaN entries, but must be finite and nonnegative.")
     return flat
+
+
+def _whole(tensor: Any) -> Any:
+    """Gather a parameter that FSDP2 has sharded; its gradient is averaged over the processes, as FSDP2 does."""
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None:
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    whole = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Where no GPU compiles the Triton kernels, their interpreter runs them. Triton looks when it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import set_seed
 
 from dopsd.models import load_model

@@ -13,9 +13,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from dopsd import confidence, objective
 from dopsd.errors import UsageError
 from dopsd.models import add_lora
 from dopsd.models.llada import LLaDAModelLM
@@ -25,6 +26,7 @@ from dopsd.sampler import mix_seeds
 from dopsd.step_batch import Lesson, step_batches
 from dopsd.teacher import STUDENT, TEACHER, TeacherWeights
 from dopsd.trajectory import NEVER, Trajectory
+from dopsd_kernels import fused_confidence
 
 BLOCK, LENGTH, EOS = 4, 16, 0
 DEFAULTS: dict[str, Any] = {
@@ -534,8 +536,8 @@ def test_only_candidates_and_k_meet_the_head(
 ) -> None:
     """Forward and backward: logits of the teacher at the candidates and of both sides at K, and nothing more.
 
-    The products are those with the teacher's candidates (twice where entropies are taken), then over K the student's
-    and the teacher's logits, the gradient back to the hidden states, and both sides of the overlap metric.
+    The products are those with the teacher's candidates (twice where entropies are taken), then over K both sides'
+    logits in one, the gradient back to the hidden states, and both sides of the overlap metric.
     """
     setup = make_setup(small_llada, kind, torch.float32, vocab_size=VOCAB, mask_token_id=VOCAB - 1)
     options = Objective(**{**DEFAULTS, "confidence": confidence, "clip": clip})
@@ -550,7 +552,7 @@ def test_only_candidates_and_k_meet_the_head(
     assert max(watch.rows) == allowed
     assert watch.largest <= allowed * VOCAB
     chosen = [candidates] * (2 if confidence == "entropy" else 1)
-    assert sorted(watch.products) == sorted(chosen + [k_rows] * 5)
+    assert sorted(watch.products) == sorted([*chosen, 2 * k_rows, k_rows, k_rows, k_rows])
 
 
 def test_student_selection_needs_no_candidates(small_llada: Callable[..., LLaDAModelLM]) -> None:
@@ -561,7 +563,49 @@ def test_student_selection_needs_no_candidates(small_llada: Callable[..., LLaDAM
     (batch,) = step_batches(lessons, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
     with Watch(setup.model, VOCAB, 16) as watch:
         options.forward(setup.network, setup.teacher, batch, setup.mask_id).loss.backward()
-    assert watch.products == [int(batch.k.sum())] * 5
+    k_rows = int(batch.k.sum())
+    assert watch.products == [2 * k_rows, k_rows, k_rows, k_rows]
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations for which a GPU's host waits, as long as no operator of the loss is on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else []
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique") or any(
+            x is not None and x.dtype == torch.bool for x in indices
+        ):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("selection", ["teacher", "student"])
+def test_choosing_k_waits_for_nothing(
+    small_llada: Callable[..., LLaDAModelLM], monkeypatch: pytest.MonkeyPatch, selection: str
+) -> None:
+    """How many positions K has is known beforehand; the loss alone waits, to see that its row weights are right."""
+    setup = make_setup(small_llada, "fixed")
+    options = Objective(**{**DEFAULTS, "selection": selection})
+    lessons = lessons_of(options, make_rollouts(37), StubDecoder(), [0, 1, 2])
+    (batch,) = step_batches(lessons, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
+
+    def unwatched(*args: Any, **kwargs: Any) -> Any:
+        # On a GPU these are kernels that wait for nothing; their stand-in on a CPU is written otherwise.
+        with _disable_current_modes():
+            return fused_confidence(*args, **kwargs)
+
+    for module in (confidence, objective):
+        monkeypatch.setattr(module, "fused_confidence", unwatched)
+    cpu_counts = 2  # the total and the largest, read from tensors that stay on the host
+    with Waits() as waits:
+        options.forward(setup.network, setup.teacher, batch, setup.mask_id)
+    assert waits.names.count("_local_scalar_dense") == cpu_counts + 1
+    assert sorted(set(waits.names)) == ["_local_scalar_dense", "nonzero"] and waits.names.count("nonzero") == 1
 
 
 def test_teacher_adapter_is_not_in_the_students_graph(small_llada: Callable[..., LLaDAModelLM]) -> None:

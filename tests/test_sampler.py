@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from dopsd import confidence, sampler
 from dopsd.errors import UsageError
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.sampler import Decoding, decode, inference, left_pad, mix_seeds, spread
 from dopsd.trajectory import NEVER, Trajectory
+from dopsd_kernels import fused_confidence
 from dopsd_kernels.reference import gumbel_noise
 
 MASK, EOS, VOCAB = 36, 0, 37
@@ -313,6 +315,61 @@ def test_on_step_counts_those_still_going(small_llada: Callable[..., LLaDAModelL
     lengths = [trajectory.num_steps for trajectory in found]
     assert len(set(lengths)) > 1
     assert going == [sum(length > step + 1 for length in lengths) for step in range(max(lengths))]
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which a GPU's host waits: those whose result or its size is read there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else []
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "masked_scatter", "equal")
+        self.count += any(x is not None and x.dtype == torch.bool for x in indices)
+        return func(*args, **(kwargs or {}))
+
+
+def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, out of sight of dispatch modes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def test_waits_are_counted() -> None:
+    """The instrument works."""
+    x = torch.arange(3)
+    with Waits() as waits:
+        int(x.sum())
+        x[x > 1]
+        x[x > 1] = 0
+        (x > 1).nonzero()
+    assert waits.count == 4
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "margin", "random"])
+def test_a_gpu_is_waited_for_once_a_block(
+    small_llada: Callable[..., LLaDAModelLM], monkeypatch: pytest.MonkeyPatch, remasking: Any
+) -> None:
+    """Where reading is not free, sequences that have stopped wait for the others of their block, and change nothing."""
+    model = eager_to_stop(small_llada())
+    decoding, prompts = Decoding(12, 4, temperature=0.9, remasking=remasking), make_prompts(5, 7) * 4
+    expected = run(model, prompts, decoding, torch.arange(8))
+    assert len({trajectory.num_steps for trajectory in expected}) > 1
+    monkeypatch.setattr(sampler, "reading_is_free", lambda device: False)
+
+    # On a GPU the first is kernels that wait for nothing, and the second is made of what has been brought to the host.
+    monkeypatch.setattr(confidence, "fused_confidence", unwatched(fused_confidence))
+    monkeypatch.setattr(sampler, "Trajectory", unwatched(Trajectory))
+    going: list[int] = []
+    with Waits() as waits:
+        found = run(model, prompts, decoding, torch.arange(8), on_step=going.append)
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+    assert waits.count == len(going) // 2  # two steps a block
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

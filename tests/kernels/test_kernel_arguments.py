@@ -1,14 +1,23 @@
 """Every bad argument is refused with one sentence that names it."""
 
+import inspect
+import math
 import re
 
 import pytest
 import torch
 
 import dopsd_kernels
-from dopsd_kernels import fused_confidence, fused_step_kl, step_mean_weights
+from dopsd_kernels import (
+    StepKLLoss,
+    backends,
+    fused_confidence,
+    fused_step_kl,
+    step_kl_from_logits,
+    step_mean_weights,
+)
 
-H, W = torch.zeros(2, 3, 4), torch.zeros(8, 4)
+H, W, B, Z = torch.zeros(2, 3, 4), torch.zeros(8, 4), torch.zeros(8), torch.zeros(2, 3, 8)
 ROWS = torch.ones(6)
 
 
@@ -38,8 +47,10 @@ STEP_KL = {
     "temperature": [0.0, -1.0, float("inf"), float("nan"), None],
     "reduction": ["batchmean", None],
     "grad_threshold": [-1e-9, float("nan"), None],
-    "workspace_bytes": [0, 63, 1e6, None],
-    "backend": ["cuda", "triton", None],
+    "workspace_bytes": [0, 63, 1e6, "64 MiB"],
+    "vocab_group": ["tp", 0],
+    "check_finite": [1, None],
+    "backend": ["cuda", None],
 }  # fmt: skip
 CONFIDENCE = {
     "hidden": [None, H.long(), torch.tensor(1.0), torch.zeros(2, 3, 5)],
@@ -49,7 +60,7 @@ CONFIDENCE = {
     "seed": [None, 1.0, True, 1 << 63, torch.zeros(6).long(), torch.zeros(2, 3), meta(2, 3).long()],
     "top_k": [-1, 9, 1.0],
     "exclude": [(8,), (-1,), (1.0,), range(8)],
-    "backend": ["cuda", "triton"],
+    "backend": ["cuda", None],
 }  # fmt: skip
 
 
@@ -105,12 +116,95 @@ def test_the_smallest_workspace_is_named_and_enough():
         refused(fused_step_kl, "workspace_bytes", arguments | {"workspace_bytes": floor - 1})
 
 
-def test_both_backends_of_this_version_are_one():
-    assert torch.equal(fused_step_kl(H, H, W, backend="torch").loss, fused_step_kl(H, H, W, backend="auto").loss)
-    with pytest.raises(NotImplementedError, match='use "auto" or "torch"'):
-        fused_step_kl(H, H, W, backend="triton")
+FROM_LOGITS = {
+    "student_logits": [None, Z.long(), torch.tensor(1.0), torch.zeros(2, 3, 0)],
+    "teacher_logits": [None, Z[:1], Z[..., :7], Z.clone().requires_grad_(), meta(2, 3, 8)],
+    "row_weight": [ROWS[:5], -ROWS],
+    "workspace_bytes": [0, 63],
+    **{
+        name: STEP_KL[name]
+        for name in ("divergence", "beta", "clip", "clip_form", "top_k", "tail", "temperature", "reduction", "backend")
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "value"), cases(FROM_LOGITS))
+def test_step_kl_from_logits_refuses(name, value):
+    good = dict(student_logits=Z, teacher_logits=Z)
+    step_kl_from_logits(**good)
+    refused(step_kl_from_logits, name, good | {name: value})
+
+
+@pytest.mark.parametrize("op", [fused_step_kl, step_kl_from_logits])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_check_finite_names_the_tensor(op, value):
+    tensors = (
+        {"student_hidden": H, "teacher_hidden": H, "weight": W, "teacher_weight": W, "bias": B, "teacher_bias": B}
+        if op is fused_step_kl
+        else {"student_logits": Z, "teacher_logits": Z}
+    )
+    op(**tensors, check_finite=True)
+    for name, tensor in tensors.items():
+        broken = tensor.clone()
+        broken.view(-1)[-1] = value
+        if name.endswith("bias") and value == -math.inf:
+            op(**tensors | {name: broken}, check_finite=True)
+        else:
+            refused(op, name, tensors | {name: broken, "check_finite": True})
+        op(**tensors | {name: broken})
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (fused_step_kl, dict(student_hidden=H, teacher_hidden=H, weight=W)),
+        (step_kl_from_logits, dict(student_logits=Z, teacher_logits=Z)),
+        (fused_confidence, dict(hidden=H, weight=W)),
+    ],
+)
+def test_triton_is_refused_where_it_cannot_run(op, arguments, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused(op, "backend", arguments | {"backend": "triton"})
+    op(**arguments, backend="auto")
+    monkeypatch.setattr(backends, "_triton_installed", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    refused(op, "triton", arguments | {"backend": "triton"})
+    op(**arguments, backend="auto")
+
+
+def test_the_module_is_the_op():
+    options = dict(divergence="jsd", beta=0.3, clip=0.05, top_k=3, tail="bucket", temperature=0.7, reduction="sum")
+    module, tensors = StepKLLoss(**options), dict(bias=B, row_weight=ROWS)
+    teacher = H + 1
+    for ours, theirs in zip(
+        module(H, teacher, W, **tensors), fused_step_kl(H, teacher, W, **tensors, **options), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert "clip=0.05" in repr(module) and not list(module.parameters())
+    parameters = inspect.signature(fused_step_kl).parameters
+    own = inspect.signature(StepKLLoss).parameters | inspect.signature(StepKLLoss.forward).parameters
+    assert {name: p.default for name, p in parameters.items()} == {
+        name: p.default for name, p in own.items() if name != "self"
+    }
+
+
+# What fits depends on the tensors.
+LATER = {("top_k", 9), ("workspace_bytes", 63)}
+AT_ONCE = [(name, value) for name in StepKLLoss().options for value in STEP_KL[name] if (name, value) not in LATER]
+
+
+@pytest.mark.parametrize(("name", "value"), AT_ONCE)
+def test_the_module_refuses_options_at_once(name, value):
+    refused(StepKLLoss, name, {name: value})
 
 
 def test_the_public_names():
-    names = ["ConfidenceOutput", "StepKLOutput", "fused_confidence", "fused_step_kl", "step_mean_weights"]
-    assert sorted(dopsd_kernels.__all__) == names
+    assert sorted(dopsd_kernels.__all__) == [
+        "ConfidenceOutput",
+        "StepKLLoss",
+        "StepKLOutput",
+        "fused_confidence",
+        "fused_step_kl",
+        "step_kl_from_logits",
+        "step_mean_weights",
+    ]

@@ -1,0 +1,108 @@
+"""Time and peak memory of a provider's run, on a GPU and on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import providers
+from benchmarks.problems import Case, Problem, make_problem
+from benchmarks.providers import Provider
+
+
+class Clock:
+    """Times runs: by CUDA events with a cold L2 cache on a GPU, else by the wall clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self.flush = torch.empty(2 * max(cache_bytes, 64 << 20), dtype=torch.int8, device=device)
+
+    def time(self, provider: Provider, problem: Problem, phase: str) -> dict[str, float]:
+        """Return the seconds of a run by phase: of "both", the part after the forward is "backward"."""
+        if not self.cuda:
+            marks = [time.perf_counter()]
+            providers.run(provider, problem, phase, lambda: marks.append(time.perf_counter()))
+            marks.append(time.perf_counter())
+            return self._by_phase(phase, [mark - marks[0] for mark in marks])
+        events: list[torch.cuda.Event] = []
+
+        def record() -> None:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+
+        torch.cuda.synchronize()
+        self.flush.zero_()  # while it runs, the host gets ahead: launches are not what is timed
+        record()
+        providers.run(provider, problem, phase, record)
+        record()
+        torch.cuda.synchronize()
+        return self._by_phase(phase, [events[0].elapsed_time(event) / 1000 for event in events])
+
+    @staticmethod
+    def _by_phase(phase: str, marks: list[float]) -> dict[str, float]:
+        seconds = {phase: marks[-1]}
+        if phase == "both":
+            seconds["backward"] = marks[-1] - marks[1]
+        return seconds
+
+
+def gpu_peak_memory(provider: Provider, problem: Problem, phase: str) -> int:
+    """Return the bytes that a run allocates at most, beyond what exists before."""
+    problem.student.grad = None
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    providers.run(provider, problem, phase)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# On a CPU, peak memory is read from the kernel in a process of its own, whose resident memory is what is in use:
+# malloc gives every larger block back when it is freed.
+
+_M_MMAP_THRESHOLD = -3
+_last_problem: list[Problem] = []
+_warm: set[tuple[str, str, str]] = set()
+
+
+def prepare_memory_process(threads: int) -> None:
+    """Set up a process that `cpu_peak_memory` is to be called in."""
+    torch.set_num_threads(threads)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+
+
+def cpu_peak_memory(case: Case, label: str, phase: str) -> int:
+    """Return how far resident memory rises in a run, when one-time costs are paid (Linux only)."""
+    if not _last_problem or _last_problem[0].case != case:
+        _last_problem[:] = [make_problem(case, torch.device("cpu"))]
+    problem = _last_problem[0]
+    (provider,) = (provider for provider in providers.providers(case) if provider.label == label)
+    kind = (case.setting, label, phase)
+    if kind not in _warm:
+        _warm.add(kind)
+        providers.run(provider, problem, phase)
+    problem.student.grad = None
+    gc.collect()
+    return _rise_of_resident_memory(lambda: providers.run(provider, problem, phase))
+
+
+def _rise_of_resident_memory(run: Callable[[], None]) -> int:
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    kib = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert kib is not None
+    return int(kib[1]) * 1024

@@ -1,0 +1,100 @@
+"""The kernels' figures, from their result files: time relative to the bare products, and peak memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+# Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies; ours are the saturated ones.
+COLORS = {
+    "eager": "#999999",
+    "compile": "#56B4E9",
+    "liger": "#F0E442",
+    "liger chunked": "#E69F00",
+    "trl": "#CC79A7",
+    "ours torch": "#0072B2",
+    "ours triton": "#D55E00",
+}
+HATCHES = {"": "", "grad_threshold": "////", "top_k": "....", "temperature": "xxxx"}
+PANELS = (
+    ("reverse KL, forward and backward", "reverse_kl", "diffuse", "both"),
+    ("clipped, forward and backward", "clipped", "diffuse", "both"),
+    ("peaked rows, forward and backward", "reverse_kl", "peaked", "both"),
+    ("confidence", "confidence", "diffuse", "forward"),
+)
+
+_LEAST_MEBIBYTES = 0.5  # the foot of a logarithmic axis
+
+Results = dict[str, Any]
+
+
+def draw(machines: dict[str, Results], folder: Path) -> None:
+    """Draw ``kernel_time.png`` and ``kernel_memory.png``, with a row of panels for each kind of machine."""
+    folder.mkdir(exist_ok=True)
+    for name, quantity, unit in (
+        ("kernel_time.png", _relative_time, "time / bare products"),
+        ("kernel_memory.png", _mebibytes, "peak extra memory (MiB)"),
+    ):
+        figure = Figure(figsize=(11, 2.9 * len(machines)), layout="constrained")
+        grid = figure.subplots(len(machines), len(PANELS), squeeze=False)
+        shown: dict[str, Any] = {}
+        for axes_row, results in zip(grid, machines.values(), strict=True):
+            for axes, (title, setting, data, phase) in zip(axes_row, PANELS, strict=True):
+                rows = [
+                    row
+                    for row in results["rows"]
+                    if (row["setting"], row["data"], row["phase"]) == (setting, data, phase)
+                    and "ms" in row
+                    and row["provider"] in COLORS
+                    and quantity(row) is not None
+                ]
+                shown |= _bars(axes, rows, quantity)
+                axes.set_title(title, fontsize=9)
+                if quantity is _relative_time:
+                    axes.axhline(1, color="black", linewidth=0.8)
+                else:
+                    axes.set_yscale("log")
+                    axes.set_ylim(bottom=_LEAST_MEBIBYTES)
+                    axes.yaxis.set_major_formatter("{x:g}")
+                    axes.yaxis.set_minor_formatter(NullFormatter())
+            axes_row[0].set_ylabel(f"{results['machine']['device']}\n{unit}", fontsize=8)
+        figure.legend(
+            shown.values(), shown.keys(), loc="outside lower center", ncols=len(COLORS) + 1, fontsize=8, frameon=False
+        )
+        figure.savefig(folder / name, dpi=150)
+
+
+def _bars(axes: Axes, rows: list[dict[str, Any]], quantity: Any) -> dict[str, Any]:
+    """Draw a group of bars per number of rows; return the legend's entries."""
+    counts = sorted({row["rows"] for row in rows})
+    bars = list(dict.fromkeys((row["provider"], row["variant"]) for row in rows))
+    width = 0.8 / max(len(bars), 1)
+    shown = {}
+    for place, (provider, variant) in enumerate(bars):
+        of_bar = [row for row in rows if (row["provider"], row["variant"]) == (provider, variant)]
+        drawn = axes.bar(
+            [counts.index(row["rows"]) + (place - (len(bars) - 1) / 2) * width for row in of_bar],
+            [quantity(row) for row in of_bar],
+            width,
+            color=COLORS[provider],
+            hatch=HATCHES[variant.partition("=")[0]],
+            edgecolor="white",
+            linewidth=0.3,
+        )
+        shown[f"{provider} {variant}".strip()] = drawn
+    axes.set_xticks(range(len(counts)), [f"N = {count}" for count in counts], fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return shown
+
+
+def _relative_time(row: dict[str, Any]) -> float | None:
+    return row["over"].get("floor")
+
+
+def _mebibytes(row: dict[str, Any]) -> float | None:
+    return None if row["peak_bytes"] is None else max(row["peak_bytes"] / 2**20, 1.1 * _LEAST_MEBIBYTES)

@@ -1,0 +1,49 @@
+"""Which backend an op runs on: Triton kernels on a GPU they were compiled for, else plain PyTorch."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_unsupported(tensors: Sequence[Tensor | None]) -> str | None:
+    """Return why the Triton kernels cannot take these tensors of one device, or None if they can."""
+    device = next(x.device for x in tensors if x is not None)
+    if not _triton_installed():
+        return "the package triton is not installed"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "tensors on a CPU need Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
+    else:
+        from dopsd_kernels.triton.configs import SHARED_MEMORY, family
+
+        if family(device) is None:
+            return f"there are kernels for {', '.join(SHARED_MEMORY)} and their relatives, but not for {device}"
+    for x in tensors:
+        if x is not None and x.dtype not in _DTYPES:
+            return f"the kernels take float16, bfloat16 and float32, but not {x.dtype}"
+    return None
+
+
+def choose_backend(backend: str, tensors: Sequence[Tensor | None], also: str | None = None) -> str:
+    """Return "triton" or "torch" for a backend argument; `also` is a further reason against Triton.
+
+    "auto" is Triton on a GPU where nothing speaks against it. The interpreter is for tests: it must be asked for.
+    """
+    if backend == "torch":
+        return "torch"
+    reason = triton_unsupported(tensors) or also
+    if backend == "triton" and reason is not None:
+        raise ValueError(f'backend is "triton", but {reason}: use "auto" or "torch".')
+    on_gpu = next(x for x in tensors if x is not None).device.type == "cuda"
+    return "triton" if reason is None and (backend == "triton" or on_gpu) else "torch"

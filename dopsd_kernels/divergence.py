@@ -1,0 +1,186 @@
+"""The passes of fused_step_kl over a block of logits, in plain PyTorch.
+
+With contributions phi_v(s_v, t_v) and pull_v = s_v dphi_v/ds_v on the kept set U (0 elsewhere), every divergence has
+the same gradient with respect to the student's logits: pull_j - s_j sum_v pull_v.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dopsd_kernels.contracts import StepKLOptions
+from dopsd_kernels.topk import stable_topk
+from dopsd_kernels.vocab_group import VocabGroup
+
+# Temporaries, in rows of V or of top_k entries of the logits' dtype.
+_VOCAB_TEMPORARIES = 5
+_TOP_K_TEMPORARIES = 12
+
+
+def row_bytes(vocab: int, options: StepKLOptions, dtype: torch.dtype) -> int:
+    """Return the memory that `rows` needs per row, beside the logits."""
+    entries = 0 if options.top_k is None else options.top_k + 1
+    return dtype.itemsize * (_VOCAB_TEMPORARIES * vocab + _TOP_K_TEMPORARIES * entries)
+
+
+def rows(
+    z_s: Tensor,  # (R, V) fp32 or fp64; overwritten
+    z_t: Tensor,  # (R, V); overwritten
+    bias_s: Tensor | None,  # (V,)
+    bias_t: Tensor | None,  # (V,)
+    options: StepKLOptions,
+    group: VocabGroup,
+    gradient: Tensor | None,  # (R, V), written if given; may be z_s
+    scale: Tensor | None,  # (R,) factor of each row's gradient
+) -> Tensor:
+    """Return (row_loss, row_kl, row_clip_fraction) as (3, R)."""
+    for z, bias in ((z_s, bias_s), (z_t, bias_t)):
+        if bias is not None:
+            z.add_(bias)
+        if options.temperature != 1:
+            z.mul_(1 / options.temperature)
+    stats = _logit_gradient(z_s, z_t, options, group, gradient is not None)
+    if gradient is not None:
+        if scale is not None:
+            z_s.mul_(scale[:, None])
+        if gradient is not z_s:
+            gradient.copy_(z_s)
+    return stats
+
+
+def _logit_gradient(z_s: Tensor, z_t: Tensor, options: StepKLOptions, group: VocabGroup, want_grad: bool) -> Tensor:
+    """Return the rows' (loss, kl, clip fraction); with `want_grad`, the gradient ends in z_s."""
+    if options.top_k is None:
+        log_s, log_t = _log_softmax(z_s, group), _log_softmax(z_t, group)
+        return _divergence(log_s, log_t, options, want_grad, group)
+
+    # The teacher's top-k: k entries, and with a bucket one more whose logit is the logsumexp of the rest. Every
+    # process of a group has all of them, so that nothing below is reduced.
+    alone = VocabGroup.of(None, options.entries(group.vocab), z_s.device)
+    support_s, support_t, columns, here = _support(z_s, z_t, options.top_k, group)
+
+    def place(entries: Tensor, elsewhere: float, reduce: str) -> None:
+        """Put entries of the support into the columns of z_s that this process holds."""
+        if here is None:
+            z_s.scatter_(-1, columns, entries)
+        else:
+            z_s.scatter_reduce_(-1, columns, entries.masked_fill(~here, elsewhere), reduce)
+
+    if options.tail == "renormalize":
+        grad = support_s.log_softmax(-1)
+        stats = _divergence(grad, support_t.log_softmax(-1), options, want_grad, alone)
+        if want_grad:
+            z_s.zero_()
+            place(grad, 0.0, "sum")
+        return stats
+    nothing = torch.full_like(support_s, -math.inf)
+    place(nothing, math.inf, "amin")
+    if here is None:
+        z_t.scatter_(-1, columns, nothing)
+    else:
+        z_t.scatter_reduce_(-1, columns, nothing.masked_fill(~here, math.inf), "amin")
+    rest_s, rest_t = (group.gather(z.logsumexp(-1)[None]).logsumexp(0)[:, None] for z in (z_s, z_t))
+    grad = torch.cat([support_s, rest_s], -1).log_softmax(-1)
+    stats = _divergence(grad, torch.cat([support_t, rest_t], -1).log_softmax(-1), options, want_grad, alone)
+    if want_grad:
+        # An entry of the rest gets its share of the bucket's gradient; an empty rest has no shares.
+        z_s.sub_(rest_s.masked_fill(rest_s == -math.inf, 0)).exp_().mul_(grad[:, -1:])
+        place(grad[:, :-1], 0.0, "sum")
+    return stats
+
+
+def _support(
+    z_s: Tensor,  # (R, V)
+    z_t: Tensor,  # (R, V)
+    k: int,
+    group: VocabGroup,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return both sides' logits (R, k) of the teacher's top-k, their columns here, and which are here (None: all)."""
+    support_t, columns = stable_topk(z_t, min(k, z_t.shape[1]))
+    support_s = z_s.gather(-1, columns)
+    if group.group is None:
+        return support_s, support_t, columns, None
+    # Candidates of all processes, in the order of their columns where values are equal; a short shard has fewer.
+    missing = k - columns.shape[1]
+    columns = torch.nn.functional.pad(columns + group.first_column, (0, missing), value=-1)
+    support_t, support_s = (torch.nn.functional.pad(x, (0, missing), value=-math.inf) for x in (support_t, support_s))
+    support_t, support_s, columns = (group.gather(x.T).T for x in (support_t, support_s, columns))
+    order = (columns < 0).to(torch.uint8).argsort(dim=-1, stable=True)  # what was padded loses every tie
+    order = order.gather(-1, support_t.gather(-1, order).argsort(dim=-1, descending=True, stable=True)[:, :k])
+    support_t, support_s, columns = (x.gather(-1, order) for x in (support_t, support_s, columns))
+    columns = columns - group.first_column
+    here = (columns >= 0) & (columns < z_t.shape[1])
+    return support_s, support_t, columns.clamp(0, z_t.shape[1] - 1), here
+
+
+def _log_softmax(z: Tensor, group: VocabGroup) -> Tensor:
+    """Turn logits into logarithms of probabilities in place."""
+    if group.group is None:
+        return torch.log_softmax(z, -1, out=z)
+    highest = z.amax(-1)
+    highest.masked_fill_(highest == -math.inf, torch.finfo(z.dtype).min)
+    log_sum = z.sub_(highest[:, None]).logsumexp(-1)
+    all_highest, all_log_sums = group.gather(torch.stack([highest, log_sum])[None]).unbind(1)
+    overall = all_highest.amax(0)
+    log_total = ((all_highest - overall) + all_log_sums).logsumexp(0)
+    return z.sub_(((overall - highest) + log_total)[:, None])
+
+
+def _divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: bool, group: VocabGroup) -> Tensor:
+    """Return (loss, kl, clip fraction) (3, R) of log s and log t (R, K); with `want_grad`, the gradient is in log_s."""
+    # 0 log 0 below is 0, by replacing NaN. A row whose logits hold a NaN is NaN in every column, so one shows it.
+    broken = (log_s[:, 0] + log_t[:, 0]).isnan()
+    s = log_s.exp()
+    contributions, pull, kl = _contributions(log_s, log_t, s, options)
+    loss, clipped = kl, torch.zeros_like(kl)
+    if options.clip is not None:
+        loss = contributions.clamp(max=options.clip).sum(-1)
+        # 0 or 1 in place: masks of bool are several times slower on a CPU.
+        kept = contributions.le_(options.clip)
+        clipped = kept.shape[-1] - kept.sum(-1)
+        pull.clamp_(max=torch.finfo(pull.dtype).max).mul_(kept)  # an infinite contribution is a clipped one
+    sums = group.sum(torch.stack([loss, kl, clipped, pull.sum(-1) if want_grad else kl]))
+    if want_grad:
+        torch.addcmul(pull, s, sums[3, :, None], value=-1, out=log_s)
+    sums[2] /= group.vocab
+    return sums[:3].masked_fill(broken, math.nan)
+
+
+def _contributions(
+    log_s: Tensor,  # (R, K)
+    log_t: Tensor,  # (R, K)
+    s: Tensor,  # (R, K)
+    options: StepKLOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each entry's contribution and pull (two tensors if a clip is to follow), and the rows' kl."""
+    if options.divergence == "jsd":
+        # The contributions are nonnegative as they are: both clip forms are one.
+        log_m = torch.logaddexp(log_s + math.log1p(-options.beta), log_t + math.log(options.beta))
+        contributions = _weighted_log_ratio(log_t.exp(), log_t, log_m).mul_(options.beta)
+        pull = _weighted_log_ratio(s, log_s, log_m).mul_(1 - options.beta)
+        contributions.add_(pull)
+        return contributions, pull, contributions.sum(-1)
+
+    nonnegative = options.clip is None or options.clip_form == "nonnegative"
+    if options.divergence == "reverse_kl":
+        contributions = _weighted_log_ratio(s, log_s, log_t)
+        kl = contributions.sum(-1)
+        if options.clip is None:
+            return contributions, contributions, kl
+        if nonnegative:
+            return (contributions - s).add_(log_t.exp()), contributions, kl
+        return contributions, contributions + s, kl
+
+    t = log_t.exp()
+    contributions = _weighted_log_ratio(t, log_t, log_s)
+    kl = contributions.sum(-1)
+    if nonnegative:
+        pull = s - t
+        return contributions.add_(pull), pull, kl
+    return contributions, t.neg_(), kl
+
+
+def _weighted_log_ratio(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return p log(p / q): 0 where p is 0, infinite where only q is."""
+    return (log_p - log_q).mul_(p).nan_to_num_(nan=0.0, posinf=math.inf)

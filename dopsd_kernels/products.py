@@ -1,0 +1,70 @@
+"""Matrix products of LM heads, accumulated in fp32 (fp64 for fp64 hidden states).
+
+On a GPU, operands of one 16-bit dtype stay as they are, which the tensor cores want, and the result is not rounded
+to it. Everything else is converted to the dtype of the result, the weight in tiles of its rows (vocabulary columns).
+"""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Return the dtype of logits and sums: fp64 for fp64 hidden states, else fp32."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Return the dtype in which hidden states and weight enter their products."""
+    if hidden.is_cuda and hidden.dtype == weight.dtype:
+        return weight.dtype
+    return compute_dtype(hidden)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return a @ b of equal dtypes; in fp32 if they are 16-bit."""
+    if a.dtype.itemsize == 2:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out=out)
+
+
+def tiles(count: int, size: int) -> list[slice]:
+    """Return consecutive slices of at most `size` that cover `count`."""
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+
+
+def logits(hidden: Tensor, weight: Tensor, tile_columns: int, out: Tensor) -> None:
+    """Write hidden @ weight.T (R, V) to `out`; `hidden` (R, d) has the operands' dtype."""
+    if weight.dtype == hidden.dtype:
+        matmul(hidden, weight.T, out=out)
+    else:
+        for columns in tiles(weight.shape[0], tile_columns):
+            torch.mm(hidden, weight[columns].to(hidden.dtype).T, out=out[:, columns])
+
+
+def hidden_gradient(dz: Tensor, weight: Tensor, runs: list[slice]) -> Tensor:
+    """Return dz @ weight (R, d) over runs of columns; `dz` (R, V) has the operands' dtype."""
+    dh = dz.new_zeros((dz.shape[0], weight.shape[1]), dtype=compute_dtype(dz))
+    for columns in runs:
+        if dz.dtype.itemsize == 2:
+            dh += matmul(dz[:, columns], weight[columns])
+        else:
+            dh.addmm_(dz[:, columns], weight[columns].to(dz.dtype))
+    return dh
+
+
+def add_weight_gradient(gradient: Tensor, dz: Tensor, hidden: Tensor, scale: Tensor, tile_columns: int) -> None:
+    """Add dz.T @ (scale * hidden) to `gradient` (V, d), in its dtype; `scale` is (R, 1)."""
+    if dz.dtype == gradient.dtype:
+        gradient.addmm_(dz.T, hidden * scale)
+        return
+    # In 16 bits the scale, perhaps 1 / N and an upstream gradient, would underflow: only its ratios enter there.
+    largest = scale.abs().amax().clamp(min=torch.finfo(scale.dtype).tiny)
+    scaled = (hidden * (scale / largest)).to(dz.dtype)
+    for columns in tiles(dz.shape[1], tile_columns):
+        gradient[columns] += matmul(dz[:, columns].T, scaled).mul_(largest)
+
+
+def add_bias_gradient(gradient: Tensor, dz: Tensor, scale: Tensor) -> None:
+    """Add dz.T @ scale to `gradient` (V,), in its dtype; `scale` is (R, 1)."""
+    for columns in tiles(dz.shape[1], dz.shape[1] if dz.dtype == gradient.dtype else 4096):
+        gradient[columns].addmv_(dz[:, columns].to(gradient.dtype).T, scale[:, 0])

@@ -1,0 +1,593 @@
+"""fused_step_kl: the passes over a block of logits, and the product with a mostly negligible gradient.
+
+The logits of a block of rows lie in memory (library products put them there). Per row and split of the vocabulary
+one program reads them
+
+    1. _teacher_top_keys (with top_k): the split's largest teacher entries, as ordered keys,
+    2. _normalizers: the maximum m and the sum l of exp(z - m) on either side,
+    3. _row_sums: the loss, the divergence without the clip, the clipped entries, and S = sum of pulls,
+    4. _logit_gradient: pull - s S, rounded once to the dtype of the product that follows.
+
+Each pass begins by merging what all splits of the pass before it left for the row, so nothing but the launches
+orders them, and the same merge takes the parts of other processes when the vocabulary is sharded. A block is so
+small that the passes after the first read it from the L2 cache: at V = 126464 a row's two fp32 logit rows are 1 MB,
+of 50 MB of cache on an H200.
+
+The teacher's top-k is one number per row, the k-th largest key: an entry belongs to the support iff its key is not
+smaller. A key holds the value and, for ties, the column, so the support has exactly k entries, and every pass
+streams over all columns alike, with no gather and no limit on the columns' places.
+
+Logarithms of probabilities are kept as ((z - m) - log l): z - m is exact near the maximum, where a logit of 1e4 with
+a plain logsumexp would lose the digits that matter.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dopsd_kernels.contracts import StepKLOptions
+from dopsd_kernels.triton.configs import choose
+from dopsd_kernels.triton.topk import LOWEST_KEY, insert_largest, ordered_key
+from dopsd_kernels.vocab_group import VocabGroup
+
+_DIVERGENCES = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+_REVERSE_KL = tl.constexpr(0)
+_FORWARD_KL = tl.constexpr(1)
+_NORMALIZERS = tl.constexpr(8)  # m and l of the student, of the teacher; with a bucket, of what lies outside
+_SUMS = tl.constexpr(4)  # loss, kl, clipped entries, S
+
+
+@triton.jit
+def _load(
+    z,  # (R, V) logits, any floating dtype
+    bias,  # (V,) fp32, or None
+    row_offset,
+    columns,
+    inside,
+    inverse_temperature,
+):
+    """Columns of a row of logits, in fp32; -inf outside the vocabulary, for exp(-inf) adds nothing."""
+    x = tl.load(z + row_offset + columns, mask=inside, other=-float("inf")).to(tl.float32)
+    if bias is not None:
+        x += tl.load(bias + columns, mask=inside, other=0.0)
+    return x * inverse_temperature
+
+
+@triton.jit
+def _extend(m, sum_exp, z):
+    """Add a tile of logits to a maximum and the sum of exp(z - m); a tile of -inf alone changes nothing."""
+    new = tl.maximum(m, tl.max(z, 0))
+    shift = tl.where(new == -float("inf"), 0.0, new)
+    return new, sum_exp * tl.exp(m - shift) + tl.sum(tl.exp(z - shift), 0)
+
+
+@triton.jit
+def _merge(
+    normalizers,  # (PARTS, R, 8) fp32
+    row,
+    rows,
+    FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+):
+    """Return m and log l of a row over all parts; m is 0 and log l -inf where every logit is -inf."""
+    part = tl.arange(0, PADDED_PARTS)
+    at = normalizers + (part * rows + row) * _NORMALIZERS + FIRST
+    m = tl.load(at, mask=part < PARTS, other=-float("inf"))
+    sum_exp = tl.load(at + 1, mask=part < PARTS, other=0.0)
+    highest = tl.max(m, 0)
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    return shift, tl.log(tl.sum(sum_exp * tl.exp(m - shift), 0))
+
+
+@triton.jit
+def _join(m, log_l, m_rest, log_l_rest):
+    """Merge two normalizers, of which the second may be empty (log l of -inf)."""
+    highest = tl.maximum(m + log_l, m_rest + log_l_rest)
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
+    total = tl.exp((m - shift) + log_l) + tl.exp((m_rest - shift) + log_l_rest)
+    return shift, tl.log(total)
+
+
+@triton.jit
+def _terms(
+    s,
+    t,
+    ratio,  # log(s / t); anything where s or t is 0
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+):
+    """Return each entry's clipped contribution, its term of the divergence, whether it is clipped, and its pull."""
+    if DIVERGENCE == _REVERSE_KL:
+        term = tl.where(s > 0, s * ratio, 0.0)
+        contribution = term
+        pull = term
+        if CLIPPED:
+            if NONNEGATIVE:
+                contribution = (term - s) + t
+            else:
+                pull = term + s
+    elif DIVERGENCE == _FORWARD_KL:
+        term = tl.where(t > 0, -t * ratio, 0.0)
+        contribution = term
+        pull = s - t
+        if CLIPPED:
+            if NONNEGATIVE:
+                contribution = term + pull
+            else:
+                pull = -t
+    else:
+        # log m relative to the larger of s and t, so that nothing overflows and 0 / 0 stays out.
+        smaller_over_larger = tl.exp(-tl.abs(ratio))
+        share = tl.where(ratio >= 0, beta, 1 - beta)
+        above = tl.log((1 - share) + share * smaller_over_larger)  # log(m / larger)
+        from_s = tl.where(ratio >= 0, above, above - ratio)  # log(m / s)
+        from_t = tl.where(ratio >= 0, above + ratio, above)  # log(m / t)
+        pull = tl.where(s > 0, -(1 - beta) * s * from_s, 0.0)
+        term = pull + tl.where(t > 0, -beta * t * from_t, 0.0)
+        contribution = term
+    clipped = contribution > clip
+    if CLIPPED:
+        contribution = tl.where(clipped, clip, contribution)
+        pull = tl.where(clipped, 0.0, pull)
+    return contribution, term, clipped, pull
+
+
+@triton.jit
+def _bucket(
+    normalizers,  # (PARTS, R, 8) fp32
+    row,
+    rows,
+    m_s,
+    log_l_s,
+    m_t,
+    log_l_t,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+):
+    """Return the normalizers with the rest added, the rest's probabilities and log ratio, and its own normalizer."""
+    m_rest_s, log_rest_s = _merge(normalizers, row, rows, 4, PARTS, PADDED_PARTS)
+    m_rest_t, log_rest_t = _merge(normalizers, row, rows, 6, PARTS, PADDED_PARTS)
+    m_s, log_l_s = _join(m_s, log_l_s, m_rest_s, log_rest_s)
+    m_t, log_l_t = _join(m_t, log_l_t, m_rest_t, log_rest_t)
+    log_s = ((m_rest_s - m_s) + log_rest_s) - log_l_s
+    log_t = ((m_rest_t - m_t) + log_rest_t) - log_l_t
+    return m_s, log_l_s, m_t, log_l_t, tl.exp(log_s), tl.exp(log_t), log_s - log_t, m_rest_s, log_rest_s
+
+
+@triton.jit
+def _teacher_top_keys(
+    z_t,  # (R, V)
+    bias_t,  # (V,) fp32, or None
+    stride_t,
+    keys,  # (R, SPLITS, TOP_K) int64
+    vocab,
+    first_column,
+    split_columns,
+    inverse_temperature,
+    SPLITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, vocab)
+    top = tl.full((1, TOP_K), LOWEST, tl.int64)
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _load(z_t, bias_t, row * stride_t, columns, columns < end, inverse_temperature)
+        tile = tl.where(columns < end, ordered_key(z, first_column + columns), LOWEST)
+        top = insert_largest(top, tile[None, :])
+    at = keys + (row * SPLITS + split) * TOP_K + tl.arange(0, TOP_K)
+    tl.store(at[None, :], top)
+
+
+@triton.jit
+def _normalizers(
+    z_s,  # (R, V)
+    z_t,  # (R, V)
+    bias_s,  # (V,) fp32, or None
+    bias_t,  # (V,) fp32, or None
+    stride_s,
+    stride_t,
+    threshold,  # (R,) int64 smallest key of the support, or None
+    normalizers,  # (SPLITS, R, 8) fp32
+    rows,
+    vocab,
+    first_column,
+    split_columns,
+    inverse_temperature,
+    BUCKET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, vocab)
+    lowest = -float("inf")
+    m_s, m_t, m_rest_s, m_rest_t = lowest, lowest, lowest, lowest
+    l_s, l_t, l_rest_s, l_rest_t = 0.0, 0.0, 0.0, 0.0
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < end
+        s = _load(z_s, bias_s, row * stride_s, columns, inside, inverse_temperature)
+        t = _load(z_t, bias_t, row * stride_t, columns, inside, inverse_temperature)
+        if threshold is not None:
+            support = ordered_key(t, first_column + columns) >= tl.load(threshold + row)
+            if BUCKET:
+                m_rest_s, l_rest_s = _extend(m_rest_s, l_rest_s, tl.where(support, lowest, s))
+                m_rest_t, l_rest_t = _extend(m_rest_t, l_rest_t, tl.where(support, lowest, t))
+            s = tl.where(support, s, lowest)
+            t = tl.where(support, t, lowest)
+        m_s, l_s = _extend(m_s, l_s, s)
+        m_t, l_t = _extend(m_t, l_t, t)
+    at = normalizers + (split * rows + row) * _NORMALIZERS
+    tl.store(at, m_s)
+    tl.store(at + 1, l_s)
+    tl.store(at + 2, m_t)
+    tl.store(at + 3, l_t)
+    if BUCKET:
+        tl.store(at + 4, m_rest_s)
+        tl.store(at + 5, l_rest_s)
+        tl.store(at + 6, m_rest_t)
+        tl.store(at + 7, l_rest_t)
+
+
+@triton.jit
+def _row_sums(
+    z_s,  # (R, V)
+    z_t,  # (R, V)
+    bias_s,  # (V,) fp32, or None
+    bias_t,  # (V,) fp32, or None
+    stride_s,
+    stride_t,
+    threshold,  # (R,) int64, or None
+    normalizers,  # (PARTS, R, 8) fp32
+    sums,  # (SPLITS, R, 4) fp32
+    rows,
+    vocab,
+    first_column,
+    split_columns,
+    inverse_temperature,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    BUCKET: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, vocab)
+    m_s, log_l_s = _merge(normalizers, row, rows, 0, PARTS, PADDED_PARTS)
+    m_t, log_l_t = _merge(normalizers, row, rows, 2, PARTS, PADDED_PARTS)
+    # A row with a NaN logit, or with no finite one, has no distribution: NaN must reach its sums.
+    loss = (log_l_s - log_l_s) + (log_l_t - log_l_t)
+    kl, count, total = loss, loss, loss
+    if BUCKET:
+        m_s, log_l_s, m_t, log_l_t, rest_s, rest_t, rest_ratio, _m_rest, _log_rest = _bucket(
+            normalizers, row, rows, m_s, log_l_s, m_t, log_l_t, PARTS, PADDED_PARTS
+        )
+        rest_contribution, rest_term, rest_clipped, rest_pull = _terms(
+            rest_s, rest_t, rest_ratio, beta, clip, DIVERGENCE, CLIPPED, NONNEGATIVE
+        )
+        once = (split == 0) & (first_column == 0)  # the bucket is one entry of the row, not of the split
+        loss += tl.where(once, rest_contribution, 0.0)
+        kl += tl.where(once, rest_term, 0.0)
+        total += tl.where(once, rest_pull, 0.0)
+        if CLIPPED:
+            count += tl.where(once & rest_clipped, 1.0, 0.0)
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < end
+        x_s = _load(z_s, bias_s, row * stride_s, columns, inside, inverse_temperature)
+        x_t = _load(z_t, bias_t, row * stride_t, columns, inside, inverse_temperature)
+        ratio = ((x_s - m_s) - (x_t - m_t)) - (log_l_s - log_l_t)
+        s = tl.exp((x_s - m_s) - log_l_s)
+        t = tl.exp((x_t - m_t) - log_l_t)
+        if threshold is not None:
+            support = ordered_key(x_t, first_column + columns) >= tl.load(threshold + row)
+            s = tl.where(support & inside, s, 0.0)
+            t = tl.where(support & inside, t, 0.0)
+        contribution, term, clipped, pull = _terms(s, t, ratio, beta, clip, DIVERGENCE, CLIPPED, NONNEGATIVE)
+        loss += tl.sum(contribution, 0)
+        kl += tl.sum(term, 0)
+        total += tl.sum(pull, 0)
+        if CLIPPED:
+            count += tl.sum(clipped.to(tl.float32), 0)
+    at = sums + (split * rows + row) * _SUMS
+    tl.store(at, loss)
+    tl.store(at + 1, kl)
+    tl.store(at + 2, count)
+    tl.store(at + 3, total)
+
+
+@triton.jit
+def _logit_gradient(
+    z_s,  # (R, V)
+    z_t,  # (R, V)
+    bias_s,  # (V,) fp32, or None
+    bias_t,  # (V,) fp32, or None
+    stride_s,
+    stride_t,
+    threshold,  # (R,) int64, or None
+    normalizers,  # (PARTS, R, 8) fp32
+    sums,  # (PARTS, R, 4) fp32
+    scale,  # (R,) fp32, or None
+    gradient,  # (R, V)
+    stride_gradient,
+    rows,
+    vocab,
+    first_column,
+    split_columns,
+    inverse_temperature,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    NONNEGATIVE: tl.constexpr,
+    BUCKET: tl.constexpr,
+    PARTS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = split * split_columns
+    end = tl.minimum(begin + split_columns, vocab)
+    m_s, log_l_s = _merge(normalizers, row, rows, 0, PARTS, PADDED_PARTS)
+    m_t, log_l_t = _merge(normalizers, row, rows, 2, PARTS, PADDED_PARTS)
+    part = tl.arange(0, PADDED_PARTS)
+    total = tl.sum(tl.load(sums + (part * rows + row) * _SUMS + 3, mask=part < PARTS, other=0.0), 0)
+    if BUCKET:
+        m_s, log_l_s, m_t, log_l_t, rest_s, rest_t, rest_ratio, m_rest, log_rest = _bucket(
+            normalizers, row, rows, m_s, log_l_s, m_t, log_l_t, PARTS, PADDED_PARTS
+        )
+        _rest_contribution, _rest_term, _rest_clipped, rest_pull = _terms(
+            rest_s, rest_t, rest_ratio, beta, clip, DIVERGENCE, CLIPPED, NONNEGATIVE
+        )
+        rest_gradient = rest_pull - rest_s * total
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < end
+        x_s = _load(z_s, bias_s, row * stride_s, columns, inside, inverse_temperature)
+        x_t = _load(z_t, bias_t, row * stride_t, columns, inside, inverse_temperature)
+        ratio = ((x_s - m_s) - (x_t - m_t)) - (log_l_s - log_l_t)
+        s = tl.exp((x_s - m_s) - log_l_s)
+        t = tl.exp((x_t - m_t) - log_l_t)
+        _contribution, _term, _clipped, pull = _terms(s, t, ratio, beta, clip, DIVERGENCE, CLIPPED, NONNEGATIVE)
+        dz = pull - s * total
+        if threshold is not None:
+            support = ordered_key(x_t, first_column + columns) >= tl.load(threshold + row)
+            if BUCKET:
+                # An entry of the rest has its share of the bucket's gradient.
+                dz = tl.where(support, dz, rest_gradient * tl.exp((x_s - m_rest) - log_rest))
+            else:
+                dz = tl.where(support, dz, 0.0)
+        if scale is not None:
+            dz *= tl.load(scale + row)
+        at = gradient + row * stride_gradient + columns
+        tl.store(at, dz.to(gradient.dtype.element_ty), mask=inside)
+
+
+def rows(
+    z_s: Tensor,  # (R, V) fp16, bf16 or fp32, columns contiguous
+    z_t: Tensor,  # (R, V)
+    bias_s: Tensor | None,  # (V,) fp32
+    bias_t: Tensor | None,  # (V,) fp32
+    options: StepKLOptions,
+    group: VocabGroup,
+    gradient: Tensor | None,  # (R, V), written if given; may share z_s's memory, entry by entry
+    scale: Tensor | None,  # (R,) fp32 factor of each row's gradient
+) -> Tensor:
+    """Return (row_loss, row_kl, row_clip_fraction) as (3, R) in fp32."""
+    count, vocab = z_s.shape
+    config = choose("step_kl_rows", z_s.device, count, 0, vocab)
+    block, splits, launch = config["BLOCK"], config["SPLITS"], {"num_warps": config["num_warps"]}
+    # A split's columns are whole blocks: its first load is then aligned like the row.
+    split_columns = triton.cdiv(triton.cdiv(group.widest, splits), block) * block
+    splits = triton.cdiv(group.widest, split_columns)
+    parts = splits * group.size
+    grid = (count, splits)
+    bucket = options.top_k is not None and options.tail == "bucket"
+    new = z_s.new_empty
+    sides: dict[str, Any] = {
+        "z_s": z_s,
+        "z_t": z_t,
+        "bias_s": bias_s,
+        "bias_t": bias_t,
+        "stride_s": z_s.stride(0),
+        "stride_t": z_t.stride(0),
+        "threshold": None,
+        "rows": count,
+        "BUCKET": bucket,
+    }
+    columns: dict[str, Any] = {
+        "vocab": vocab,
+        "first_column": group.first_column,
+        "split_columns": split_columns,
+        "inverse_temperature": 1 / options.temperature,
+        "BLOCK": block,
+        **launch,
+    }
+    if options.top_k is not None:
+        kept = triton.next_power_of_2(options.top_k)
+        keys = new((count, splits, kept), dtype=torch.int64)
+        _teacher_top_keys[grid](
+            z_t,
+            bias_t,
+            z_t.stride(0),
+            keys,
+            SPLITS=splits,
+            TOP_K=kept,
+            LOWEST=LOWEST_KEY,
+            **columns,
+        )
+        keys = group.gather(keys.flatten(1).T).T  # (R, entries)
+        sides["threshold"] = keys.topk(options.top_k, dim=1).values[:, -1].contiguous()
+
+    normalizers = new((splits, count, _NORMALIZERS.value), dtype=torch.float32)
+    _normalizers[grid](normalizers=normalizers, **sides, **columns)
+    normalizers = group.gather(normalizers)
+
+    terms: dict[str, Any] = {
+        "normalizers": normalizers,
+        "beta": options.beta,
+        "clip": 0.0 if options.clip is None else options.clip,
+        "DIVERGENCE": _DIVERGENCES[options.divergence],
+        "CLIPPED": options.clip is not None,
+        "NONNEGATIVE": options.clip_form == "nonnegative",
+        "PARTS": parts,
+        "PADDED_PARTS": triton.next_power_of_2(parts),
+    }
+    sums = new((splits, count, _SUMS.value), dtype=torch.float32)
+    _row_sums[grid](sums=sums, **sides, **columns, **terms)
+    sums = group.gather(sums)
+    if gradient is not None:
+        _logit_gradient[grid](
+            sums=sums,
+            scale=scale,
+            gradient=gradient,
+            stride_gradient=gradient.stride(0),
+            **sides,
+            **columns,
+            **terms,
+        )
+    stats = sums.sum(0)[:, :3].T.contiguous()
+    stats[2] /= options.entries(group.vocab)
+    return stats
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The product of a mostly negligible gradient with the weight
+#
+# Rows at which the student is sure have a gradient of a few columns. Tiles of BLOCK_R rows and BLOCK_V columns in
+# which no entry reaches the threshold are left out of the product; which are left is decided and listed on the
+# device, so that the host never waits. The programs of a row tile share its list, and each sums a part of it.
+# ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_peaks(
+    gradient,  # (R, V)
+    stride,
+    active,  # (row tiles, column tiles) int32
+    rows,
+    vocab,
+    threshold,
+    column_tiles,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
+    inside = (row < rows) & (column < vocab)
+    dz = tl.load(gradient + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    # NaN is not below the threshold: it must reach the gradient.
+    reached = 1 - (tl.abs(dz) < threshold).to(tl.int32)
+    at = active + tl.program_id(0).to(tl.int64) * column_tiles + tl.program_id(1)
+    tl.store(at, tl.max(tl.max(reached, 1), 0))
+
+
+@triton.jit
+def _hidden_gradient(
+    gradient,  # (R, V)
+    stride,
+    weight,  # (V, d)
+    stride_weight,
+    tiles,  # (row tiles, column tiles) int64: the active ones first
+    counts,  # (row tiles,) int64: how many are active
+    partial,  # (SPLITS, R, d) fp32
+    rows,
+    vocab,
+    width,
+    column_tiles,
+    SPLITS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_tile, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    row = (row_tile * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
+    place = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for i in range(split, tl.load(counts + row_tile), SPLITS):
+        column = tl.load(tiles + row_tile * column_tiles + i) * BLOCK_V + tl.arange(0, BLOCK_V)
+        dz = tl.load(
+            gradient + row * stride + column[None, :],
+            mask=(row < rows) & (column[None, :] < vocab),
+            other=0.0,
+        )
+        w = tl.load(
+            weight + column[:, None] * stride_weight + place,
+            mask=(column[:, None] < vocab) & (place < width),
+            other=0.0,
+        )
+        if UPCAST:
+            dz, w = dz.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(dz, w, acc, input_precision="ieee")
+    at = partial + (split.to(tl.int64) * rows + row) * width + place
+    tl.store(at, acc, mask=(row < rows) & (place < width))
+
+
+def hidden_gradient(
+    gradient: Tensor,  # (R, V) fp16 or bf16, columns contiguous
+    weight: Tensor,  # (V, d) of the same dtype, columns contiguous
+    threshold: float,
+) -> Tensor:
+    """Return gradient @ weight (R, d) in fp32 without the tiles in which no entry reaches the threshold."""
+    (count, vocab), width = gradient.shape, weight.shape[1]
+    config = choose("step_kl_hidden_gradient", gradient.device, count, width, vocab)
+    row_tiles, column_tiles = triton.cdiv(count, config["BLOCK_R"]), triton.cdiv(vocab, config["BLOCK_V"])
+    blocks = {"BLOCK_R": config["BLOCK_R"], "BLOCK_V": config["BLOCK_V"]}
+    active = gradient.new_empty((row_tiles, column_tiles), dtype=torch.int32)
+    _tile_peaks[(row_tiles, column_tiles)](
+        gradient, gradient.stride(0), active, count, vocab, threshold, column_tiles, **blocks, num_warps=4
+    )
+    tiles = active.argsort(dim=1, descending=True, stable=True)
+    counts = active.sum(1)
+    splits = config["SPLITS"]
+    partial = gradient.new_empty((splits, count, width), dtype=torch.float32)
+    _hidden_gradient[(row_tiles, triton.cdiv(width, config["BLOCK_D"]), splits)](
+        gradient,
+        gradient.stride(0),
+        weight,
+        weight.stride(0),
+        tiles,
+        counts,
+        partial,
+        count,
+        vocab,
+        width,
+        column_tiles,
+        SPLITS=splits,
+        # The interpreter multiplies the bits of bf16 numbers; on a GPU fp32 would leave the tensor cores idle.
+        UPCAST=gradient.device.type == "cpu",
+        **blocks,
+        BLOCK_D=config["BLOCK_D"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+    return partial.sum(0)
+
+
+def block_rows(vocab: int, device: torch.device) -> int:
+    """Return how many rows' logits the passes should go over at a time to find them in the L2 cache again."""
+    config = choose("step_kl_rows", device, 0, 0, vocab)
+    return max(1, (config["CACHE_MIB"] << 20) // (2 * vocab * 4))
+
+
+def block_row_bytes(top_k: int | None, device: torch.device) -> int:
+    """Return the memory of a row's parts: numbers and, with top_k, keys of every split, and their merge."""
+    splits = choose("step_kl_rows", device)["SPLITS"]
+    keys = 0 if top_k is None else 3 * splits * triton.next_power_of_2(top_k) * 8
+    return 2 * splits * (_NORMALIZERS.value + _SUMS.value) * 4 + keys

@@ -1,0 +1,382 @@
+"""The Triton passes of fused_step_kl, run by Triton's interpreter, against the specification in fp64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dopsd_kernels import StepKLOutput, chunked_step_kl, fused_step_kl, products, reference, step_kl_from_logits
+from dopsd_kernels.contracts import StepKLOptions
+
+triton = pytest.importorskip("triton")
+from dopsd_kernels.triton import step_kl as kernels  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, `pytest -m gpu` runs the compiled kernels"),
+    # Where a logit is -inf on both sides their difference is NaN, and what is made of it is selected away.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+U = 2.0**-24
+N, D, VOCAB = 4, 6, 300  # blocks of 256 columns, in 2 splits
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def problem(vocab: int = VOCAB, teacher_width: int | None = None) -> dict[str, Tensor | None]:
+    return {
+        "student_hidden": 0.6 * randn(N, D, seed=0),
+        "teacher_hidden": 0.6 * randn(N, teacher_width or D, seed=1),
+        "weight": randn(vocab, D, seed=2),
+        "teacher_weight": randn(vocab, teacher_width, seed=3) if teacher_width else None,
+        "bias": randn(vocab, seed=4),
+        "teacher_bias": randn(vocab, seed=5) if teacher_width else None,
+        "row_weight": torch.tensor([1.0, 0.0, 2.0, 0.5]),
+    }
+
+
+def run(backend: str, tensors: dict[str, Any], **options: Any) -> tuple[StepKLOutput, list[Tensor]]:
+    """Return the outputs and the gradients of the student's hidden states, weight and bias."""
+    tensors = dict(tensors)
+    wanted = [name for name in ("student_hidden", "weight", "bias") if tensors.get(name) is not None]
+    for name in wanted:
+        tensors[name] = tensors[name].clone().requires_grad_()
+    if backend == "reference":
+        reduction = options.pop("reduction", "mean")
+        out = reference.step_kl(**tensors, reduction=reduction, options=StepKLOptions(**options))
+    else:
+        out = fused_step_kl(**tensors, backend=backend, **options)
+    upstream = randn(*out.loss.shape, seed=9).to(out.loss.dtype)
+    return out, list(torch.autograd.grad(out.loss, [tensors[name] for name in wanted], upstream))
+
+
+def double(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if x is None else x.double() for name, x in tensors.items()}
+
+
+def check(tensors: dict[str, Any], **options: Any) -> tuple[StepKLOutput, list[Tensor]]:
+    """Compare the kernels with the specification in fp64; return their results.
+
+    Their error may be twice that of the specification in fp32, which rounds the same logits, and a few roundings of
+    the largest terms of a row's sums.
+    """
+    results = [run(backend, x, **options) for backend, x in (("triton", tensors), ("reference", tensors))]
+    exact = run("reference", double(tensors), **options)
+    (out, grads), _ = results
+    for i, (name, theirs) in enumerate(zip(out._fields, exact[0], strict=True)):
+        if name == "row_clip_fraction":  # at most one entry within rounding of the clip
+            torch.testing.assert_close(out[i].double(), theirs, rtol=0, atol=1.5 / VOCAB)
+        else:
+            compare(out[i], results[1][0][i], theirs)
+    for ours, plain, theirs in zip(grads, results[1][1], exact[1], strict=True):
+        compare(ours, plain, theirs, exact[0].row_kl.max().item())
+    return out, grads
+
+
+def compare(ours: Tensor, plain: Tensor, exact: Tensor, divergence: float = 0.0) -> None:
+    """A gradient is s (log(s / t) - divergence), in which the terms of a large divergence cancel."""
+    error, plain_error = ((x - exact).abs().max().item() for x in (ours, plain))
+    assert error <= 2 * plain_error + 8 * U * max(exact.abs().max().item(), divergence)
+
+
+SUPPORTS = {
+    "all": {},
+    "renormalized": {"top_k": 5},
+    "bucket": {"top_k": 9, "tail": "bucket"},
+}
+CLIPS = {
+    "unclipped": {},
+    "plain": {"clip": 0.02},
+    "nonnegative": {"clip": 0.02, "clip_form": "nonnegative"},
+}
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_every_divergence_clip_and_support(divergence: str, clip: str, support: str) -> None:
+    # What is independent of them takes turns.
+    turn = list(SUPPORTS).index(support) + list(CLIPS).index(clip)
+    tensors = problem(teacher_width=9 if turn % 2 else None)
+    if turn % 3 == 0:
+        tensors |= {"bias": None, "teacher_bias": None}
+    options = {"temperature": 1.0 if turn % 3 else 0.7, "reduction": ("mean", "sum", "none")[turn % 3], "beta": 0.3}
+    out, _ = check(tensors, divergence=divergence, **options, **CLIPS[clip], **SUPPORTS[support])
+    assert out.row_loss[1] == out.row_kl[1] == 0  # of weight 0
+    assert clip == "unclipped" or out.row_clip_fraction.any()
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 511, 513])
+def test_vocabularies_around_the_blocks(vocab: int) -> None:
+    for support in ({}, {"top_k": 1}, {"top_k": min(vocab, 9), "tail": "bucket"}):
+        tensors = problem(vocab)
+        out, grads = run("triton", tensors, clip=0.05, **support)
+        exact, exact_grads = run("torch", double(tensors), clip=0.05, **support)
+        for ours, theirs in zip((*out, *grads), (*exact, *exact_grads), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_equal_sides_have_no_loss_and_no_gradient(divergence: str) -> None:
+    tensors = problem() | {"teacher_hidden": problem()["student_hidden"]}
+    out, grads = run("triton", tensors, divergence=divergence, clip=0.05, clip_form="nonnegative")
+    # s and t are the same bits, but log m of jsd and the sum of s are rounded.
+    assert out.row_loss.abs().max() <= 4 * U and all(g.abs().max() <= 64 * U for g in grads)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_nearly_equal_sides_keep_their_gradient(divergence: str) -> None:
+    tensors = problem()
+    tensors["teacher_hidden"] = tensors["student_hidden"] + 1e-3 * randn(N, D, seed=1)
+    _, grads = run("triton", tensors, divergence=divergence)
+    _, plain = run("torch", tensors, divergence=divergence)
+    _, exact = run("reference", double(tensors), divergence=divergence)
+    for ours, eager, theirs in zip(grads, plain, exact, strict=True):
+        compare(ours, eager, theirs)
+
+
+def test_logits_of_1e4() -> None:
+    # Two columns near the top decide everything; a logsumexp of 1e4 in fp32 has a spacing of 1e-3.
+    z_s, z_t = torch.full((2, VOCAB), -1e4), torch.full((2, VOCAB), -1e4)
+    z_s[:, 7], z_s[:, 280] = 1e4, 1e4 - 2
+    z_t[:, 7], z_t[:, 280] = 1e4 - 1, 1e4
+    z_t[1] += 8192
+    z_s.requires_grad_()
+    out = step_kl_from_logits(z_s, z_t, backend="triton")
+    s = torch.tensor([0.0, -2.0]).double().softmax(-1)
+    t = torch.tensor([-1.0, 0.0]).double().softmax(-1)
+    expected = (s * (s / t).log()).sum()
+    torch.testing.assert_close(out.row_kl.double(), expected.expand(2), rtol=8 * U, atol=0)
+    (grad,) = torch.autograd.grad(out.loss, z_s)
+    gradient = 0.5 * s * ((s / t).log() - expected)
+    torch.testing.assert_close(grad[:, [7, 280]].double(), gradient.expand(2, 2), rtol=32 * U, atol=0)
+    assert grad.abs().sum(1).allclose(grad[:, [7, 280]].abs().sum(1))
+
+
+def test_impossible_entries() -> None:
+    tensors = problem()
+    for name in ("bias", "teacher_bias"):
+        tensors[name] = torch.zeros(VOCAB)
+        tensors[name][[0, 17, 299]] = -math.inf
+    tensors["teacher_bias"][5] = 0.5
+    for divergence in ("reverse_kl", "forward_kl", "jsd"):
+        check(tensors, divergence=divergence, clip=0.02, top_k=VOCAB - 3)
+        check(tensors, divergence=divergence)
+    # Possible for the student alone: infinite, and with a clip clipped.
+    tensors["teacher_bias"][40] = -math.inf
+    assert run("triton", tensors)[0].row_loss[[0, 2, 3]].isposinf().all()
+    out, grads = run("triton", tensors, clip=0.02)
+    exact, exact_grads = run("reference", double(tensors), clip=0.02)
+    torch.testing.assert_close(out.row_loss.double(), exact.row_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[0].double(), exact_grads[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", [{}, {"top_k": 4}, {"top_k": 4, "tail": "bucket"}])
+def test_a_nan_stays_in_its_row(support: dict[str, Any]) -> None:
+    tensors = problem() | {"row_weight": None}
+    tensors["student_hidden"][2] = math.nan
+    out, grads = run("triton", tensors, clip=0.05, reduction="none", **support)
+    assert out.row_loss.isnan().tolist() == out.row_kl.isnan().tolist() == [False, False, True, False]
+    assert grads[0].isnan().any(1).tolist() == [False, False, True, False]
+    tensors["teacher_hidden"][0] = math.nan
+    assert run("triton", tensors)[0].row_loss.isnan().tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_ties_of_the_teacher_go_to_the_lowest_ids(tail: str) -> None:
+    tensors = problem() | {"bias": None}
+    tensors["teacher_hidden"] = torch.zeros(N, D)  # every logit is 0, some -0
+    out, grads = run("triton", tensors, top_k=3, tail=tail)
+    exact, exact_grads = run("reference", double(tensors), top_k=3, tail=tail)
+    torch.testing.assert_close(out.row_kl.double(), exact.row_kl, rtol=1e-5, atol=16 * U)
+    torch.testing.assert_close(grads[1].double(), exact_grads[1], rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_blocks_and_order_change_nothing_beyond_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = problem()
+    whole, grads = run("triton", tensors, clip=0.02)
+    floor = 4 * (2 * VOCAB + 5 * D) + 4 * VOCAB
+    for workspace in (floor, 3 * floor):
+        parts, part_grads = run("triton", tensors, clip=0.02, workspace_bytes=workspace)
+        for a, b in zip((*whole, *grads), (*parts, *part_grads), strict=True):
+            torch.testing.assert_close(a, b, rtol=8 * U, atol=8 * U)
+    order = torch.tensor([2, 0, 3, 1])
+    for name in ("student_hidden", "teacher_hidden", "row_weight"):
+        tensors[name] = tensors[name][order]
+    permuted, _ = run("triton", tensors, clip=0.02)
+    assert torch.equal(permuted.row_loss, whole.row_loss[order])
+    chosen = kernels.choose
+    monkeypatch.setattr(kernels, "choose", lambda *a: chosen(*a) | {"BLOCK": 64, "SPLITS": 4})
+    for a, b in zip(permuted, run("triton", tensors, clip=0.02)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=8 * U, atol=8 * U)
+
+
+def test_no_rows_and_strided_inputs() -> None:
+    tensors = problem() | {"row_weight": None}
+    empty = tensors | {"student_hidden": torch.zeros(0, D), "teacher_hidden": torch.zeros(0, D)}
+    out, grads = run("triton", empty)
+    assert out.loss == 0 and grads[0].shape == (0, D) and not grads[1].any()
+    strided = {name: x.T.contiguous().T if x is not None and x.dim() == 2 else x for name, x in tensors.items()}
+    assert not strided["weight"].is_contiguous()
+    for a, b in zip(run("triton", strided)[0], run("triton", tensors)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=64 * U, atol=64 * U)
+
+
+def test_a_second_backward_finds_everything_as_it_was() -> None:
+    for reduction in ("mean", "none"):
+        hidden, weight = randn(N, D).requires_grad_(), randn(VOCAB, D, seed=2)
+        loss = fused_step_kl(hidden, randn(N, D, seed=1), weight, backend="triton", reduction=reduction).loss.sum()
+        first, second = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("support", [{}, {"top_k": 4, "tail": "bucket"}])
+def test_from_logits(dtype: torch.dtype, support: dict[str, Any]) -> None:
+    z_s, z_t = (3 * randn(2, 3, VOCAB, seed=seed).to(dtype) for seed in (0, 1))
+    row_weight = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 1.0]])
+    for reduction in ("mean", "sum", "none"):
+        results = []
+        for backend, a, b in (("triton", z_s, z_t), ("torch", z_s.double(), z_t.double())):
+            a = a.clone().requires_grad_()
+            out = step_kl_from_logits(
+                a, b, row_weight=row_weight, clip=0.02, temperature=0.7, reduction=reduction, backend=backend, **support
+            )
+            results.append((*out, torch.autograd.grad(out.loss.sum() * 1.7, a)[0]))
+        for ours, exact in zip(*results, strict=True):
+            rounding = torch.finfo(ours.dtype).eps
+            torch.testing.assert_close(ours.double(), exact, rtol=8 * rounding + 1e-5, atol=rounding * 1e-2 + 1e-6)
+
+
+def test_from_logits_reads_columns_that_are_not_contiguous() -> None:
+    z_s, z_t = (randn(VOCAB, N, seed=seed).T for seed in (0, 1))
+    ours = step_kl_from_logits(z_s, z_t, backend="triton")
+    for a, b in zip(ours, step_kl_from_logits(z_s, z_t, backend="torch"), strict=True):
+        torch.testing.assert_close(a, b, rtol=64 * U, atol=64 * U)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 16-bit operands: on a CPU they are emulated, so that the memory of logits is shared as it is on a GPU
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        assert a.dtype == b.dtype
+        return torch.mm(a, b, out=out) if a.dtype.itemsize > 2 else torch.mm(a.float(), b.float(), out=out)
+
+    monkeypatch.setattr(products, "matmul", matmul)
+    monkeypatch.setattr(products, "operand_dtype", lambda hidden, weight: weight.dtype)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", torch.float16), ("torch", torch.float16), ("torch", torch.bfloat16)]
+)
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
+def test_the_gradient_takes_the_place_of_logits_already_used(sixteen_bits, backend, dtype, rows) -> None:
+    # Every 16-bit number of the products' operands but the gradient is exact in fp64: its rounding is the error.
+    vocab = 40
+    tensors: dict[str, Any] = {
+        "student_hidden": randn(rows, D, dtype=dtype),
+        "teacher_hidden": randn(rows, D, seed=1, dtype=dtype),
+        "weight": randn(vocab, D, seed=2, dtype=dtype),
+    }
+    for workspace in (1 << 14, 1 << 26):
+        out, grads = run(backend, tensors, clip=0.05, workspace_bytes=workspace)
+        exact, exact_grads = run("reference", double(tensors), clip=0.05)
+        torch.testing.assert_close(out.row_loss.double(), exact.row_loss, rtol=1e-4, atol=1e-5)
+        eps = torch.finfo(dtype).eps
+        for ours, theirs in zip(grads, exact_grads, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=4 * eps, atol=4 * eps * theirs.abs().max().item())
+
+
+def test_blocks_never_write_over_logits_they_have_not_read() -> None:
+    for head_rows in range(1, 9):
+        for wanted in range(1, 40):
+            plan = chunked_step_kl.Plan(100, wanted, head_rows, 1)
+            blocks = chunked_step_kl._blocks(100, plan)
+            assert [i for block in blocks for i in range(100)[block]] == list(range(100))
+            for block in blocks:
+                assert 2 * block.stop <= 2 * head_rows + 4 * block.start  # bytes per column
+            assert max(block.stop - block.start for block in blocks) == min(wanted, 100 - 0) or head_rows < wanted
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 33, 5), (40, 100, 24)])
+def test_the_product_without_negligible_tiles(shape: tuple[int, int, int]) -> None:
+    rows, vocab, width = shape
+    gradient, weight = randn(rows, vocab, dtype=torch.float16), randn(vocab, width, seed=1, dtype=torch.float16)
+    exact = gradient.double() @ weight.double()
+    error = 2 * U * (vocab + 1) * (gradient.double().abs() @ weight.double().abs())
+    assert ((kernels.hidden_gradient(gradient, weight, 1e-9) - exact).abs() <= error).all()
+
+    # One tile holds what counts, another a NaN; a third is below the threshold and one just at it.
+    gradient[:] = 0.01
+    gradient[0, 0] = 3.0
+    if vocab > 64:
+        gradient[rows - 1, 40] = 0.5
+        gradient[0, 70] = 0.499
+    kept = torch.zeros_like(gradient)
+    kept[:16, :32] = gradient[:16, :32]
+    last = (rows - 1) // 16 * 16
+    kept[last:, 32:64] = gradient[last:, 32:64] if vocab > 64 else 0
+    exact = kept.double() @ weight.double()
+    assert ((kernels.hidden_gradient(gradient, weight, 0.5) - exact).abs() <= error + 1e-5).all()
+    gradient[rows - 1, vocab - 1] = math.nan
+    assert kernels.hidden_gradient(gradient, weight, 100.0).isnan().any(1).tolist()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The operators
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_top_k_beyond_the_kernels() -> None:
+    hidden, weight = randn(2, 3), randn(1100, 3, seed=1)
+    with pytest.raises(ValueError, match=r"top_k of at most 1024, but it is 1025: use"):
+        fused_step_kl(hidden, hidden, weight, top_k=1025, backend="triton")
+    fused_step_kl(hidden, hidden, weight, top_k=1025)
+    with pytest.raises(ValueError, match=r"but not torch\.float64: use"):
+        fused_step_kl(hidden.double(), hidden.double(), weight.double(), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_torch_compile_sees_one_graph(backend: str, reduction: str) -> None:
+    row_weight, teacher = torch.tensor([1.0, 0.0, 2.0, 0.5]), randn(N, D, seed=1)
+
+    def loss(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        out = fused_step_kl(2 * hidden, teacher, weight, row_weight=row_weight, reduction=reduction, backend=backend)
+        from_logits = step_kl_from_logits(hidden @ weight.T, weight[:N] @ weight.T.detach(), backend=backend)
+        return out.loss.sum() + from_logits.loss, out.row_kl
+
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        hidden, weight = randn(N, D).requires_grad_(), randn(VOCAB, D, seed=2)
+        total, row_kl = function(hidden, weight)
+        results.append((total, row_kl, torch.autograd.grad(total, hidden)[0]))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=8 * U, atol=8 * U)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_opcheck(backend: str) -> None:
+    hidden, teacher, weight, bias = randn(N, D), randn(N, D, seed=1), randn(VOCAB, D, seed=2), randn(VOCAB, seed=4)
+    divergence = ("reverse_kl", 0.5, 0.02, "plain", 4, "bucket", 1.0)
+    row_weight = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    settings = (1 << 20, None, True, backend)
+    for row_weights, upstream, needs in (
+        (row_weight, None, [True, True, True]),
+        (None, randn(N, seed=7), [True, False, False]),
+        (None, None, [False, False, False]),
+    ):
+        arguments = (hidden, weight, bias, teacher, None, bias, row_weights, upstream, needs)
+        torch.library.opcheck(torch.ops.dopsd.step_kl.default, (*arguments, *divergence, True, 0.0, *settings))
+        logits = (hidden @ weight.T, teacher @ weight.T, row_weights, upstream, needs[0])
+        torch.library.opcheck(torch.ops.dopsd.step_kl_from_logits.default, (*logits, *divergence, True, *settings))
+        if backend == "triton":
+            break  # the interpreter is slow, and which tensors are there is the same to it
