@@ -73,6 +73,7 @@ def plan_workspace(
     teacher: Head,
     needs: tuple[bool, bool, bool],
     options: StepKLOptions,
+    grad_threshold: float,
     workspace_bytes: int,
     backend: str,
     vocab: int,
@@ -84,11 +85,15 @@ def plan_workspace(
     compute = products.compute_dtype(student.hidden)
     operand = products.operand_dtype(student.hidden, student.weight)
     width = student.weight.shape[1]
-    both_widths = width + teacher.weight.shape[1]
-    # Per row: two rows of logits; the hidden states gathered and converted, and the gradients of both products.
-    row_bytes = compute.itemsize * (2 * vocab + both_widths)
-    if any(needs):
-        row_bytes += compute.itemsize * width * (2 if needs[1] else 1)
+    # Per row: two rows of logits; the hidden states gathered and converted; and, later unless the student's are needed
+    # again for the weight's gradient, their own gradient, before and after its rounding.
+    gathered = max(operand.itemsize, student.hidden.itemsize) * (width + teacher.weight.shape[1])
+    differentiated = (compute.itemsize + gradient_dtype(student.hidden).itemsize) * width if needs[0] else 0
+    if grad_threshold > 0 and backend == "triton":
+        differentiated += _triton().partial_bytes(width, student.hidden.device)
+    if needs[1]:
+        gathered += operand.itemsize * width + differentiated
+    row_bytes = compute.itemsize * 2 * vocab + max(gathered, differentiated)
     converted = student.weight.dtype != operand or teacher.weight.dtype != operand
     column_bytes = compute.itemsize * max(width, teacher.weight.shape[1])
     column_bytes *= converted or (needs[1] and operand != compute)
@@ -137,7 +142,7 @@ def step_kl(
     group: VocabGroup,
 ) -> tuple[Tensor, Gradients]:
     """Return (row_loss, row_kl, row_clip_fraction) stacked as (3, N), and the gradients."""
-    plan = plan_workspace(student, teacher, needs, options, workspace_bytes, backend, group.widest)
+    plan = plan_workspace(student, teacher, needs, options, grad_threshold, workspace_bytes, backend, group.widest)
     passes = _triton().rows if backend == "triton" else divergence.rows
     dtype = products.compute_dtype(student.hidden)
     count = student.hidden.shape[0]
@@ -161,16 +166,8 @@ def step_kl(
         size = chunk.stop - chunk.start
         z = memory.logits(size)
         dz = memory.gradient(size) if any(needs) else None
-        hidden = _logits(student, teacher, places, plan.tile_columns, z)
-        stats[:, places] = torch.cat(
-            [
-                passes(
-                    z[0, block], z[1, block], bias_s, bias_t, options, group, None if dz is None else dz[block], None
-                )
-                for block in _blocks(size, plan)
-            ],
-            dim=1,
-        )
+        hidden = _logits(student, teacher, places, plan.tile_columns, z, keep=needs[1])
+        stats[:, places] = passes(z[0], z[1], bias_s, bias_t, options, group, _blocks(size, plan), dz, None)
         if dz is not None:
             # dz is the gradient of each row's own loss; the row's scale enters on the narrow side.
             scale = (row_scale[chunk] / options.temperature)[:, None]
@@ -178,6 +175,7 @@ def step_kl(
                 dh = _hidden_gradient(dz, student.weight, grad_threshold, plan.tile_columns, backend)
                 grads.hidden[places] = group.sum(dh).mul_(scale).to(grads.hidden.dtype)
             if grads.weight is not None:
+                assert hidden is not None
                 products.add_weight_gradient(grads.weight, dz, hidden, scale, plan.tile_columns)
             if grads.bias is not None:
                 products.add_bias_gradient(grads.bias, dz, scale)
@@ -217,17 +215,18 @@ def step_kl_from_logits(
             f"workspace_bytes is {workspace_bytes}, but a row of {group.widest} logits needs at least {row_bytes}."
         )
     active = count if rows is None else rows.numel()
+    passes = _triton().rows if backend == "triton" else divergence.rows
+    active = count if rows is None else rows.numel()
     for block in products.tiles(active, max(1, min(wanted_rows, workspace_bytes // row_bytes))):
         places = block if rows is None else rows[block]
-        scale = None if row_scale is None else row_scale[block]
         if backend == "triton":
             z_s, z_t = (x if x.stride(1) == 1 else x.contiguous() for x in (student[places], teacher[places]))
             gradient = torch.empty_like(z_s) if want_grad else None
-            stats[:, places] = _triton().rows(z_s, z_t, None, None, options, group, gradient, scale)
         else:
             z_s, z_t = (x[places].to(dtype, copy=True) for x in (student, teacher))
             gradient = z_s if want_grad else None
-            stats[:, places] = divergence.rows(z_s, z_t, None, None, options, group, gradient, scale)
+        scale = None if row_scale is None else row_scale[block]
+        stats[:, places] = passes(z_s, z_t, None, None, options, group, [slice(0, len(z_s))], gradient, scale)
         if gradient is not None:
             gradients[places] = gradient.to(gradients.dtype)
     return stats, gradients
@@ -281,20 +280,21 @@ def _logits(
     places: slice | Tensor,
     tile_columns: int,
     z: Tensor,  # (2, R, V)
-) -> Tensor:
+    keep: bool,
+) -> Tensor | None:
     """Write a chunk's logits, without bias and temperature; return the student's hidden states as multiplied."""
     operand = products.operand_dtype(student.hidden, student.weight)
     hidden = student.hidden[places].to(operand)
     if teacher.weight is student.weight and teacher.hidden.dtype == student.hidden.dtype:
-        both = torch.cat([hidden, teacher.hidden[places].to(operand)])
-        products.logits(both, student.weight, tile_columns, out=z.flatten(0, 1))
-        return both[: hidden.shape[0]]
+        hidden = torch.cat([hidden, teacher.hidden[places].to(operand)])
+        products.logits(hidden, student.weight, tile_columns, out=z.flatten(0, 1))
+        return hidden[: z.shape[1]] if keep else None
     products.logits(hidden, student.weight, tile_columns, out=z[0])
     # The student's dtype decides in which the logits are.
     sixteen = z.dtype == torch.float32 and products.operand_dtype(teacher.hidden, teacher.weight).itemsize == 2
     seen = teacher.hidden[places].to(teacher.weight.dtype if sixteen else z.dtype)
     products.logits(seen, teacher.weight, tile_columns, out=z[1])
-    return hidden
+    return hidden if keep else None
 
 
 def _hidden_gradient(dz: Tensor, weight: Tensor, threshold: float, tile_columns: int, backend: str) -> Tensor:

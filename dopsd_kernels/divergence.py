@@ -5,6 +5,7 @@ the same gradient with respect to the student's logits: pull_j - s_j sum_v pull_
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,22 +32,25 @@ def rows(
     bias_t: Tensor | None,  # (V,)
     options: StepKLOptions,
     group: VocabGroup,
-    gradient: Tensor | None,  # (R, V), written if given; may be z_s
+    blocks: Sequence[slice],  # of rows, one after the other; a block's temporaries exist at once
+    gradient: Tensor | None,  # (R, V), written if given; z_s, or memory of blocks before the one it is written for
     scale: Tensor | None,  # (R,) factor of each row's gradient
 ) -> Tensor:
     """Return (row_loss, row_kl, row_clip_fraction) as (3, R)."""
-    for z, bias in ((z_s, bias_s), (z_t, bias_t)):
-        if bias is not None:
-            z.add_(bias)
-        if options.temperature != 1:
-            z.mul_(1 / options.temperature)
-    stats = _logit_gradient(z_s, z_t, options, group, gradient is not None)
-    if gradient is not None:
-        if scale is not None:
-            z_s.mul_(scale[:, None])
-        if gradient is not z_s:
-            gradient.copy_(z_s)
-    return stats
+    stats = []
+    for block in blocks:
+        for z, bias in ((z_s[block], bias_s), (z_t[block], bias_t)):
+            if bias is not None:
+                z.add_(bias)
+            if options.temperature != 1:
+                z.mul_(1 / options.temperature)
+        stats.append(_logit_gradient(z_s[block], z_t[block], options, group, gradient is not None))
+        if gradient is not None:
+            if scale is not None:
+                z_s[block].mul_(scale[block, None])
+            if gradient is not z_s:
+                gradient[block].copy_(z_s[block])
+    return torch.cat(stats, dim=1)
 
 
 def _logit_gradient(z_s: Tensor, z_t: Tensor, options: StepKLOptions, group: VocabGroup, want_grad: bool) -> Tensor:

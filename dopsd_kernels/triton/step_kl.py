@@ -21,6 +21,7 @@ Logarithms of probabilities are kept as ((z - m) - log l): z - m is exact near t
 a plain logsumexp would lose the digits that matter.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -167,6 +168,7 @@ def _teacher_top_keys(
     bias_t,  # (V,) fp32, or None
     stride_t,
     keys,  # (R, SPLITS, TOP_K) int64
+    first_row,
     vocab,
     first_column,
     split_columns,
@@ -176,7 +178,7 @@ def _teacher_top_keys(
     LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, split = first_row + tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, vocab)
     top = tl.full((1, TOP_K), LOWEST, tl.int64)
@@ -200,6 +202,7 @@ def _normalizers(
     threshold,  # (R,) int64 smallest key of the support, or None
     normalizers,  # (SPLITS, R, 8) fp32
     rows,
+    first_row,
     vocab,
     first_column,
     split_columns,
@@ -207,7 +210,7 @@ def _normalizers(
     BUCKET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, split = first_row + tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, vocab)
     lowest = -float("inf")
@@ -251,6 +254,7 @@ def _row_sums(
     normalizers,  # (PARTS, R, 8) fp32
     sums,  # (SPLITS, R, 4) fp32
     rows,
+    first_row,
     vocab,
     first_column,
     split_columns,
@@ -265,7 +269,7 @@ def _row_sums(
     PADDED_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, split = first_row + tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, vocab)
     m_s, log_l_s = _merge(normalizers, row, rows, 0, PARTS, PADDED_PARTS)
@@ -326,6 +330,7 @@ def _logit_gradient(
     gradient,  # (R, V)
     stride_gradient,
     rows,
+    first_row,
     vocab,
     first_column,
     split_columns,
@@ -340,7 +345,7 @@ def _logit_gradient(
     PADDED_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, split = first_row + tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = split * split_columns
     end = tl.minimum(begin + split_columns, vocab)
     m_s, log_l_s = _merge(normalizers, row, rows, 0, PARTS, PADDED_PARTS)
@@ -385,20 +390,18 @@ def rows(
     bias_t: Tensor | None,  # (V,) fp32
     options: StepKLOptions,
     group: VocabGroup,
-    gradient: Tensor | None,  # (R, V), written if given; may share z_s's memory, entry by entry
+    blocks: Sequence[slice],  # of rows, one after the other; a block's logits should fit the L2 cache
+    gradient: Tensor | None,  # (R, V), written if given; may share memory with blocks before the one it is written for
     scale: Tensor | None,  # (R,) fp32 factor of each row's gradient
 ) -> Tensor:
     """Return (row_loss, row_kl, row_clip_fraction) as (3, R) in fp32."""
     count, vocab = z_s.shape
-    config = choose("step_kl_rows", z_s.device, count, 0, vocab)
-    block, splits, launch = config["BLOCK"], config["SPLITS"], {"num_warps": config["num_warps"]}
+    config = choose("step_kl_rows", z_s.device, 0, 0, group.widest)
+    block = config["BLOCK"]
     # A split's columns are whole blocks: its first load is then aligned like the row.
-    split_columns = triton.cdiv(triton.cdiv(group.widest, splits), block) * block
+    split_columns = triton.cdiv(triton.cdiv(group.widest, config["SPLITS"]), block) * block
     splits = triton.cdiv(group.widest, split_columns)
     parts = splits * group.size
-    grid = (count, splits)
-    bucket = options.top_k is not None and options.tail == "bucket"
-    new = z_s.new_empty
     sides: dict[str, Any] = {
         "z_s": z_s,
         "z_t": z_t,
@@ -408,7 +411,7 @@ def rows(
         "stride_t": z_t.stride(0),
         "threshold": None,
         "rows": count,
-        "BUCKET": bucket,
+        "BUCKET": options.top_k is not None and options.tail == "bucket",
     }
     columns: dict[str, Any] = {
         "vocab": vocab,
@@ -416,30 +419,10 @@ def rows(
         "split_columns": split_columns,
         "inverse_temperature": 1 / options.temperature,
         "BLOCK": block,
-        **launch,
+        "num_warps": config["num_warps"],
+        "enable_fp_fusion": True,
     }
-    if options.top_k is not None:
-        kept = triton.next_power_of_2(options.top_k)
-        keys = new((count, splits, kept), dtype=torch.int64)
-        _teacher_top_keys[grid](
-            z_t,
-            bias_t,
-            z_t.stride(0),
-            keys,
-            SPLITS=splits,
-            TOP_K=kept,
-            LOWEST=LOWEST_KEY,
-            **columns,
-        )
-        keys = group.gather(keys.flatten(1).T).T  # (R, entries)
-        sides["threshold"] = keys.topk(options.top_k, dim=1).values[:, -1].contiguous()
-
-    normalizers = new((splits, count, _NORMALIZERS.value), dtype=torch.float32)
-    _normalizers[grid](normalizers=normalizers, **sides, **columns)
-    normalizers = group.gather(normalizers)
-
     terms: dict[str, Any] = {
-        "normalizers": normalizers,
         "beta": options.beta,
         "clip": 0.0 if options.clip is None else options.clip,
         "DIVERGENCE": _DIVERGENCES[options.divergence],
@@ -448,20 +431,47 @@ def rows(
         "PARTS": parts,
         "PADDED_PARTS": triton.next_power_of_2(parts),
     }
-    sums = new((splits, count, _SUMS.value), dtype=torch.float32)
-    _row_sums[grid](sums=sums, **sides, **columns, **terms)
-    sums = group.gather(sums)
-    if gradient is not None:
-        _logit_gradient[grid](
-            sums=sums,
-            scale=scale,
-            gradient=gradient,
-            stride_gradient=gradient.stride(0),
-            **sides,
+    normalizers = z_s.new_empty((splits, count, _NORMALIZERS.value), dtype=torch.float32)
+    sums = z_s.new_empty((splits, count, _SUMS.value), dtype=torch.float32)
+    if options.top_k is not None:
+        kept = triton.next_power_of_2(options.top_k)
+        keys = z_s.new_empty((count, splits, kept), dtype=torch.int64)
+        _teacher_top_keys[(count, splits)](
+            z_t=z_t,
+            bias_t=bias_t,
+            stride_t=z_t.stride(0),
+            keys=keys,
+            first_row=0,
+            SPLITS=splits,
+            TOP_K=kept,
+            LOWEST=LOWEST_KEY,
             **columns,
-            **terms,
         )
-    stats = sums.sum(0)[:, :3].T.contiguous()
+        keys = group.gather(keys.flatten(1).T).T  # (R, entries)
+        sides["threshold"] = keys.topk(options.top_k, dim=1).values[:, -1].contiguous()
+
+    # Other processes' parts are exchanged for all rows at once: that costs more than reading logits again.
+    for span in blocks if group.size == 1 else [slice(0, count)]:
+        grid = (span.stop - span.start, splits)
+        _normalizers[grid](normalizers=normalizers, first_row=span.start, **sides, **columns)
+        merged = group.gather(normalizers)
+        _row_sums[grid](normalizers=merged, sums=sums, first_row=span.start, **sides, **columns, **terms)
+        total = group.gather(sums)
+        if gradient is None:
+            continue
+        for part in [span] if group.size == 1 else blocks:
+            _logit_gradient[(part.stop - part.start, splits)](
+                normalizers=merged,
+                sums=total,
+                scale=scale,
+                gradient=gradient,
+                stride_gradient=gradient.stride(0),
+                first_row=part.start,
+                **sides,
+                **columns,
+                **terms,
+            )
+    stats = total.sum(0)[:, :3].T.contiguous()
     stats[2] /= options.entries(group.vocab)
     return stats
 
@@ -584,6 +594,11 @@ def block_rows(vocab: int, device: torch.device) -> int:
     """Return how many rows' logits the passes should go over at a time to find them in the L2 cache again."""
     config = choose("step_kl_rows", device, 0, 0, vocab)
     return max(1, (config["CACHE_MIB"] << 20) // (2 * vocab * 4))
+
+
+def partial_bytes(width: int, device: torch.device) -> int:
+    """Return the memory of a row's parts of `hidden_gradient`."""
+    return (choose("step_kl_hidden_gradient", device)["SPLITS"] + 1) * width * 4
 
 
 def block_row_bytes(top_k: int | None, device: torch.device) -> int:
