@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import types
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dopsd_kernels import (
     step_kl_from_logits,
     step_mean_weights,
 )
+from dopsd_kernels.triton import configs
 
 H, W, B, Z = torch.zeros(2, 3, 4), torch.zeros(8, 4), torch.zeros(8), torch.zeros(2, 3, 8)
 ROWS = torch.ones(6)
@@ -170,6 +172,24 @@ def test_triton_is_refused_where_it_cannot_run(op, arguments, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     refused(op, "triton", arguments | {"backend": "triton"})
     op(**arguments, backend="auto")
+
+
+def test_an_architecture_without_kernels_is_named(monkeypatch):
+    elsewhere = torch.empty(0, device="meta")
+    assert re.fullmatch(r"there are kernels for sm_80, .* but not for meta", backends.triton_unsupported([elsewhere]))
+    assert backends.choose_backend("auto", [elsewhere]) == "torch"
+    for properties, hip, expected in (
+        (dict(major=9, minor=0), None, "sm_90"),
+        (dict(major=8, minor=9), None, "sm_120"),
+        (dict(major=7, minor=5), None, None),
+        (dict(gcnArchName="gfx942:sramecc+:xnack-"), "7.0", "gfx942"),
+        (dict(gcnArchName="gfx1100"), "7.0", None),
+    ):
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d, p=properties: types.SimpleNamespace(**p))
+        configs.family.cache_clear()
+        assert configs.family(torch.device("cuda", 0)) == expected
+    configs.family.cache_clear()
 
 
 def test_the_module_is_the_op():
