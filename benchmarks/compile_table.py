@@ -45,7 +45,7 @@ class Variant:
     config: dict[str, int]  # the entry it belongs to, for the table
     signature: dict[str, str]  # in any order: "*bf16" (aligned to 16 bytes), "fp32", "i32", "i32:16" (a multiple of 16)
     constexprs: dict[str, Any]  # the other arguments
-    options: dict[str, int]  # num_warps, num_stages
+    options: dict[str, int]  # num_warps, and num_stages where the launch has it
     tensor_cores: bool = False  # whether it must use them
     spill_budget: int = 0  # bytes
 
@@ -58,6 +58,8 @@ class Variant:
 # by the largest tiles, by a top_k of 128 (1 KB of keys per row), and by fp32 operands, which lie in registers twice as
 # wide as 16-bit ones.
 _TILE_SPILL = 256
+# Spilled by tiles of 128 rows and their sums: some of the numbers that wait between the products of a tile of keys.
+_ATTENTION_SPILL = 256
 
 
 def confidence(arch: str) -> Iterator[Variant]:
@@ -76,7 +78,6 @@ def confidence(arch: str) -> Iterator[Variant]:
             for (hidden, weight), top_k, sample in options:
                 upcast = hidden != weight
                 itemsize = 2 if (hidden, weight) == bf16 else 4
-                launch = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
                 absent = [] if sample else ["seed", "chosen", "chosen_logit"]
                 absent += [] if top_k else ["top"]
                 pointers = {
@@ -113,7 +114,7 @@ def confidence(arch: str) -> Iterator[Variant]:
                         "BLOCK_K": config["ROW_BYTES"] // itemsize,
                         **{key: config[key] for key in ("BLOCK_N", "BLOCK_V", "GROUP")},
                     },
-                    options=launch,
+                    options={name: config[name] for name in ("num_warps", "num_stages")},
                     tensor_cores=itemsize == 2,
                     spill_budget=_TILE_SPILL if itemsize == 4 or top_k > 32 or config["BLOCK_V"] > 128 else 0,
                 )
@@ -140,7 +141,126 @@ def confidence(arch: str) -> Iterator[Variant]:
         )
 
 
-OPS = (confidence,)
+def step_kl(arch: str) -> Iterator[Variant]:
+    """The passes of fused_step_kl: without a top-k, and with a bucket, which keeps most. Its product in 16 bits."""
+    from dopsd_kernels.triton import step_kl as kernels
+    from dopsd_kernels.triton.topk import LOWEST_KEY
+
+    signature = {
+        **dict.fromkeys(("bias_s", "bias_t", "normalizers", "sums", "scale", "partial"), "*fp32"),
+        **dict.fromkeys(("threshold", "keys", "tiles", "counts"), "*i64"),
+        "active": "*i32",
+        **dict.fromkeys(("stride_s", "stride_t", "stride_gradient", "stride", "weight_stride"), "i32:16"),
+        **dict.fromkeys(("vocab", "width", "split_columns"), "i32:16"),
+        **dict.fromkeys(("rows", "first_row", "first_column", "column_tiles"), "i32"),
+        **dict.fromkeys(("inverse_temperature", "beta", "clip"), "fp32"),
+    }
+
+    def variant(
+        name: str, label: str, config: dict[str, int], constexprs: dict[str, Any], types: dict[str, str], **more: Any
+    ) -> Variant:
+        arguments = getattr(kernels, name).arg_names
+        constexprs = {key: value for key, value in {**config, **constexprs}.items() if key in arguments}
+        kinds = {**signature, **types}
+        return Variant(
+            kernel=f"dopsd_kernels.triton.step_kl:{name}",
+            label=label,
+            config=config,
+            signature={key: kinds[key] for key in arguments if key not in constexprs},
+            constexprs=constexprs,
+            **more,
+        )
+
+    for config in _configs("step_kl_rows", arch):
+        for label, logits, top_k in (
+            ("reverse KL, fp32", "*fp32", 0),
+            ("JSD, fp32, top 32 and bucket", "*fp32", 32),
+            ("JSD, bf16, top 1024 and bucket", "*bf16", 1024),
+        ):
+            constexprs = {
+                "LOWEST": LOWEST_KEY,
+                "TOP_K": top_k,
+                "BUCKET": top_k > 0,
+                "DIVERGENCE": 2 if top_k else 0,
+                "CLIPPED": True,
+                "NONNEGATIVE": True,
+                "PARTS": config["SPLITS"],
+                "PADDED_PARTS": config["SPLITS"],
+                **({} if top_k else dict.fromkeys(("bias_s", "bias_t", "threshold", "scale"))),
+            }
+            for name in ("_teacher_top_keys", "_normalizers", "_row_sums", "_logit_gradient"):
+                if top_k or name != "_teacher_top_keys":
+                    yield variant(
+                        name,
+                        label,
+                        config,
+                        constexprs,
+                        {"z_s": logits, "z_t": logits, "gradient": "*bf16"},
+                        options={"num_warps": config["num_warps"]},
+                    )
+    for config in _configs("step_kl_hidden_gradient", arch):
+        for dtype in ("bf16", "fp16"):
+            types = {"gradient": f"*{dtype}", "weight": f"*{dtype}", "threshold": "fp32"}
+            yield variant("_tile_peaks", dtype, config, {}, types, options={"num_warps": 4})
+            yield variant(
+                "_hidden_gradient",
+                dtype,
+                config,
+                {"weight_step": 1, "UPCAST": False},
+                types,
+                options={name: config[name] for name in ("num_warps", "num_stages")},
+                tensor_cores=True,
+            )
+
+
+def prefix_attention(arch: str) -> Iterator[Variant]:
+    """Forward and backward with both masks, which cost registers, at D = 128 (fp32: 64)."""
+    from dopsd_kernels.triton import prefix_attention as kernels
+
+    def variants(config: dict[str, int], names: tuple[str, ...], dtype: str, width: int) -> Iterator[Variant]:
+        for name in names:
+            arguments = getattr(kernels, name).arg_names
+            for own in (False, True) if name == "_backward_keys" else (None,):
+                constexprs = {
+                    "UPCAST": False,
+                    "BLOCK_D": width,
+                    "BLOCK_M": config["BLOCK_M"],
+                    "BLOCK_N": config["BLOCK_N"],
+                    **({} if own is None else {"OWN": own}),
+                }
+                signature = {
+                    **dict.fromkeys(("q", "k", "v", "k_prefix", "v_prefix", "grad", "out", "d_q"), f"*{dtype}"),
+                    # The sums of a split of the prefix' gradients are fp32.
+                    **dict.fromkeys(("d_k", "d_v"), f"*{dtype}" if own else "*fp32"),
+                    **dict.fromkeys(("lse", "delta"), "*fp32"),
+                    **dict.fromkeys(("prefix_mask", "own_mask", "mask"), "*i8"),
+                    **{key: "i32:16" for key in arguments if key.startswith("stride_")},
+                    **dict.fromkeys(("rows", "prefix", "keys", "length", "split_rows"), "i32"),
+                    **dict.fromkeys(("groups", "heads", "repeats"), "i32"),
+                    "width": "i32:16",
+                    "scale": "fp32",
+                }
+                sides = {None: "", True: ", own keys", False: ", prefix"}[own]
+                yield Variant(
+                    kernel=f"dopsd_kernels.triton.prefix_attention:{name}",
+                    label=f"{dtype}, D = {width}{sides}",
+                    config=config,
+                    signature={key: signature[key] for key in arguments if key not in constexprs},
+                    constexprs=constexprs,
+                    options={key: config[key] for key in ("num_warps", "num_stages")},
+                    tensor_cores=dtype != "fp32",
+                    spill_budget=_ATTENTION_SPILL,
+                )
+
+    for config in _configs("prefix_attention", arch):
+        yield from variants(config, ("_forward",), "bf16", 128)
+    for config in _configs("prefix_attention_backward", arch):
+        yield from variants(config, ("_backward_queries", "_backward_keys"), "bf16", 128)
+    for config in _configs("prefix_attention_fp32", arch):
+        yield from variants(config, ("_forward", "_backward_queries", "_backward_keys"), "fp32", 64)
+
+
+OPS = (confidence, step_kl, prefix_attention)
 
 
 def _configs(kernel: str, arch: str) -> list[dict[str, int]]:
@@ -160,7 +280,7 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dopsd_kernels.triton.configs import SHARED_MEMORY
+    from dopsd_kernels.triton.configs import LAUNCH, SHARED_MEMORY
 
     module, name = variant.kernel.split(":")
     fn = getattr(importlib.import_module(module), name)
@@ -179,7 +299,7 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     triton.knobs.nvidia.dump_ptxas_log = True
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=variant.options)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options={**variant.options, **LAUNCH})
     assembly = compiled.asm["ptx" if TARGETS[arch][0] == "cuda" else "amdgcn"]
     if TARGETS[arch][0] == "cuda":
         registers = _number(r"Used (\d+) registers", log.getvalue())
@@ -197,15 +317,17 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     if variant.tensor_cores and instruction == "-":
         faults.append("no tensor cores")
     return {
-        "kernel": name,
+        "kernel": f"{module.rpartition('.')[2]}.{name}",
         "arch": arch,
         "config": variant.config,
         "variant": variant.label,
         "registers": registers,
         "spill_bytes": spill,
+        "spill_budget": variant.spill_budget,
         "shared_bytes": shared,
         "shared_limit": limit,
         "instruction": instruction,
+        "tensor_cores": variant.tensor_cores,
         "faults": faults,
     }
 
@@ -240,7 +362,7 @@ def main() -> int:
     for row in rows:
         config = " ".join(f"{key}={value}" for key, value in row["config"].items())
         print(
-            f"{row['kernel']:12} {row['arch']:7} {row['registers']:3} {row['spill_bytes']:5} "
+            f"{row['kernel']:25} {row['arch']:7} {row['registers']:3} {row['spill_bytes']:5} "
             f"{row['shared_bytes']:6}/{row['shared_limit']} {row['instruction']:15} | {row['variant']} | {config}"
         )
     faulty = [row for row in rows if row["faults"]]

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -45,11 +44,14 @@ CANDIDATES = {
     "num_warps": (4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5),
 }
-# The variant of the public op that runs a kernel, and on which kind of rows; others are the plain op.
-VARIANTS = {
-    "confidence_top_k": ("diffuse", "top_k=20"),
-    "step_kl_hidden_gradient": ("peaked", f"grad_threshold={GRAD_THRESHOLD:g}"),
+# The public op that runs a kernel, on which kind of rows, and in which variant.
+KERNELS = {
+    "confidence_argmax": ("confidence", "diffuse", ""),
+    "confidence": ("confidence", "diffuse", "top_k=20"),
+    "step_kl_rows": ("step_kl", "diffuse", ""),
+    "step_kl_hidden_gradient": ("step_kl", "peaked", f"grad_threshold={GRAD_THRESHOLD:g}"),
 }
+SIXTEEN_BITS = ("confidence_argmax", "step_kl_hidden_gradient")  # run for 16-bit operands alone
 WORTHWHILE = 0.99  # a smaller gain than 1 % is noise
 ERROR = 0.02  # of bf16 results; a configuration with more is wrong
 
@@ -102,7 +104,7 @@ def write(entries: dict[str, list[Entry]], path: Path) -> None:
 
 def timer(kernel: str, case: Case, arch: str) -> Callable[[Config], float]:
     """Return a function that times the public op on this GPU with a configuration of one of its kernels."""
-    variant = VARIANTS.get(kernel, ("", ""))[1]
+    variant = KERNELS[kernel][2]
     (provider,) = (p for p in providers(case) if p.name == "ours triton" and p.variant == variant)
     problem, clock = make_problem(case, DEVICE), Clock(DEVICE)
     small = make_problem(replace(case, rows=min(case.rows, 64)), DEVICE)
@@ -111,19 +113,16 @@ def timer(kernel: str, case: Case, arch: str) -> Callable[[Config], float]:
 
     def seconds(config: Config) -> float:
         candidate = {**entries, kernel: [{"arch": [arch], "config": config}, *entries[kernel]]}
-        with mock.patch.object(configs, "_entries", lambda: candidate):
-            configs.choose.cache_clear()
-            try:
+        try:
+            with configs.use(candidate):
                 # Compiles, too. A configuration may be impossible: too much shared memory, or a block too small.
                 if max(errors(provider, small).values()) > ERROR:
                     return math.inf
                 clock.time(provider, problem, phase)
                 return statistics.median(clock.time(provider, problem, phase)[phase] for _ in range(9))
-            except Exception as error:
-                print(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-                return math.inf
-            finally:
-                configs.choose.cache_clear()
+        except Exception as error:
+            print(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            return math.inf
 
     return seconds
 
@@ -131,19 +130,20 @@ def timer(kernel: str, case: Case, arch: str) -> Callable[[Config], float]:
 def main(argv: list[str] | None = None) -> int:
     """Tune one kernel for one problem size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", choices=sorted(configs.read()))
+    parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=126464)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--out", type=Path, default=configs.PATH, help="the data file (default: the package's)")
     args = parser.parse_args(argv)
+    if args.kernel in SIXTEEN_BITS and args.dtype == "float32":
+        parser.error(f"{args.kernel} runs for 16-bit operands alone")
     arch = configs.family(DEVICE)
     if arch is None:
         print(f"There are no Triton kernels for this device: {DEVICE}.", file=sys.stderr)
         return 2
-    op = "confidence" if args.kernel.startswith("confidence") else "step_kl"
-    data = VARIANTS.get(args.kernel, ("diffuse", ""))[0]
+    op, data, _ = KERNELS[args.kernel]
     case = Case(op, args.rows, args.width, args.vocab, getattr(torch, args.dtype), data)
     start = configs.choose(args.kernel, DEVICE, args.rows, args.width, args.vocab)
     config, fastest = search(start, timer(args.kernel, case, arch))

@@ -63,7 +63,8 @@ def check_number(name: str, value: Any, low: float, *, above: bool = False, high
     """Require a finite number in [low, high), or in (low, high) with `above`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, but is a {type(value).__name__}.")
-    if not (math.isfinite(value) and value < high and (value > low if above else value >= low)):
+    # Comparisons alone: torch.compile cannot trace isfinite of a number that changes between calls. NaN fails both.
+    if not (value < high and (value > low if above else value >= low)):
         interval = f"{'above' if above else 'at least'} {low}" + ("" if high == math.inf else f" and below {high}")
         raise ValueError(f"{name} is {value}, but must be finite, {interval}.")
 

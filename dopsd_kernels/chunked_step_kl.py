@@ -30,8 +30,8 @@ from dopsd_kernels.vocab_group import VocabGroup
 
 # Columns that `grad_threshold` keeps or skips together.
 _SKIP_COLUMNS = 256
-# Products on a GPU work in tiles of this many rows.
-_ROW_TILE = 64
+# Chunks of several on a GPU are a multiple of so many rows, which products take together.
+_ROW_TILE = 16
 
 
 class Head(NamedTuple):
@@ -100,7 +100,9 @@ def plan_workspace(
     head_row_bytes = operand.itemsize * vocab * (any(needs) and operand != compute)
     if backend == "triton":
         wanted_rows = _triton().block_rows(vocab, student.hidden.device)
-        block_row_bytes = _triton().block_row_bytes(options.top_k, student.hidden.device)
+        # What the passes keep of a row is there for the whole chunk.
+        row_bytes += _triton().row_bytes(options.top_k, student.hidden.device)
+        block_row_bytes = 0
     else:
         wanted_rows = student.hidden.shape[0]
         block_row_bytes = divergence.row_bytes(vocab, options, compute)
@@ -109,8 +111,10 @@ def plan_workspace(
     if workspace_bytes < floor:
         raise ValueError(f"workspace_bytes is {workspace_bytes}, but one row of {vocab} logits needs at least {floor}.")
     spare = workspace_bytes - floor
-    block_rows = max(1, min(wanted_rows, 1 + spare // 4 // block_row_bytes))
-    spare -= (block_rows - 1) * block_row_bytes
+    block_rows = max(1, wanted_rows)
+    if block_row_bytes:
+        block_rows = min(block_rows, 1 + spare // 4 // block_row_bytes)
+        spare -= (block_rows - 1) * block_row_bytes
     head_rows = 0
     if head_row_bytes:
         head_rows = 1 + min(block_rows // 4, spare // 16 // head_row_bytes)
@@ -205,7 +209,7 @@ def step_kl_from_logits(
 
     if backend == "triton":
         # Rows that are selected, or whose columns are not contiguous, are copied; others are read in place.
-        row_bytes = 3 * 4 * group.widest + _triton().block_row_bytes(options.top_k, student.device)
+        row_bytes = 3 * 4 * group.widest + _triton().row_bytes(options.top_k, student.device)
         wanted_rows = _triton().block_rows(group.widest, student.device)
     else:
         row_bytes = 2 * dtype.itemsize * group.widest + divergence.row_bytes(group.widest, options, dtype)
@@ -216,7 +220,6 @@ def step_kl_from_logits(
         )
     active = count if rows is None else rows.numel()
     passes = _triton().rows if backend == "triton" else divergence.rows
-    active = count if rows is None else rows.numel()
     for block in products.tiles(active, max(1, min(wanted_rows, workspace_bytes // row_bytes))):
         places = block if rows is None else rows[block]
         if backend == "triton":

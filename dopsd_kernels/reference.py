@@ -120,6 +120,41 @@ def _weighted_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Attention of many short sequences over one shared prefix and their own keys
+# ------------------------------------------------------------------------------------------------------------
+
+
+def prefix_attention(
+    q: Tensor,  # (G, S, H, T, D)
+    k: Tensor,  # (G, S, H_kv, T, D)
+    v: Tensor,  # (G, S, H_kv, T, D)
+    k_prefix: Tensor,  # (G, H_kv, P, D)
+    v_prefix: Tensor,  # (G, H_kv, P, D)
+    *,
+    prefix_mask: Tensor | None = None,  # (G, P) bool
+    own_mask: Tensor | None = None,  # (G, S, T) bool
+    scale: float | None = None,
+) -> Tensor:
+    """Specify `dopsd_kernels.prefix_attention`, whose docstring defines the arguments."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    groups, sequences, heads, _, width = q.shape
+    repeats = heads // k.shape[2]
+    keys, values = (
+        torch.cat([prefix[:, None].expand(-1, sequences, -1, -1, -1), own], 3).to(dtype).repeat_interleave(repeats, 2)
+        for prefix, own in ((k_prefix, k), (v_prefix, v))
+    )
+    seen = torch.ones(groups, sequences, keys.shape[3], dtype=torch.bool, device=q.device)
+    if prefix_mask is not None:
+        seen[..., : k_prefix.shape[2]] = prefix_mask[:, None]
+    if own_mask is not None:
+        seen[..., k_prefix.shape[2] :] = own_mask
+    scores = (q.to(dtype) @ keys.mT) * (width**-0.5 if scale is None else scale)
+    weights = scores.masked_fill(~seen[:, :, None, None], -math.inf).softmax(-1)
+    # A query that sees no key gets 0.
+    return (weights.nan_to_num(0.0) if not seen.any(-1).all() else weights).matmul(values).to(q.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Confidence of a softmax head, and sampling from it
 #
 # A sample is the argmax of logit / temperature + Gumbel noise. The noise of (row, column) is a pure function

@@ -219,8 +219,8 @@ def _reduced(row_loss: Tensor, row_weight: Tensor | None, reduction: str) -> Ten
         return loss
     loss = loss.sum()
     if reduction == "mean":
-        count = row_loss.new_tensor(row_loss.numel()) if row_weight is None else (row_weight != 0).sum()
-        loss = loss / count.clamp(min=1)
+        # A tensor that is made of a number would wait for a GPU.
+        loss = loss / (max(row_loss.numel(), 1) if row_weight is None else (row_weight != 0).sum().clamp(min=1))
     return loss
 
 

@@ -17,6 +17,7 @@ from benchmarks.measure import Clock
 from benchmarks.problems import Case, Problem, cases, make_problem
 from benchmarks.providers import PROVIDERS, Provider, errors
 from benchmarks.test_kernels import Run
+from dopsd_kernels import products
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-3
@@ -291,6 +292,42 @@ def test_the_file_is_written_as_it_is_read(tmp_path: Path) -> None:
     assert sum(line.startswith('  {"arch"') for line in path.read_text().splitlines()) == 4
 
 
+SIZES = {"BLOCK": 64, "BLOCK_N": 16, "BLOCK_R": 16, "BLOCK_V": 64, "BLOCK_D": 32, "SPLITS": 3}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's -inf - -inf
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_every_kernel_can_be_tuned(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op runs the kernel with the configuration that is tried, and with its own again afterwards."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU, Triton's interpreter does not run")
+    from dopsd_kernels.triton import confidence, step_kl
+
+    # The interpreter cannot run bf16; 16-bit products, which a CPU has none of, choose two of the kernels.
+    monkeypatch.setattr(products, "matmul", lambda a, b, out=None: torch.mm(a.float(), b.float(), out=out))
+    monkeypatch.setattr(products, "operand_dtype", lambda hidden, weight: weight.dtype)
+    op, data, _ = tune.KERNELS[kernel]
+    case = Case(op, 3, 32, 150, torch.float16, data)
+    seconds = tune.timer(kernel, case, "interpret")
+    start = tune.configs.choose(kernel, CPU, case.rows, case.width, case.vocab)
+    tried = {**start, **{name: size for name, size in SIZES.items() if name in start}}
+    launched: list[dict[str, int]] = []
+    choose = tune.configs.choose
+
+    def choose_and_tell(name: str, *sizes: Any) -> dict[str, int]:
+        config = choose(name, *sizes)
+        launched.extend([config] if name == kernel else [])
+        return config
+
+    for module in (confidence, step_kl):
+        monkeypatch.setattr(module, "choose", choose_and_tell)
+    assert seconds(tried) < math.inf
+    assert launched and all(config == tried for config in launched)
+    assert seconds({**tried, next(name for name in tried if "BLOCK" in name): 3}) == math.inf  # no power of 2
+    assert choose(kernel, CPU, case.rows, case.width, case.vocab) == start
+
+
 # The commands.
 
 
@@ -299,8 +336,12 @@ def test_without_a_gpu_the_commands_say_so(tmp_path: Path, capsys: pytest.Captur
         pytest.skip("there is a GPU")
     assert gpu.main(["--out", str(tmp_path / "out")]) == 2
     assert "no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert tune.main(["confidence", "--rows", "32"]) == 2
+    for kernel in tune.KERNELS:
+        assert tune.main([kernel, "--rows", "32"]) == 2
     assert "no Triton kernels" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["confidence_argmax", "--rows", "32", "--dtype", "float32"])
+    assert "16-bit" in capsys.readouterr().err
 
 
 def test_a_command_that_runs_out_of_time_is_stopped(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dopsd_kernels.contracts import ConfidenceOutput
-from dopsd_kernels.triton.configs import choose
+from dopsd_kernels.triton.configs import LAUNCH, choose
 from dopsd_kernels.triton.topk import LOWEST_KEY, insert_largest, key_column, key_value, largest_key, ordered_key
 
 # A row's keys that the merge reads at a time.
@@ -271,7 +271,7 @@ def confidence(
     name = "confidence_argmax" if seed is None and not top_k and itemsize == 2 else "confidence"
     config = choose(name, hidden.device, count, width, vocab)
     block_n, block_v, block_k = config["BLOCK_N"], config["BLOCK_V"], config["ROW_BYTES"] // itemsize
-    launch = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    launch = {"num_warps": config["num_warps"], "num_stages": config["num_stages"], **LAUNCH}
     reach = max(block_n * hidden.stride(0), block_v * weight.stride(0) + block_k * weight.stride(1))
 
     row_tiles, tiles = triton.cdiv(count, block_n), triton.cdiv(vocab, block_v)
@@ -331,6 +331,7 @@ def confidence(
             BLOCK_S=triton.next_power_of_2(splits),
             BLOCK_KEYS=min(_MERGE_KEYS, triton.next_power_of_2(splits * max(kept, 1))),
             num_warps=4 if top_k else 1,
+            **LAUNCH,
         )
 
 

@@ -8,12 +8,17 @@ measures candidates on a GPU and writes the same file.
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PATH = Path(__file__).with_name("configs.json")
+
+# Options of every launch. Products are fused with sums, whatever Triton's default is: it changes with its versions.
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": True}
 
 # Bytes of shared memory that one program can have, and the architectures that share each family's entries.
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
@@ -51,7 +56,7 @@ def choose(kernel: str, device: torch.device, rows: int = 0, width: int = 0, voc
     small problems have several.
     """
     arch = family(device) or "interpret"
-    for entry in _entries()[kernel]:
+    for entry in _entries[kernel]:
         sizes = (("rows", rows), ("width", width), ("vocab", vocab))
         if arch in entry["arch"] and all(size <= entry.get(name, size) for name, size in sizes):
             config: dict[str, int] = entry["config"]
@@ -61,4 +66,17 @@ def choose(kernel: str, device: torch.device, rows: int = 0, width: int = 0, voc
     )
 
 
-_entries = functools.cache(read)
+_entries = read()
+
+
+@contextmanager
+def use(entries: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
+    """Choose among other entries inside, those of every kernel."""
+    global _entries
+    before, _entries = _entries, entries
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        _entries = before
+        choose.cache_clear()

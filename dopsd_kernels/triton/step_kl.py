@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.triton.configs import choose
+from dopsd_kernels.triton.configs import LAUNCH, choose
 from dopsd_kernels.triton.topk import LOWEST_KEY, insert_largest, ordered_key
 from dopsd_kernels.vocab_group import VocabGroup
 
@@ -39,6 +39,8 @@ _REVERSE_KL = tl.constexpr(0)
 _FORWARD_KL = tl.constexpr(1)
 _NORMALIZERS = tl.constexpr(8)  # m and l of the student, of the teacher; with a bucket, of what lies outside
 _SUMS = tl.constexpr(4)  # loss, kl, clipped entries, S
+# Arguments whose divisors no memory access depends on: a kernel is not compiled again for them.
+_VARYING = ("rows", "first_row", "first_column", "column_tiles")
 
 
 @triton.jit
@@ -162,7 +164,7 @@ def _bucket(
     return m_s, log_l_s, m_t, log_l_t, tl.exp(log_s), tl.exp(log_t), log_s - log_t, m_rest_s, log_rest_s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _teacher_top_keys(
     z_t,  # (R, V)
     bias_t,  # (V,) fp32, or None
@@ -191,7 +193,7 @@ def _teacher_top_keys(
     tl.store(at[None, :], top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _normalizers(
     z_s,  # (R, V)
     z_t,  # (R, V)
@@ -242,7 +244,7 @@ def _normalizers(
         tl.store(at + 7, l_rest_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _row_sums(
     z_s,  # (R, V)
     z_t,  # (R, V)
@@ -315,7 +317,7 @@ def _row_sums(
     tl.store(at + 3, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _logit_gradient(
     z_s,  # (R, V)
     z_t,  # (R, V)
@@ -420,7 +422,7 @@ def rows(
         "inverse_temperature": 1 / options.temperature,
         "BLOCK": block,
         "num_warps": config["num_warps"],
-        "enable_fp_fusion": True,
+        **LAUNCH,
     }
     terms: dict[str, Any] = {
         "beta": options.beta,
@@ -485,7 +487,7 @@ def rows(
 # ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _tile_peaks(
     gradient,  # (R, V)
     stride,
@@ -507,12 +509,13 @@ def _tile_peaks(
     tl.store(at, tl.max(tl.max(reached, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _hidden_gradient(
     gradient,  # (R, V)
     stride,
     weight,  # (V, d)
-    stride_weight,
+    weight_stride,  # of rows
+    weight_step,  # of columns
     tiles,  # (row tiles, column tiles) int64: the active ones first
     counts,  # (row tiles,) int64: how many are active
     partial,  # (SPLITS, R, d) fp32
@@ -538,7 +541,7 @@ def _hidden_gradient(
             other=0.0,
         )
         w = tl.load(
-            weight + column[:, None] * stride_weight + place,
+            weight + column[:, None] * weight_stride + place.to(tl.int64) * weight_step,
             mask=(column[:, None] < vocab) & (place < width),
             other=0.0,
         )
@@ -551,7 +554,7 @@ def _hidden_gradient(
 
 def hidden_gradient(
     gradient: Tensor,  # (R, V) fp16 or bf16, columns contiguous
-    weight: Tensor,  # (V, d) of the same dtype, columns contiguous
+    weight: Tensor,  # (V, d) of the same dtype
     threshold: float,
 ) -> Tensor:
     """Return gradient @ weight (R, d) in fp32 without the tiles in which no entry reaches the threshold."""
@@ -561,7 +564,7 @@ def hidden_gradient(
     blocks = {"BLOCK_R": config["BLOCK_R"], "BLOCK_V": config["BLOCK_V"]}
     active = gradient.new_empty((row_tiles, column_tiles), dtype=torch.int32)
     _tile_peaks[(row_tiles, column_tiles)](
-        gradient, gradient.stride(0), active, count, vocab, threshold, column_tiles, **blocks, num_warps=4
+        gradient, gradient.stride(0), active, count, vocab, threshold, column_tiles, **blocks, num_warps=4, **LAUNCH
     )
     tiles = active.argsort(dim=1, descending=True, stable=True)
     counts = active.sum(1)
@@ -572,6 +575,7 @@ def hidden_gradient(
         gradient.stride(0),
         weight,
         weight.stride(0),
+        weight.stride(1),
         tiles,
         counts,
         partial,
@@ -586,6 +590,7 @@ def hidden_gradient(
         BLOCK_D=config["BLOCK_D"],
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+        **LAUNCH,
     )
     return partial.sum(0)
 
@@ -601,7 +606,7 @@ def partial_bytes(width: int, device: torch.device) -> int:
     return (choose("step_kl_hidden_gradient", device)["SPLITS"] + 1) * width * 4
 
 
-def block_row_bytes(top_k: int | None, device: torch.device) -> int:
+def row_bytes(top_k: int | None, device: torch.device) -> int:
     """Return the memory of a row's parts: numbers and, with top_k, keys of every split, and their merge."""
     splits = choose("step_kl_rows", device)["SPLITS"]
     keys = 0 if top_k is None else 3 * splits * triton.next_power_of_2(top_k) * 8

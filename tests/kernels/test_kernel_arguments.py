@@ -94,6 +94,27 @@ def test_fused_confidence_refuses(name, value):
     refused(fused_confidence, name, good | {name: value})
 
 
+def test_numbers_may_change_between_calls_of_a_compiled_function():
+    # From the second value on they are symbols.
+    hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+
+    def together(hidden, temperature, clip, threshold):
+        options = dict(temperature=temperature, clip=clip)
+        step_kl = fused_step_kl(hidden, -hidden.detach(), weight, grad_threshold=threshold, **options).loss
+        from_logits = step_kl_from_logits(hidden @ weight.T, -hidden.detach() @ weight.T, beta=clip, **options).loss
+        sure = fused_confidence(hidden, weight, temperature=temperature, seed=1).logit
+        return step_kl + from_logits + sure.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(together, backend="aot_eager", fullgraph=True)
+    for numbers in ((1.0, 0.05, 1e-9), (0.7, 0.02, 1e-8), (1.3, 0.1, 2e-9)):
+        a, b = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        ours, eager = compiled(a, *numbers), together(b, *numbers)
+        torch.testing.assert_close(ours, eager)
+        torch.testing.assert_close(torch.autograd.grad(ours, a), torch.autograd.grad(eager, b))
+
+
 def test_top_k_counts_what_can_be_chosen():
     assert fused_confidence(H, W, exclude=(1, 2), top_k=6).top_indices.shape == (2, 3, 6)
     refused(fused_confidence, "top_k", dict(hidden=H, weight=W, exclude=(1, 2), top_k=7))
@@ -225,6 +246,7 @@ def test_the_public_names():
         "StepKLOutput",
         "fused_confidence",
         "fused_step_kl",
+        "prefix_attention",
         "step_kl_from_logits",
         "step_mean_weights",
     ]

@@ -1,5 +1,6 @@
 """fused_step_kl over a sharded vocabulary, with FSDP2's sharded weight and under DDP: two processes, one answer."""
 
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable
@@ -115,6 +116,76 @@ def _broken_rows(rank: int) -> None:
 
 def test_broken_rows_of_one_process_are_known_to_both(tmp_path: Path) -> None:
     in_two_processes(_broken_rows, tmp_path)
+
+
+# Rank 1 has no column in the second split of 512, and part of a block of 256 in its first.
+TRITON_SHARDS = (slice(0, 520), slice(520, 700))
+
+
+def _triton(rank: int) -> None:
+    vocab, shard, u = TRITON_SHARDS[-1].stop, TRITON_SHARDS[rank], 2.0**-24
+
+    def quarters(*shape: int, seed: int) -> Tensor:
+        """Small numbers of which all products and sums are exact in fp32: many logits tie, on both sides."""
+        return (4 * randn(*shape, seed=seed)).round() / 4
+
+    hidden, teacher, weight, bias = (
+        quarters(*shape, seed=seed) for seed, shape in enumerate(((N, D), (N, D), (vocab, D), (vocab,)))
+    )
+    teacher[1], bias[:] = 0, bias.round()  # a row of few different logits
+    weight[600:], bias[600:] = weight[:100], bias[:100]
+    logits = [2 * (x @ weight.T + bias) for x in (hidden, teacher)]
+    columns = logits[1].sort(dim=-1, descending=True, stable=True).indices
+    assert (columns[:, 8] < 520).logical_xor(columns[:, 9] < 520).any()  # equal logits of both processes
+    # Logits up to z are exact. What is made of them, log s - log t, has a few roundings of 2 z and of sums of exps,
+    # whose own errors are a few u; the rows' sums weight these errors with probabilities.
+    z = max(x.abs().max().item() for x in logits)
+    largest = max(weight.abs().max().item(), hidden.abs().max().item())
+    for divergence, clip, support, reduction in (
+        ("reverse_kl", None, {}, "mean"),
+        ("forward_kl", 0.05, {"clip_form": "nonnegative"}, "sum"),
+        ("jsd", 0.02, {}, "none"),
+        ("reverse_kl", 0.05, {"top_k": 9, "tail": "bucket"}, "mean"),
+        ("reverse_kl", None, {"top_k": 9}, "mean"),
+        ("jsd", None, {"top_k": vocab, "tail": "bucket"}, "sum"),
+    ):
+        options = {"divergence": divergence, "clip": clip, "temperature": 0.5, "reduction": reduction, **support}
+
+        def run(
+            columns: slice, dtype: torch.dtype, options: dict[str, Any] = options, **how: Any
+        ) -> tuple[StepKLOutput, tuple[Tensor, ...]]:
+            inputs = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight[columns], bias[columns])]
+            out = fused_step_kl(inputs[0], teacher.to(dtype), inputs[1], bias=inputs[2], **how, **options)
+            return out, torch.autograd.grad(out.loss.sum(), inputs)
+
+        whole, grads = run(slice(None), torch.float64)
+        ours, parts = run(shard, torch.float32, backend="triton", vocab_group=dist.group.WORLD)
+        error = (4 * z + 64) * u * (1 + whole.row_kl.max().item())
+        for name, ours_is, exact in zip(ours._fields, ours, whole, strict=True):
+            atol = 1.5 / vocab if name == "row_clip_fraction" and not support else error
+            torch.testing.assert_close(ours_is.double(), exact, rtol=0, atol=atol * (N if name == "loss" else 1))
+        # Divided by the temperature; the last product sums V terms.
+        error = (error + vocab * u * (1 + whole.row_kl.max().item())) * largest * N / 0.5
+        for a, b in zip(parts, (grads[0], grads[1][shard], grads[2][shard]), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=error)
+
+        broken = logits[1].float()
+        broken[3, 550] = torch.nan
+        out = step_kl_from_logits(
+            logits[0][:, shard].float(),
+            broken[:, shard],
+            backend="triton",
+            vocab_group=dist.group.WORLD,
+            **{**options, "temperature": 1.0},
+        )
+        assert out.row_kl.isnan().tolist() == [False, False, False, True, False]
+        torch.testing.assert_close(out.row_kl[:3].double(), whole.row_kl[:3], rtol=0, atol=error)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, Triton's interpreter does not run")
+def test_the_kernels_over_a_sharded_vocabulary(tmp_path: Path) -> None:
+    in_two_processes(_triton, tmp_path)
 
 
 def _fsdp(rank: int) -> None:

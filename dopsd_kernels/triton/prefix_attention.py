@@ -1,0 +1,512 @@
+"""prefix_attention: attention of many short sequences over one shared prefix and their own keys.
+
+A group's queries of one head are rows, sequence after sequence: row r is query r % T of sequence r // T. A program has
+a tile of rows, which may span several sequences, and meets two runs of keys in one online softmax:
+
+    the prefix:  the same keys for every row, so a tile reads them once for all its sequences,
+    own keys:    keys of a group are numbered like rows; a tile's sequences have the keys from the first row of its
+                 first sequence to the last of its last, and a row sees those of its own sequence.
+
+With T = 32 and tiles of 128 rows, four sequences share a reading of the prefix, and a quarter of the own scores counts.
+
+The backward pass computes scores again. One kernel has tiles of rows and sums d q over both runs of keys; another has
+tiles of keys, own or of the prefix, and sums d k and d v over the rows that see them: for own keys those of their
+sequences, for the prefix all rows of the group, which are divided among SPLITS programs. Sums over the query heads of a
+key head are part of both, so that no two programs add to one place and the order of every sum is fixed.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dopsd_kernels.triton.configs import LAUNCH, choose
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_tile(
+    x,
+    offset,  # (R,) int64: where rows begin
+    inside,  # (R,)
+    width,
+    UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Load (R, BLOCK_D) elements; 0 outside."""
+    d = tl.arange(0, BLOCK_D)
+    tile = tl.load(x + offset[:, None] + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _row_offset(row, LENGTH, stride_s, stride_t):
+    """Where row `row` of a group and head begins: query row % T of sequence row // T."""
+    return (row // LENGTH).to(tl.int64) * stride_s + (row % LENGTH).to(tl.int64) * stride_t
+
+
+@triton.jit
+def _seen(
+    row,  # (R,)
+    key,  # (C,)
+    keys,  # how many there are
+    mask,  # of this group's keys, or None
+    length,
+    OWN: tl.constexpr,
+):
+    """Return (R, C): which rows see which keys."""
+    real = key < keys
+    if mask is not None:
+        real = real & (tl.load(mask + key, mask=real, other=0) != 0)
+    if OWN:
+        return real[None, :] & ((row // length)[:, None] == (key // length)[None, :])
+    return real[None, :] & (row >= 0)[:, None]
+
+
+@triton.jit
+def _attend(
+    q,  # (R, D)
+    acc,  # (R, D) fp32
+    highest,  # (R,) largest score so far
+    total,  # (R,) sum of exp(score - highest)
+    row,  # (R,)
+    k,
+    v,
+    mask,
+    begin,
+    end,
+    keys,
+    length,
+    stride_ks,
+    stride_kt,
+    stride_vs,
+    stride_vt,
+    width,
+    scale,
+    OWN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add the keys from `begin` to `end` to a tile's online softmax."""
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        if OWN:
+            at_k, at_v = _row_offset(key, length, stride_ks, stride_kt), _row_offset(key, length, stride_vs, stride_vt)
+        else:
+            at_k, at_v = key.to(tl.int64) * stride_kt, key.to(tl.int64) * stride_vt
+        k_tile = _load_tile(k, at_k, key < end, width, UPCAST, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+        scores = tl.where(_seen(row, key, keys, mask, length, OWN), scores, -float("inf"))
+        new = tl.maximum(highest, tl.max(scores, 1))
+        shift = tl.where(new == -float("inf"), 0.0, new)
+        weights = tl.exp2((scores - shift[:, None]) * _LOG2_E)
+        rescale = tl.exp2((highest - shift) * _LOG2_E)
+        total = total * rescale + tl.sum(weights, 1)
+        v_tile = _load_tile(v, at_v, key < end, width, UPCAST, BLOCK_D)
+        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
+        highest = new
+    return acc, highest, total
+
+
+@triton.jit(do_not_specialize=["rows", "prefix", "length"])
+def _forward(
+    q,  # (G, S, H, T, D); the last stride of every tensor is 1
+    k,  # (G, S, H_kv, T, D)
+    v,  # (G, S, H_kv, T, D)
+    k_prefix,  # (G, H_kv, P, D)
+    v_prefix,  # (G, H_kv, P, D)
+    prefix_mask,  # (G, P) int8, or None
+    own_mask,  # (G, S T) int8, or None
+    out,  # (G, S, H, T, D), contiguous
+    lse,  # (G, S, H, T) fp32, contiguous
+    stride_qg,
+    stride_qs,
+    stride_qh,
+    stride_qt,
+    stride_kg,
+    stride_ks,
+    stride_kh,
+    stride_kt,
+    stride_vg,
+    stride_vs,
+    stride_vh,
+    stride_vt,
+    stride_pkg,
+    stride_pkh,
+    stride_pkt,
+    stride_pvg,
+    stride_pvh,
+    stride_pvt,
+    rows,  # S T
+    prefix,  # P
+    length,  # T
+    heads,  # H
+    repeats,  # H / H_kv
+    width,  # D
+    scale,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_M
+    group, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    key_head = head // repeats
+    row = first + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    at_q = group * stride_qg + head * stride_qh + _row_offset(row, length, stride_qs, stride_qt)
+    q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc, highest, total = _attend(
+        q_tile, acc, highest, total, row,
+        k_prefix + group * stride_pkg + key_head * stride_pkh,
+        v_prefix + group * stride_pvg + key_head * stride_pvh,
+        None if prefix_mask is None else prefix_mask + group * prefix,
+        0, prefix, prefix, length, 0, stride_pkt, 0, stride_pvt, width, scale,
+        False, UPCAST, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    last = tl.minimum(first + BLOCK_M, rows) - 1
+    acc, highest, total = _attend(
+        q_tile, acc, highest, total, row,
+        k + group * stride_kg + key_head * stride_kh,
+        v + group * stride_vg + key_head * stride_vh,
+        None if own_mask is None else own_mask + group * rows,
+        first // length * length, (last // length + 1) * length, rows, length,
+        stride_ks, stride_kt, stride_vs, stride_vt, width, scale,
+        True, UPCAST, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    # A row that sees nothing gets 0, and its logsumexp -inf.
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    at = ((group * (rows // length) + row // length) * heads + head) * length + row % length
+    d = tl.arange(0, BLOCK_D)
+    tl.store(
+        out + at[:, None] * width + d[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=inside[:, None] & (d < width)[None, :],
+    )
+    tl.store(lse + at, highest + tl.log(total), mask=inside)
+
+
+@triton.jit
+def _query_gradient(
+    acc,  # (R, D) fp32
+    q,  # (R, D)
+    grad,  # (R, D)
+    lse,  # (R,)
+    delta,  # (R,)
+    row,
+    k,
+    v,
+    mask,
+    begin,
+    end,
+    keys,
+    length,
+    stride_ks,
+    stride_kt,
+    stride_vs,
+    stride_vt,
+    width,
+    scale,
+    OWN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Add d score @ k of the keys from `begin` to `end`."""
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        if OWN:
+            at_k, at_v = _row_offset(key, length, stride_ks, stride_kt), _row_offset(key, length, stride_vs, stride_vt)
+        else:
+            at_k, at_v = key.to(tl.int64) * stride_kt, key.to(tl.int64) * stride_vt
+        k_tile = _load_tile(k, at_k, key < end, width, UPCAST, BLOCK_D)
+        v_tile = _load_tile(v, at_v, key < end, width, UPCAST, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+        weights = tl.exp2((scores - lse[:, None]) * _LOG2_E)
+        weights = tl.where(_seen(row, key, keys, mask, length, OWN), weights, 0.0)
+        d_scores = weights * (tl.dot(grad, tl.trans(v_tile), input_precision="ieee") - delta[:, None])
+        acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows", "prefix", "length"])
+def _backward_queries(
+    q,  # (G, S, H, T, D)
+    k,  # (G, S, H_kv, T, D)
+    v,  # (G, S, H_kv, T, D)
+    k_prefix,  # (G, H_kv, P, D)
+    v_prefix,  # (G, H_kv, P, D)
+    prefix_mask,  # (G, P) int8, or None
+    own_mask,  # (G, S T) int8, or None
+    grad,  # (G, S, H, T, D), contiguous, like the following
+    lse,  # (G, S, H, T) fp32, +inf where nothing is seen
+    delta,  # (G, S, H, T) fp32
+    d_q,  # (G, S, H, T, D)
+    stride_qg,
+    stride_qs,
+    stride_qh,
+    stride_qt,
+    stride_kg,
+    stride_ks,
+    stride_kh,
+    stride_kt,
+    stride_vg,
+    stride_vs,
+    stride_vh,
+    stride_vt,
+    stride_pkg,
+    stride_pkh,
+    stride_pkt,
+    stride_pvg,
+    stride_pvh,
+    stride_pvt,
+    rows,
+    prefix,
+    length,
+    heads,
+    repeats,
+    width,
+    scale,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_M
+    group, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    key_head = head // repeats
+    row = first + tl.arange(0, BLOCK_M)
+    inside = row < rows
+    at_q = group * stride_qg + head * stride_qh + _row_offset(row, length, stride_qs, stride_qt)
+    at = ((group * (rows // length) + row // length) * heads + head) * length + row % length
+    q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
+    grad_tile = _load_tile(grad, at * width, inside, width, UPCAST, BLOCK_D)
+    row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
+    row_delta = tl.load(delta + at, mask=inside, other=0.0)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = _query_gradient(
+        acc, q_tile, grad_tile, row_lse, row_delta, row,
+        k_prefix + group * stride_pkg + key_head * stride_pkh,
+        v_prefix + group * stride_pvg + key_head * stride_pvh,
+        None if prefix_mask is None else prefix_mask + group * prefix,
+        0, prefix, prefix, length, 0, stride_pkt, 0, stride_pvt, width, scale,
+        False, UPCAST, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    last = tl.minimum(first + BLOCK_M, rows) - 1
+    acc = _query_gradient(
+        acc, q_tile, grad_tile, row_lse, row_delta, row,
+        k + group * stride_kg + key_head * stride_kh,
+        v + group * stride_vg + key_head * stride_vh,
+        None if own_mask is None else own_mask + group * rows,
+        first // length * length, (last // length + 1) * length, rows, length,
+        stride_ks, stride_kt, stride_vs, stride_vt, width, scale,
+        True, UPCAST, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    d = tl.arange(0, BLOCK_D)
+    tl.store(
+        d_q + at[:, None] * width + d[None, :],
+        (acc * scale).to(d_q.dtype.element_ty),
+        mask=inside[:, None] & (d < width)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "keys", "length", "split_rows"])
+def _backward_keys(
+    q,  # (G, S, H, T, D)
+    k,  # (G, S, H_kv, T, D), or the prefix' (G, H_kv, P, D)
+    v,
+    mask,  # of the keys: (G, S T) or (G, P) int8, or None
+    grad,  # (G, S, H, T, D), contiguous, like the following
+    lse,  # (G, S, H, T) fp32, +inf where nothing is seen
+    delta,  # (G, S, H, T) fp32
+    d_k,  # (SPLITS, G, S, H_kv, T, D), or the prefix' (SPLITS, G, H_kv, P, D)
+    d_v,
+    stride_qg,
+    stride_qs,
+    stride_qh,
+    stride_qt,
+    stride_kg,
+    stride_ks,
+    stride_kh,
+    stride_kt,
+    stride_vg,
+    stride_vs,
+    stride_vh,
+    stride_vt,
+    groups,
+    rows,  # S T
+    keys,  # S T, or P
+    length,  # T
+    split_rows,  # rows of a split of the prefix' sums
+    heads,  # H
+    repeats,  # H / H_kv
+    width,  # D
+    scale,
+    OWN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_N
+    key_heads = heads // repeats
+    group, key_head = (tl.program_id(1) // key_heads).to(tl.int64), tl.program_id(1) % key_heads
+    split = tl.program_id(2).to(tl.int64)
+    key = first + tl.arange(0, BLOCK_N)
+    real = key < keys
+    if OWN:
+        last = tl.minimum(first + BLOCK_N, keys) - 1
+        begin, end = first // length * length, (last // length + 1) * length
+        at_k, at_v = _row_offset(key, length, stride_ks, stride_kt), _row_offset(key, length, stride_vs, stride_vt)
+        at = ((group * (rows // length) + key // length) * key_heads + key_head) * length + key % length
+    else:
+        begin = tl.program_id(2) * split_rows
+        end = tl.minimum(begin + split_rows, rows)
+        at_k, at_v = key.to(tl.int64) * stride_kt, key.to(tl.int64) * stride_vt
+        at = ((split * groups + group) * key_heads + key_head) * keys + key
+    k_tile = _load_tile(k, group * stride_kg + key_head * stride_kh + at_k, real, width, UPCAST, BLOCK_D)
+    v_tile = _load_tile(v, group * stride_vg + key_head * stride_vh + at_v, real, width, UPCAST, BLOCK_D)
+    key_mask = None if mask is None else mask + group * keys
+    sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for head in range(key_head * repeats, (key_head + 1) * repeats):
+        for start in range(begin, end, BLOCK_M):
+            row = start + tl.arange(0, BLOCK_M)
+            inside = row < end
+            at_q = group * stride_qg + head * stride_qh + _row_offset(row, length, stride_qs, stride_qt)
+            at_row = ((group * (rows // length) + row // length) * heads + head) * length + row % length
+            q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
+            grad_tile = _load_tile(grad, at_row * width, inside, width, UPCAST, BLOCK_D)
+            row_lse = tl.load(lse + at_row, mask=inside, other=float("inf"))
+            row_delta = tl.load(delta + at_row, mask=inside, other=0.0)
+            # Transposed: (keys, rows), so that both sums are plain products.
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
+            weights = tl.exp2((scores - row_lse[None, :]) * _LOG2_E)
+            weights = tl.where(tl.trans(_seen(row, key, keys, key_mask, length, OWN)), weights, 0.0)
+            sum_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, sum_v, input_precision="ieee")
+            d_scores = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee") - row_delta[None, :])
+            sum_k = tl.dot(d_scores.to(q_tile.dtype), q_tile, sum_k, input_precision="ieee")
+    d = tl.arange(0, BLOCK_D)
+    place = at[:, None] * width + d[None, :]
+    stored = real[:, None] & (d < width)[None, :]
+    tl.store(d_k + place, (sum_k * scale).to(d_k.dtype.element_ty), mask=stored)
+    tl.store(d_v + place, sum_v.to(d_v.dtype.element_ty), mask=stored)
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _arguments(
+    q: Tensor, k: Tensor, k_prefix: Tensor, scale: float, kernel: str
+) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return the sizes that all kernels share, their blocks and launch options, and into how many sums rows split."""
+    _, sequences, heads, length, width = q.shape
+    sizes = {
+        "rows": sequences * length,
+        "length": length,
+        "heads": heads,
+        "repeats": heads // k.shape[2],
+        "width": width,
+        "scale": scale,
+    }
+    # Without tensor cores a tile's operands wait in registers: smaller ones, and the same for all kernels.
+    kernel = "prefix_attention_fp32" if q.dtype == torch.float32 else kernel
+    config = choose(kernel, q.device, length, width, k_prefix.shape[2])
+    launch = {
+        "UPCAST": q.dtype == torch.bfloat16 and q.device.type == "cpu",  # the interpreter takes bf16 for integers
+        "BLOCK_M": config["BLOCK_M"],
+        "BLOCK_N": config["BLOCK_N"],
+        "BLOCK_D": max(16, triton.next_power_of_2(width)),
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+        **LAUNCH,
+    }
+    return sizes, launch, config.get("SPLITS", 1)
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:  # (G, ...) bool -> (G, n) int8
+    return None if mask is None else mask.flatten(1).to(torch.int8)
+
+
+def forward(
+    q: Tensor,  # (G, S, H, T, D)
+    k: Tensor,  # (G, S, H_kv, T, D)
+    v: Tensor,  # (G, S, H_kv, T, D)
+    k_prefix: Tensor,  # (G, H_kv, P, D)
+    v_prefix: Tensor,  # (G, H_kv, P, D)
+    prefix_mask: Tensor | None,  # (G, P) bool
+    own_mask: Tensor | None,  # (G, S, T) bool
+    scale: float,
+    out: Tensor,  # (G, S, H, T, D), written
+    lse: Tensor,  # (G, S, H, T), written
+) -> None:
+    """Write the output and the scores' logsumexp; -inf where a query sees no key."""
+    q, k, v, k_prefix, v_prefix = map(_contiguous_rows, (q, k, v, k_prefix, v_prefix))
+    sizes, launch, _ = _arguments(q, k, k_prefix, scale, "prefix_attention")
+    strides = itertools.chain(*(x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)))
+    grid = (triton.cdiv(sizes["rows"], launch["BLOCK_M"]), q.shape[0] * q.shape[2])
+    _forward[grid](
+        q, k, v, k_prefix, v_prefix, _bytes(prefix_mask), _bytes(own_mask), out, lse, *strides,
+        prefix=k_prefix.shape[2], **sizes, **launch,
+    )  # fmt: skip
+
+
+def backward(
+    grad: Tensor,  # (G, S, H, T, D)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    prefix_mask: Tensor | None,
+    own_mask: Tensor | None,
+    out: Tensor,  # (G, S, H, T, D)
+    lse: Tensor,  # (G, S, H, T)
+    scale: float,
+    d_q: Tensor,  # this and the following are written
+    d_k: Tensor,
+    d_v: Tensor,
+    d_k_prefix: Tensor,
+    d_v_prefix: Tensor,
+) -> None:
+    """Write the gradients of all five tensors."""
+    q, k, v, k_prefix, v_prefix = map(_contiguous_rows, (q, k, v, k_prefix, v_prefix))
+    sizes, launch, splits = _arguments(q, k, k_prefix, scale, "prefix_attention_backward")
+    groups, _, heads = q.shape[:3]
+    rows, key_heads, prefix = sizes["rows"], k.shape[2], k_prefix.shape[2]
+    delta = (grad.float() * out.float()).sum(-1)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 where nothing is seen
+    masks = _bytes(prefix_mask), _bytes(own_mask)
+    strides = [x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)]
+    _backward_queries[(triton.cdiv(rows, launch["BLOCK_M"]), groups * heads)](
+        q, k, v, k_prefix, v_prefix, *masks, grad, lse, delta, d_q, *itertools.chain(*strides),
+        prefix=prefix, **sizes, **launch,
+    )  # fmt: skip
+    _backward_keys[(triton.cdiv(rows, launch["BLOCK_N"]), groups * key_heads, 1)](
+        q, k, v, masks[1], grad, lse, delta, d_k, d_v, *strides[0], *strides[1], *strides[2],
+        groups=groups, keys=rows, split_rows=rows, OWN=True, **sizes, **launch,
+    )  # fmt: skip
+    if prefix == 0:
+        return
+    split_rows = triton.cdiv(triton.cdiv(rows, splits), launch["BLOCK_M"]) * launch["BLOCK_M"]
+    splits = triton.cdiv(rows, split_rows)
+    parts = [x.new_empty((splits, *x.shape), dtype=torch.float32) for x in (k_prefix, v_prefix)]
+    # A prefix has no sequences to step over.
+    strides_k, strides_v = ((group, 0, head, key) for group, head, key in strides[3:])
+    _backward_keys[(triton.cdiv(prefix, launch["BLOCK_N"]), groups * key_heads, splits)](
+        q, k_prefix, v_prefix, masks[0], grad, lse, delta, *parts, *strides[0], *strides_k, *strides_v,
+        groups=groups, keys=prefix, split_rows=split_rows, OWN=False, **sizes, **launch,
+    )  # fmt: skip
+    d_k_prefix.copy_(parts[0].sum(0))
+    d_v_prefix.copy_(parts[1].sum(0))
