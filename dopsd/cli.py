@@ -7,13 +7,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import transformers
 
+from dopsd.config import TaskArguments
 from dopsd.errors import RunError, UsageError
-from dopsd.rollout import Decoder, Row
+from dopsd.rollout import Decoder
+from dopsd.tasks import Row, Task, draw, part, without
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -44,9 +45,30 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         raise SystemExit(1) from None
 
 
-def problems(task: Any, split: str, file: str | None, count: int) -> list[Row]:
-    """The rows of a file, or ``count`` generated ones."""
-    return task.problems(split, count) if file is None else task.read(Path(file))
+def problems(task: Task, split: str, file: str | None, count: int, exclude: Sequence[Row] = ()) -> list[Row]:
+    """The rows of a file, or else the task's own: ``count`` that pose no problem of ``exclude``."""
+    return draw(task, split, count, exclude=exclude) if file is None else task.read(Path(file))
+
+
+def splits(task: Task, files: TaskArguments) -> dict[str, list[Row]]:
+    """The rows to train on, to choose the best adapter by, and to test on.
+
+    Rows that the task draws pose no problem of a file's. A task that does not generate its rows has its validation rows
+    set aside from the training file, if that is given without one of validation rows; none of them is a test row.
+    """
+    test = problems(task, "test", files.test_file, files.eval_problems)
+    held_out = [] if files.test_file is None else test
+    if files.train_file is None or files.validation_file is not None or task.generated:
+        validation = problems(task, "validation", files.validation_file, files.validation_problems, held_out)
+        if files.validation_file is not None:
+            held_out = [*held_out, *validation]
+        train = problems(task, "train", files.train_file, files.train_problems, held_out)
+    else:
+        rows = without(task, task.read(Path(files.train_file)), test)
+        train, validation = part(task, rows, "train"), part(task, rows, "validation")[: files.validation_problems]
+        if not train or not validation:
+            raise RunError(f"{files.train_file}: {len(rows)} rows are too few to set some aside: give validation_file")
+    return {"train": train, "validation": validation, "test": test[: files.eval_problems]}
 
 
 def check_lengths(decoder: Decoder, prompts: Sequence[str], gen_length: int) -> None:

@@ -19,11 +19,19 @@ import yaml
 from transformers import HfArgumentParser
 
 from dopsd.errors import UsageError, require
+from dopsd.models import SHIPPED
 from dopsd.objective import Objective
 from dopsd.sampler import Decoding
+from dopsd.tasks import Grading, Task, load_task
 
 RECIPES = files("dopsd") / "recipes"
 EPILOG = "An error is one sentence and exit status 2 (an option) or 1 (anything else); --debug adds its traceback."
+
+TASK_HELP = (
+    "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
+    "path/to/file.py:ClassName."
+)
+GRADING_HELP = "Whether only an answer marked as such counts, or else one is looked for; sudoku is strict anyway."
 
 
 def option(default: Any, help: str) -> Any:
@@ -34,19 +42,45 @@ def option(default: Any, help: str) -> Any:
 
 
 @dataclass
-class ModelArguments:
+class LoadArguments:
+    """How a model is loaded, for training and evaluation alike."""
+
+    model: str = option("tiny", "'tiny' (ships with the package), a folder in Hugging Face layout, or a hub id.")
+    adapter: str | None = option(None, "PEFT adapter folder, to start from or to evaluate.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Of the base weights; auto: as stored.")
+    quantize: Literal["none", "nf4", "int8"] = option(
+        "none", "Store the linear layers but the LM head in 4 or 8 bits (needs a CUDA GPU and the extra 'quant')."
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
+        "sdpa", "Attention; flash_attention_2 needs a GPU and the extra 'flash'."
+    )
+    mask_token_id: int | None = option(None, "The mask token; none: as the checkpoint names it.")
+    shift_logits: bool = option(
+        False, "Whether a transformers model's logits predict the next position's token (LLaDA and Dream say it)."
+    )
+
+    def loading(self) -> dict[str, Any]:
+        """The fields that :func:`dopsd.models.load_model` takes."""
+        return {f.name: getattr(self, f.name) for f in fields(LoadArguments) if f.name != "adapter"}
+
+
+@dataclass
+class ModelArguments(LoadArguments):
     """Which model is taught, and its adapter."""
 
     _argument_group_name: ClassVar[str] = "model"
 
-    recipe: str = option("tiny", "A recipe that ships (tiny, paper, reference) or a YAML file of options.")
-    model: str = option("tiny", "'tiny' (ships with the package), a folder in Hugging Face layout, or a hub id.")
-    adapter: str | None = option(None, "PEFT adapter folder to start from.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Of the base weights; auto: as stored.")
+    recipe: str | None = option(
+        None,
+        "A recipe that ships (tiny, paper, reference) or a YAML file of options; none: tiny for the model that ships, "
+        "paper for others.",
+    )
     lora_r: int = option(128, "LoRA rank.")
     lora_alpha: int = option(64, "LoRA scale: the update is multiplied by alpha / r.")
     lora_dropout: float = option(0.05, "Dropout on LoRA inputs, while training only.")
-    lora_targets: list[str] | None = option(None, "Linear layers to adapt; none: all of them.")
+    lora_targets: list[str] | None = option(
+        None, "Linear layers to adapt, or 'reference' (q, k, v and up, as the authors' code does); none: all of them."
+    )
 
     def __post_init__(self) -> None:
         if self.lora_targets is not None and [name.lower() for name in self.lora_targets] == ["none"]:
@@ -62,13 +96,14 @@ class TaskArguments:
 
     _argument_group_name: ClassVar[str] = "task"
 
-    task: str = option("sudoku", "The task's name.")
-    train_file: str | None = option(None, "Training rows (csv, jsonl, parquet); none: generated.")
-    validation_file: str | None = option(None, "Rows that choose the best adapter; none: generated.")
-    test_file: str | None = option(None, "Held-out rows for accuracy before and after; none: generated.")
-    train_problems: int = option(4096, "Generated training problems.")
-    validation_problems: int = option(256, "Generated validation problems.")
-    eval_problems: int = option(768, "Held-out problems: generated, or the first so many of test_file.")
+    task: str = option("sudoku", TASK_HELP)
+    grading: Grading = option("lenient", GRADING_HELP)
+    train_file: str | None = option(None, "Training rows (csv, jsonl, parquet); none: the task's own.")
+    validation_file: str | None = option(None, "Rows that choose the best adapter; none: the task's own.")
+    test_file: str | None = option(None, "Held-out rows for accuracy before and after; none: the task's own.")
+    train_problems: int = option(4096, "Training problems, at most, without train_file.")
+    validation_problems: int = option(256, "Validation problems, at most, without validation_file.")
+    eval_problems: int = option(768, "Held-out problems, at most: the first so many.")
 
     def __post_init__(self) -> None:
         for name in ("train_problems", "validation_problems", "eval_problems"):
@@ -222,19 +257,19 @@ def has_bf16(cpu: bool) -> bool:
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(LoadArguments):
     """What ``python -m dopsd.evaluate`` measures; the defaults fit the tiny model."""
 
     _argument_group_name: ClassVar[str] = "evaluation"
 
-    model: str = option("tiny", "'tiny' (ships with the package), a folder in Hugging Face layout, or a hub id.")
-    adapter: str | None = option(None, "PEFT adapter folder.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Of the weights; auto: as stored.")
-    task: str = option("sudoku", "The task's name.")
-    test_file: str | None = option(None, "Rows to evaluate on (csv, jsonl, parquet); none: generated, held out.")
-    eval_problems: int = option(256, "Problems: generated, or the first so many of test_file.")
-    gen_length: list[int] = option([48], "Response lengths in tokens, each evaluated.")
-    block_length: int = option(8, "Tokens per block.")
+    task: list[str] = option(["sudoku"], f"Tasks, each evaluated: {TASK_HELP}")
+    grading: Grading = option("lenient", GRADING_HELP)
+    test_file: str | None = option(None, "Rows of the one task (csv, jsonl, parquet); none: its own held-out problems.")
+    eval_problems: int | None = option(
+        None, "Only so many problems; none: all of test_file, or the number that the task is reported with."
+    )
+    gen_length: list[int] | None = option(None, "Response lengths in tokens, each evaluated; none: the task's own.")
+    block_length: int | None = option(None, "Tokens per block; none: the task's own.")
     tokens_per_step: list[int] = option([2], "Tokens revealed per denoising step, each evaluated.")
     pass_k: int = option(1, "Tries at each problem; more than one also reports pass@k.")
     temperature: float = option(0.9, "Of the second and later tries; the first is greedy.")
@@ -244,12 +279,31 @@ class EvaluationArguments:
         "tokens are cleared when decoding enters it.",
     )
     sequences_per_forward: int = option(256, "Sequences decoded at a time.")
-    seed: int = option(0, "Of the problems and of everything drawn.")
-    output: str | None = option(None, "JSON file with every response; none: not written.")
+    seed: int = option(0, "Of everything drawn.")
+    output: str | None = option(
+        None,
+        "JSON file with every response, and a Markdown table beside it; the same command goes on where it was stopped. "
+        "None: not written.",
+    )
+    overwrite: bool = option(False, "Start anew where output or an unfinished run of it exists.")
+    compare: list[str] | None = option(
+        None, "Two output files: what the second gained and lost, problem by problem. No model is loaded."
+    )
 
     def __post_init__(self) -> None:
         for name in ("eval_problems", "pass_k", "sequences_per_forward"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "it is at least 1")
+            given = getattr(self, name)
+            require(given is None or given >= 1, name, given, "it is at least 1")
+        for name in ("task", "gen_length", "tokens_per_step", "reveal"):
+            given = getattr(self, name)
+            require(given is None or len(set(given)) == len(given), name, given, "each is given once")
+        require(
+            self.test_file is None or len(self.task) == 1,
+            "test_file",
+            self.test_file,
+            f"its rows are those of one task, and task names {', '.join(self.task)}",
+        )
+        require(self.compare is None or len(self.compare) == 2, "compare", self.compare, "two files of results")
         require(
             self.pass_k == 1 or self.temperature > 0,
             "temperature",
@@ -258,20 +312,26 @@ class EvaluationArguments:
         )
         for share in self.reveal:
             require(0 <= share <= 1, "reveal", share, "it lies in [0, 1]")
-        for rate in self.tokens_per_step:
-            require(
-                1 <= rate <= self.block_length,
-                "tokens_per_step",
-                rate,
-                f"it lies between 1 and block_length={self.block_length}",
-            )
-        for length in self.gen_length:
+        for task in [load_task(name, self.grading) for name in self.task]:
+            block = self.block(task)
             for rate in self.tokens_per_step:
-                self.decoding(length, rate)
+                accepted = f"it lies between 1 and block_length={block}"
+                require(1 <= rate <= block, "tokens_per_step", rate, accepted)
+                for length in self.lengths(task):
+                    self.decoding(task, length, rate)
 
-    def decoding(self, gen_length: int, tokens_per_step: int) -> Decoding:
-        """Greedy decoding at one length and rate."""
-        return Decoding(gen_length=gen_length, block_length=self.block_length, steps=-(-gen_length // tokens_per_step))
+    def lengths(self, task: Task) -> Sequence[int]:
+        """The response lengths at which a task is evaluated."""
+        return self.gen_length or task.eval_lengths
+
+    def block(self, task: Task) -> int:
+        """The block length that a task is decoded with."""
+        return task.eval_block_length if self.block_length is None else self.block_length
+
+    def decoding(self, task: Task, gen_length: int, tokens_per_step: int) -> Decoding:
+        """Greedy decoding of a task at one length and rate."""
+        steps = -(-gen_length // tokens_per_step)
+        return Decoding(gen_length=gen_length, block_length=self.block(task), steps=steps)
 
 
 class Parser(HfArgumentParser):
@@ -282,7 +342,9 @@ class Parser(HfArgumentParser):
         optional = {
             name
             for group in groups
-            for name, hint in inspect.get_annotations(group, eval_str=True).items()  # not those of transformers
+            for owner in group.__mro__
+            if owner.__module__ == __name__  # not those of transformers
+            for name, hint in inspect.get_annotations(owner, eval_str=True).items()
             if type(None) in get_args(hint)
         }
         for action in self._actions:
@@ -362,8 +424,8 @@ def parse_train(
         epilog=EPILOG,
     )
     known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
-    recipe = parser.tokens(read_recipe(known.recipe), known.recipe)
-    return parser.parse([*recipe, *argv])
+    name = known.recipe or ("tiny" if known.model in SHIPPED else "paper")
+    return parser.parse([*parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluationArguments:

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
+from dopsd.accuracy import difference, summary
 from dopsd.errors import RunError, require
 from dopsd.models import device_of
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory
-from dopsd.rollout import Rollout, Row, standard_error
+from dopsd.rollout import Rollout, Row
 from dopsd.step_batch import step_batches
-from dopsd.trainer import Trainer, mean
+from dopsd.trainer import Trainer
 
 RUN_FILE = "run.json"
 PACKAGES = ("dopsd", "torch", "transformers", "peft", "accelerate", "triton", "numpy")
@@ -42,11 +43,16 @@ def plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write atomically, so that a killed run leaves the old file or the new one."""
     part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(plain(content), indent=1) + "\n")
+    part.write_text(text)
     part.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON, atomically."""
+    write_text(path, json.dumps(plain(content), indent=1) + "\n")
 
 
 def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any) -> dict[str, Any]:
@@ -138,15 +144,23 @@ def held_out(trainer: Trainer, rows: Sequence[Row], moment: str, output: Path) -
         for rate, decoding in decodings.items()
     }
     if trainer.is_world_process_zero():
-        write_json(path, {rate: [response(one) for one in ones] for rate, ones in results.items()})
+        eos_id = trainer.decoder.eos_id
+        write_json(path, {rate: [response(one, eos_id) for one in ones] for rate, ones in results.items()})
         if moment == "before":
             draw_trajectory(trainer, next(iter(results.values())), output / "trajectory.png")
     return {rate: [one.score for one in ones] for rate, ones in results.items()}
 
 
-def response(rollout: Rollout) -> dict[str, Any]:
-    """A rollout as a JSON object."""
-    return {**rollout.row, "response": rollout.response, "score": rollout.score}
+def response(rollout: Rollout, eos_id: int) -> dict[str, Any]:
+    """A rollout as a JSON object: the row's columns and what became of it, with its length in tokens."""
+    return {
+        **rollout.row,
+        "response": rollout.response,
+        "score": rollout.score,
+        "tokens": rollout.trajectory.text_length(eos_id),
+        "steps": rollout.trajectory.num_steps,
+        "tries": rollout.tries,
+    }
 
 
 def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -> None:
@@ -234,16 +248,14 @@ def finish(
     console.print(f"{seconds:.0f} s; adapter, report.json, metrics.csv, curves.png and trajectory.png are in {output}")
 
 
-def compare(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
-    """Accuracies (mean scores) with standard errors, and their paired difference."""
-    gains = [b - a for a, b in zip(before, after, strict=True)]
+def compare(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Accuracies (mean scores) with standard errors and 95% intervals, and their paired difference."""
+    gain = difference(before, after)
+    numbers = {"before": summary(before), "after": summary(after), "gain": {**gain, "accuracy": gain["difference"]}}
     return {
-        "accuracy_before": mean(before),
-        "accuracy_after": mean(after),
-        "accuracy_gain": mean(gains),
-        "standard_error_before": standard_error(before),
-        "standard_error_after": standard_error(after),
-        "standard_error_gain": standard_error(gains),
+        f"{name}_{moment}": one[name]
+        for name in ("accuracy", "standard_error", "interval")
+        for moment, one in numbers.items()
     }
 
 

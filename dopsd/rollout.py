@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dopsd.sampler import Decoding, decode, mix_seeds
+from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
-
-Row = Mapping[str, str]
-
-
-class Task(Protocol):
-    """What a task offers; see :mod:`dopsd.tasks`."""
-
-    def prompt(self, row: Row) -> str:
-        """What the student is shown."""
-
-    def reference_prompt(self, row: Row) -> str:
-        """What an AR-style teacher is shown: the prompt with a reference solution."""
-
-    def score(self, row: Row, response: str) -> float:
-        """The response's grade in [0, 1]; 1 is correct."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +53,10 @@ class Decoder:
     batch_size: int
 
     def encode(self, text: str) -> Tensor:
-        """(P,) token ids of a prompt, on the model's device."""
+        """(P,) token ids of a prompt, on the model's device; as a user's turn if the tokenizer has a chat template."""
+        if getattr(self.tokenizer, "chat_template", None):
+            turns = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         return ids.to(self.model.lm_head_weight.device)
 
@@ -79,8 +68,9 @@ class Decoder:
         *,
         hints: Tensor | None = None,  # (N, L) int64, see ``decode``
         on_rows: Callable[[int], object] | None = None,
+        on_step: Callable[[int], object] | None = None,
     ) -> list[Rollout]:
-        """Decode each row once."""
+        """Decode each row once; ``on_rows`` is told of each finished batch, ``on_step`` is what ``decode`` takes."""
         rollouts = []
         for start in range(0, len(rows), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -92,6 +82,7 @@ class Decoder:
                 eos_id=self.eos_id,
                 seeds=seeds[part],
                 hints=None if hints is None else hints[part],
+                on_step=on_step,
             )
             for index, trajectory in enumerate(trajectories, start):
                 text = trajectory.tokens[: trajectory.text_length(self.eos_id)]
@@ -125,6 +116,8 @@ class Decoder:
         seeds: Tensor,  # (N,) int64, those of the first try
         k: int,
         temperature: float,
+        *,
+        on_step: Callable[[int], object] | None = None,
     ) -> list[Rollout]:
         """Tries 2 to ``k`` at the rows whose ``first`` try was wrong.
 
@@ -141,16 +134,9 @@ class Decoder:
             chosen = torch.tensor([index for index, _ in pairs])
             attempt = torch.tensor([number for _, number in pairs])
             rows = [best[index].row for index, _ in pairs]
-            for (index, number), rollout in zip(
-                pairs, self.once(rows, warm, mix_seeds(seeds[chosen], attempt)), strict=True
-            ):
+            rollouts = self.once(rows, warm, mix_seeds(seeds[chosen], attempt), on_step=on_step)
+            for (index, number), rollout in zip(pairs, rollouts, strict=True):
                 if best[index].score < 1 and rollout.score > best[index].score:
                     best[index] = replace(rollout, tries=number + 1)
             done, width = done + width, width * 2
         return [rollout if rollout.score >= 1 else replace(rollout, tries=k) for rollout in best]
-
-
-def standard_error(scores: Sequence[float]) -> float:
-    """Standard error of the mean of ``scores``; 0 for fewer than two."""
-    values = torch.tensor(scores, dtype=torch.float64)
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0

@@ -27,17 +27,9 @@ def main(argv: Sequence[str]) -> None:
     checkpoint = report.check_folder(output, config, args.resume_from_checkpoint)
 
     set_seed(args.seed)
-    task = load_task(task_arguments.task)
-    rows = {
-        "train": cli.problems(task, "train", task_arguments.train_file, task_arguments.train_problems),
-        "validation": cli.problems(
-            task, "validation", task_arguments.validation_file, task_arguments.validation_problems
-        ),
-        "test": cli.problems(task, "test", task_arguments.test_file, task_arguments.eval_problems)[
-            : task_arguments.eval_problems
-        ],
-    }
-    base, tokenizer = load_model(model_arguments.model, model_arguments.dtype)
+    task = load_task(task_arguments.task, task_arguments.grading)
+    rows = cli.splits(task, task_arguments)
+    base, tokenizer = load_model(**model_arguments.loading())
     decoder = Decoder(
         base, tokenizer, task, base.config.mask_token_id, tokenizer.eos_token_id, rollouts.sequences_per_forward
     )

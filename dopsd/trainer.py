@@ -19,12 +19,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dopsd.accuracy import mean, standard_error
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.errors import RunError, require
 from dopsd.models import STUDENT, add_lora, device_of, load_adapter
-from dopsd.models.llada import LLaDAModelLM
+from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective, lessons_of, mean_metrics
-from dopsd.rollout import Decoder, Rollout, Row, standard_error
+from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, step_batches
 from dopsd.teacher import TeacherWeights
@@ -252,7 +253,7 @@ class Trainer(transformers.Trainer):
             self.student.save_pretrained(str(folder), selected_adapters=[STUDENT])
 
 
-def with_adapter(base: LLaDAModelLM, arguments: ModelArguments) -> PeftModel:
+def with_adapter(base: DiffusionModel, arguments: ModelArguments) -> PeftModel:
     """``base`` with the adapter to train: the one that ``arguments`` names, or a fresh one."""
     if arguments.adapter is not None:
         return load_adapter(base, arguments.adapter, trainable=True)
@@ -334,8 +335,3 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; nan of nothing."""
-    return sum(values) / len(values) if values else math.nan

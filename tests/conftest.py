@@ -70,6 +70,7 @@ def shipped() -> Decoder:
 def small_run() -> list[str]:
     """Options of a training run that takes about a second with the shipped model."""
     options = {
+        "recipe": "tiny",
         "max_steps": 2,
         "per_device_train_batch_size": 2,
         "train_problems": 16,

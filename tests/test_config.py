@@ -65,6 +65,15 @@ def test_the_tiny_recipe_is_the_default_and_the_command_line_wins() -> None:
     assert values["learning_rate"] == written["learning_rate"]
 
 
+def test_a_model_that_does_not_ship_is_trained_as_the_paper_does() -> None:
+    """Naming another model, and no recipe, gives the paper's settings: the tiny model's would break it."""
+    values = parsed("--model", "somebody/a-diffusion-model", "--task", "math")
+    assert (values["recipe"], values["model"], values["task"]) == ("paper", "somebody/a-diffusion-model", "math")
+    assert (values["learning_rate"], values["gen_length"], values["teacher"]) == (5e-6, 256, "fixed")
+    assert parsed("--model", "somebody/a-diffusion-model", "--recipe", "reference")["recipe"] == "reference"
+    assert parsed("--model", "tiny")["recipe"] == "tiny"
+
+
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     """Lists, dictionaries, booleans and nulls of a YAML file arrive as such; a list is overridden whole."""
     path = tmp_path / "mine.yaml"
@@ -120,7 +129,9 @@ def test_none_is_a_value_of_every_optional_option(word: str) -> None:
     optional = {
         name
         for group in GROUPS[:-1]
-        for name, hint in inspect.get_annotations(group).items()
+        for owner in group.__mro__
+        if owner.__module__ == config.__name__
+        for name, hint in inspect.get_annotations(owner).items()
         if "None" in hint and name != "output_dir"
     }
     assert {"clip", "top_k", "threshold", "steps", "adapter", "train_file", "lora_targets", "bf16"} <= optional

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dopsd import tasks, train
+from dopsd import train
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import PromptSampler
 
@@ -28,7 +28,7 @@ import sys
 
 import torch
 
-from dopsd import tasks, train
+from dopsd import train
 from dopsd.tasks.sudoku import Sudoku
 
 
@@ -38,8 +38,7 @@ class Listed(Sudoku):
 
 
 def main(argv):
-    tasks.TASKS["listed"] = Listed
-    train.main([*argv, "--task", "listed"])
+    train.main([*argv, "--task", f"{__file__}:Listed"])
 
 
 if __name__ == "__main__":
@@ -67,7 +66,6 @@ def test_two_processes_give_the_adapter_of_one(
     order = list(PromptSampler(rows=6, chunk=2, times=1, seed=42))
     puzzles = [row["puzzle"] for row in Sudoku().problems("train", 6)]
     monkeypatch.setenv("RIGHT", " ".join(puzzles[order[place]] for place in (0, 4, 5)))
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     line = f"--max_steps {UPDATES} --train_problems 6 --optim sgd --learning_rate 0.1 --max_grad_norm 0 "

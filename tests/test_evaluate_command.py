@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dopsd import evaluate
+from dopsd.accuracy import wilson
 from dopsd.config import parse_evaluate
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import mix_seeds
@@ -29,8 +30,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, st
     line = f"--eval_problems {PROBLEMS} --gen_length 48 96 --tokens_per_step 2 8 --pass_k 4 --reveal 0 1 "
     line += "--temperature 2 --seed 3"
     evaluate.main([*line.split(), "--output", str(path)])
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["result.json", "result.md"]
     written = json.loads(path.read_text())
     assert written["config"]["evaluation"]["gen_length"] == [48, 96]
+    assert (written["seed"], written["device"], written["processes"]) == (3, "cpu", 1)
     assert written["versions"]["torch"] == torch.__version__
     return {(one["gen_length"], one["tokens_per_step"], one["measure"]): one for one in written["results"]}
 
@@ -52,6 +55,15 @@ def test_accuracies_are_those_of_the_responses(results: dict[tuple[int, int, str
         assert one["problems"] == PROBLEMS and one["accuracy"] == pytest.approx(mean, abs=1e-12)
         error = math.sqrt(sum((score - mean) ** 2 for score in scores) / (PROBLEMS - 1) / PROBLEMS)
         assert one["standard_error"] == pytest.approx(error, abs=1e-12)
+        assert one["interval"] == list(wilson(int(sum(scores)), PROBLEMS)) and one["interval_method"] == "wilson"
+        assert one["fully_correct"] == one["accuracy"] and one["grading"] == "lenient" and one["task"] == "sudoku"
+        # The alphabet's tokens are single characters, so a response that ended is as long as its text.
+        assert all(r["tokens"] == len(r["response"]) <= one["gen_length"] for r in one["responses"])
+        assert all(r["tokens"] <= r["steps"] * one["tokens_per_step"] for r in one["responses"])
+        for name in ("tokens", "steps"):
+            assert one[f"mean_{name}"] == pytest.approx(sum(r[name] for r in one["responses"]) / PROBLEMS)
+        assert one["text_tokens_per_step"] == pytest.approx(one["mean_tokens"] / one["mean_steps"])
+        assert one["seconds"] >= 0
     assert any(one["accuracy"] > 0 for one in results.values())
 
 
@@ -65,6 +77,7 @@ def test_more_tries_never_hurt(results: dict[tuple[int, int, str], dict[str, Any
             )
             for greedy, best in pairs:
                 assert best["score"] >= greedy["score"]
+                assert best["tries"] == 4 if best["score"] < 1 else 1 <= best["tries"] <= 4
                 assert greedy["score"] < 1 or greedy == best
                 gains += best["score"] - greedy["score"]
     assert gains > 0
@@ -116,7 +129,7 @@ def test_decoding_is_what_the_options_say(shipped: Decoder, tmp_path: Path) -> N
     line = "--eval_problems 3 --gen_length 64 --block_length 16 --tokens_per_step 8 --sequences_per_forward 2"
     evaluate.main([*line.split(), "--output", str(path)])
     (result,) = json.loads(path.read_text())["results"]
-    decoding = parse_evaluate(line.split()).decoding(64, 8)
+    decoding = parse_evaluate(line.split()).decoding(Sudoku(), 64, 8)
     assert (decoding.gen_length, decoding.block_length, decoding.total_steps) == (64, 16, 8)
     rollouts = shipped.once(Sudoku().problems("test", 3), decoding, mix_seeds(0, torch.arange(3)))
     assert [one["response"] for one in result["responses"]] == [one.response for one in rollouts]

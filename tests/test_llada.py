@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AttentionInterface
 
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError, UsageError
 from dopsd.models import load_model
-from dopsd.models.llada import LLaDAConfig, LLaDAModelLM, RMSNorm, rotary_tables
+from dopsd.models.bidirectional import RMSNorm, rotary_tables
+from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 
 SHAPES = [
     {},
@@ -84,13 +86,16 @@ def close(got: Tensor, expected: Tensor) -> None:
     assert float((got - expected).abs().max()) <= 1e-12 * max(1.0, float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
 def test_hidden_states_equal_a_plain_forward_pass(
-    small_llada: Callable[..., LLaDAModelLM], changes: dict[str, Any], grad: bool
+    small_llada: Callable[..., LLaDAModelLM], changes: dict[str, Any], grad: bool, implementation: str
 ) -> None:
-    """Hidden states and logits are those of LLaDA written out head by head; both attention paths."""
+    """Hidden states and logits are those of LLaDA written out head by head; every attention path."""
     model = random_norms(small_llada(**changes))
+    model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
     ids = torch.randint(0, 37, (2, 13), generator=torch.Generator().manual_seed(1))
     expected = torch.stack([plain_forward(model, row) for row in ids])
     with torch.set_grad_enabled(grad):
@@ -169,6 +174,7 @@ def test_left_padding_changes_nothing(
 ) -> None:
     """Real positions have the states they have without padding, whatever ids lie in it."""
     model = small_llada(**changes)
+    model.set_attn_implementation("eager" if grad else "sdpa")
     generator = torch.Generator().manual_seed(4)
     rows = [torch.randint(0, 37, (length,), generator=generator) for length in (12, 9, 1)]
     mask = torch.arange(12) >= torch.tensor([12 - len(row) for row in rows])[:, None]
@@ -216,6 +222,55 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(small_llada: Call
             assert recomputed[name] is None and name == "model.transformer.ff_out.weight"
         else:
             close(recomputed[name], gradient)
+
+
+def test_eager_attention_in_bf16(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """In bf16 it is at most twice as far from fp64 as the fused kernel is, up to one rounding."""
+    exact = small_llada()
+    half = {name: small_llada(dtype=torch.bfloat16) for name in ("sdpa", "eager")}
+    exact.load_state_dict(half["sdpa"].state_dict())
+    ids = torch.arange(30)[None]
+    errors = {}
+    with torch.no_grad():
+        for name, model in half.items():
+            model.set_attn_implementation(name)
+            errors[name] = float((model.hidden_states(ids).double() - exact.hidden_states(ids)).norm())
+        size = float(exact.hidden_states(ids).norm())
+    assert errors["eager"] <= 2 * errors["sdpa"] + 2**-8 * size
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_other_attention_goes_through_transformers(
+    small_llada: Callable[..., LLaDAModelLM], monkeypatch: pytest.MonkeyPatch, padded: bool
+) -> None:
+    """Flash attention is called as transformers calls it: not causal, key heads not repeated, a (B, T) padding mask.
+
+    With padding, the last layer of a read, whose queries are no suffix of the keys, does not call it.
+    """
+    calls: list[tuple[int, int]] = []
+
+    def stand_in(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, is_causal: bool
+    ) -> tuple[Tensor, None]:
+        assert not is_causal and (query.shape[1], key.shape[1]) == (4, 2) and query.shape[-1] == 8
+        assert (None if mask is None else tuple(mask.shape)) == ((2, 10) if padded else None)
+        calls.append((query.shape[2], key.shape[2]))
+        hidden = None if mask is None else mask[:, None, None]
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=hidden, scale=scaling, enable_gqa=True
+        )
+        return mixed.transpose(1, 2), None
+
+    model = small_llada(n_kv_heads=2)
+    ids = torch.randint(0, 37, (2, 10), generator=torch.Generator().manual_seed(7))
+    mask = torch.arange(10) >= torch.tensor([[0], [4]]) if padded else None
+    read = torch.tensor([[9, 4, 5], [7, 4, 8]])
+    with torch.no_grad():
+        expected = model.hidden_states(ids, mask, read)
+        monkeypatch.setitem(AttentionInterface._global_mapping, "stand_in", stand_in)
+        model.config._attn_implementation = "stand_in"
+        close(model.hidden_states(ids, mask, read), expected)
+    assert calls == ([(10, 10)] if padded else [(10, 10), (3, 10)])
 
 
 # ---- names and files ----
@@ -414,9 +469,50 @@ def test_broken_folders_are_named(tmp_path: Path, problem: str, error: type[Exce
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alibi": True},
+        {"activation_type": "swiglu"},
+        {"attention_dropout": 0.1},
+        {"attention_layer_norm": True},
+        {"bias_for_layer_norm": True},
+        {"block_group_size": 2},
+        {"block_type": "sequential"},
+        {"clip_qkv": 8.0},
+        {"embedding_dropout": 0.1},
+        {"include_bias": True},
+        {"include_qkv_bias": True},
+        {"input_emb_norm": True},
+        {"layer_norm_type": "default"},
+        {"layer_norm_with_affine": False},
+        {"multi_query_attention": True},
+        {"residual_dropout": 0.1},
+        {"rope": False},
+        {"rope_full_precision": False},
+        {"rope_scaling": {"factor": 2.0}},
+        {"scale_logits": True},
+        {"tie_word_embeddings": True},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """A field of config.json that asks for another network is an error that names it, in one sentence."""
+    published_folder(tmp_path, PUBLISHED)
+    (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, **changes}))
+    with pytest.raises(RunError, match=f"^[^\n]*{next(iter(changes))}=[^\n]*$"):
+        load_model(str(tmp_path))
+
+
+def test_the_mlp_width_follows_from_its_ratio(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """Where mlp_hidden_size is null, it is mlp_ratio times the width, as published."""
+    model = small_llada(mlp_hidden_size=None, mlp_ratio=3)
+    assert model.state_dict()["model.transformer.blocks.0.up_proj.weight"].shape == (96, 32)
+
+
 def test_heads_must_divide_the_width() -> None:
     """A config whose heads do not divide its width, or whose key heads do not divide its heads, is refused."""
     sizes = {"vocab_size": 8, "d_model": 32, "n_layers": 1, "n_heads": 4, "mlp_hidden_size": 8}
     for changes in ({"n_heads": 3}, {"n_kv_heads": 3}):
-        with pytest.raises(ValueError, match="config: d_model=32 must be a multiple"):
+        with pytest.raises(ValueError, match="config: d_model=32 must be an even multiple"):
             LLaDAModelLM(LLaDAConfig(**{**sizes, **changes}))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 
 from dopsd.models.llada import LLaDAModelLM
-from dopsd.rollout import Decoder, Rollout, standard_error
+from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding, decode, mix_seeds
 from dopsd.trajectory import Trajectory
 
@@ -210,10 +208,3 @@ def test_hints_follow_their_rows(model: LLaDAModelLM, batch_size: int) -> None:
         (without,) = decode(model, [prompt], DECODING, **one)
         differing += not torch.equal(rollout.trajectory.tokens, without.tokens)
     assert differing > 0
-
-
-def test_standard_error() -> None:
-    """Sample standard deviation over the root of the count; 0 where there is no spread to estimate."""
-    scores = [1.0, 0.0, 0.0, 1.0, 1.0]
-    assert standard_error(scores) == pytest.approx(statistics.stdev(scores) / math.sqrt(5), rel=1e-14)
-    assert standard_error([1.0]) == standard_error([]) == 0.0

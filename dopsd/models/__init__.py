@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoConfig, BitsAndBytesConfig
 
 import dopsd.assets
 from dopsd.errors import RunError, UsageError, require
+from dopsd.models.bidirectional import DiffusionModel
+from dopsd.models.checkpoint import check_loaded, first_line, load_tokenizer, read_config, tensors_of
+from dopsd.models.dream import DreamModel
+from dopsd.models.generic import FullAttention, full_attention
 from dopsd.models.llada import LLaDAModelLM
 
-# model_type in a checkpoint's config.json -> the class that reads it.
-MODELS: dict[str, type[LLaDAModelLM]] = {"llada": LLaDAModelLM}
+# model_type in a checkpoint's config.json -> the class that reads it. All others are transformers' own.
+MODELS: dict[str, type[DiffusionModel]] = {"llada": LLaDAModelLM, "Dream": DreamModel}
 
 # The name of the adapter that is trained: PEFT's default, so that what is saved loads anywhere.
 STUDENT = "default"
@@ -26,88 +30,139 @@ STUDENT = "default"
 # Models that ship with the package, by the name ``--model`` takes.
 SHIPPED = {"tiny": Path(dopsd.assets.__file__).parent / "tiny"}
 
+# Sets of linear layers, by the name ``--lora_targets`` takes.
+LORA_PRESETS = {"reference": ("q_proj", "k_proj", "v_proj", "up_proj")}
 
-def load_model(model: str, dtype: str = "auto") -> tuple[LLaDAModelLM, Any]:
-    """A model in evaluation mode, and its tokenizer.
+
+def load_model(
+    model: str,
+    dtype: str = "auto",
+    *,
+    quantize: str = "none",
+    attn_implementation: str = "sdpa",
+    mask_token_id: int | None = None,
+    shift_logits: bool = False,
+) -> tuple[DiffusionModel, Any]:
+    """A model in evaluation mode, and its tokenizer. No code or pickle that comes with a checkpoint is run.
 
     Args:
         model: ``tiny``, a folder in the Hugging Face layout, or a hub id.
         dtype: of the weights: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        quantize: of the linear layers but the LM head: ``none``, ``nf4`` or ``int8``.
+        attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.
+        mask_token_id: the mask token where the checkpoint does not name it, or another one than it names.
+        shift_logits: whether a transformers model's logits predict the next position's token.
 
     Raises:
-        UsageError: no such model, or of a kind that is not known.
-        RunError: its files are incomplete, or it has no mask token.
+        UsageError: no such model, of a kind that is not known, or an option that can't be had here.
+        RunError: its files are incomplete, ask for what is not implemented, or it has no mask token.
     """
     path = str(SHIPPED.get(model, model))
-    config = read_config(model, path)
-    kind = config.get("model_type")
-    known = f"its config.json says model_type={kind!r}; known are {', '.join(MODELS)}"
-    require(kind in MODELS, "model", model, known)
-    network: LLaDAModelLM
-    info: dict[str, Any]
+    fields = read_config(model, path, SHIPPED)
+    network_class = class_of(model, fields)
+    generic = issubclass(network_class, FullAttention)
+    require(
+        generic or not shift_logits, "shift_logits", shift_logits, f"{fields['model_type']} models say it themselves"
+    )
+    if attn_implementation == "flash_attention_2":
+        installed = importlib.util.find_spec("flash_attn") is not None
+        hint = "it needs a GPU and flash-attn: pip install 'dopsd[flash]'"
+        require(installed and torch.cuda.is_available(), "attn_implementation", attn_implementation, hint)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if quantize != "none":
+        installed = importlib.util.find_spec("bitsandbytes") is not None
+        hint = "it needs a CUDA GPU and bitsandbytes: pip install 'dopsd[quant]'"
+        require(installed and torch.cuda.is_available(), "quantize", quantize, hint)
+        options["quantization_config"] = quantization(quantize)
+    network: Any
     try:
-        network, info = MODELS[str(kind)].from_pretrained(path, dtype=dtype, output_loading_info=True)  # type: ignore[misc]
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"model={model!r} can't be loaded: {first_line(error)}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            names = ", ".join(str(name) for name in sorted(info[problem])[:3])
-            raise RunError(
-                f"model={model!r}: its weights have {len(info[problem])} {problem.replace('_', ' ')}: {names}"
-            )
-    mask_id = network.config.mask_token_id
-    if "mask_token_id" not in config and tokenizer.mask_token_id is not None:
-        mask_id = None  # what was found is the class's default, the published model's
-    if mask_id is None:
-        mask_id = network.config.mask_token_id = tokenizer.mask_token_id
-    if mask_id is None or not 0 <= mask_id < len(network.lm_head_weight):
-        raise RunError(
-            f"model={model!r}: no mask token: its config.json needs a mask_token_id below the vocabulary size "
-            f"{len(network.lm_head_weight)}, or its tokenizer a mask_token; found {mask_id}"
+        tensors = tensors_of(model, path)
+        if generic:
+            options["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            options["config"].is_causal = False
+        loaded: Any = network_class.from_pretrained(
+            path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True, **options
         )
+        network, info = loaded
+        check_loaded(model, info, tensors)
+        tokenizer = load_tokenizer(path)
+        if generic:
+            network.adopt(int(shift_logits))
+    except RunError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise RunError(f"model={model!r} can't be loaded: {first_line(error)}") from error
+    rows = len(network.lm_head_weight)
+    if len(tokenizer) > rows:
+        raise RunError(f"model={model!r}: its tokenizer has {len(tokenizer)} tokens, and its embedding {rows} rows")
+    named = (mask_token_id, fields.get("mask_token_id"), tokenizer.mask_token_id)
+    mask_id = next((value for value in named if value is not None), None)
+    if mask_id is None or not 0 <= mask_id < rows:
+        raise RunError(
+            f"model={model!r}: no mask token: its config.json needs a mask_token_id below the vocabulary size {rows}, "
+            f"or its tokenizer a mask_token, or --mask_token_id is given; found {mask_id}"
+        )
+    network.config.mask_token_id = mask_id
     if tokenizer.eos_token_id is None:
         raise RunError(f"model={model!r}: its tokenizer has no eos_token, which marks the end of a response")
     return network.eval(), tokenizer
 
 
-def read_config(model: str, path: str) -> dict[str, Any]:
-    """``config.json`` of a local folder or a hub model."""
-    local = Path(path) / "config.json"
-    if Path(path).exists() or path.startswith((".", "/", "~")):
-        require(local.is_file(), "model", model, f"a model folder holds a config.json, and {Path(path)} does not")
-    else:
-        from transformers.utils import cached_file
-
-        try:
-            local = Path(str(cached_file(path, "config.json")))
-        except OSError as error:
-            raise UsageError(
-                f"model={model!r} can't be used: it is neither {', '.join(SHIPPED)}, nor a folder, nor a hub model "
-                f"that can be read ({first_line(error)})"
-            ) from error
-    try:
-        return json.loads(local.read_text())
-    except json.JSONDecodeError as error:
-        raise RunError(f"{local}: not valid JSON: {error}") from error
+def class_of(model: str, fields: dict[str, Any]) -> type[DiffusionModel]:
+    """The class that reads a checkpoint with these ``config.json`` fields; UsageError if there is none."""
+    kind, architectures = fields.get("model_type"), fields.get("architectures") or []
+    found = MODELS.get(str(kind))
+    if found is not None:
+        fits = not architectures or architectures == [found.__name__]
+        hint = f"{kind} models of architecture {found.__name__} are read, and it says {architectures}"
+        require(fits, "model", model, hint)
+        return found
+    generic = full_attention(str(architectures[0])) if kind is not None and architectures else None
+    known = f"known are {', '.join(MODELS)} and the language models of transformers"
+    if generic is None:
+        raise UsageError(
+            f"model={model!r} can't be used: its config.json says model_type={kind!r} and "
+            f"architectures={architectures!r}; {known}"
+        )
+    return generic
 
 
-def add_lora(model: LLaDAModelLM, targets: Sequence[str] | None, r: int, alpha: int, dropout: float) -> PeftModel:
-    """``model`` with a fresh LoRA adapter on ``targets``, names of its linear layers (None: all of them).
+def quantization(kind: str) -> BitsAndBytesConfig:
+    """How ``kind`` (``nf4`` or ``int8``) stores the linear layers.
+
+    transformers leaves out the LM head, which it finds by identity and not by name, and embeddings are no linear
+    layers. Training needs no further preparation: PEFT freezes the base and holds adapters in fp32, norms compute in
+    fp32, and checkpointing is not re-entrant.
+    """
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def add_lora(model: DiffusionModel, targets: Sequence[str] | None, r: int, alpha: int, dropout: float) -> PeftModel:
+    """``model`` with a fresh LoRA adapter on ``targets``: names of its linear layers or presets (None: all of them).
 
     Raises:
         UsageError: a target that the model does not have.
     """
-    names = list(model.lora_modules if targets is None else targets)
+    names: list[str] = []
+    for target in model.lora_modules if targets is None else targets:
+        names += LORA_PRESETS.get(target, (target,))
     for name in names:
-        require(name in model.lora_modules, "lora_targets", name, f"this model has {', '.join(model.lora_modules)}")
-    pattern = f"{model.lora_path}({'|'.join(names)})"
+        known = ", ".join((*model.lora_modules, *LORA_PRESETS))
+        require(name in model.lora_modules, "lora_targets", name, f"this model has {known}")
+    pattern = f"{model.lora_path}({'|'.join(map(re.escape, names))})"
     return get_peft_model(
         model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
     )
 
 
-def load_adapter(model: LLaDAModelLM, adapter: str, trainable: bool) -> PeftModel:
+def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftModel:
     """``model`` with the PEFT adapter in the folder ``adapter``.
 
     Raises:
@@ -133,11 +188,6 @@ def load_adapter(model: LLaDAModelLM, adapter: str, trainable: bool) -> PeftMode
         fits = shape[1 if side == "A" else 0] == width
         require(fits, "adapter", adapter, f"its {key} is {shape}, and this model's {name} takes {width}")
     return PeftModel.from_pretrained(model, folder, adapter_name=STUDENT, is_trainable=trainable)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def device_of(model: Any) -> torch.device:

@@ -8,12 +8,13 @@ grid. A response is correct if the grid behind ``=`` is the solution, to the cha
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import permutations
 from pathlib import Path
 
 from dopsd.tasks.rows import read_rows
+from dopsd.tasks.task import Row, Task
 
 CELLS = "abcdefghijklmnop"
 MIN_BLANKS, MAX_BLANKS = 8, 11
@@ -95,40 +96,44 @@ def make_problem(grids: Sequence[str], rng: random.Random) -> tuple[dict[str, st
             return {"puzzle": puzzle, "solution": solution}, f"{worked}={solution}"
 
 
-class Sudoku:
+def check_grids(row: Row) -> None:
+    """Raise ValueError unless ``solution`` is a solved grid that ``puzzle`` agrees with."""
+    puzzle, solution = row["puzzle"], row["solution"]
+    if solution not in all_grids() or len(puzzle) != 16:
+        raise ValueError(f"solution {solution!r} of puzzle {puzzle!r} is no solved grid")
+    if any(given not in ("0", right) for given, right in zip(puzzle, solution, strict=True)):
+        raise ValueError(f"puzzle {puzzle!r} and solution {solution!r} disagree")
+
+
+class Sudoku(Task):
     """The generated 4x4 Sudoku task. Rows have the columns ``puzzle`` and ``solution`` (16 digits, 0 for a blank)."""
 
     columns = ("puzzle", "solution")
+    eval_lengths = (48,)
+    eval_block_length = 8
 
-    def problems(self, split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+    def problems(self, split: str, count: int, seed: int = 0) -> list[Row]:
         """``count`` distinct generated problems of ``train``, ``validation`` or ``test``, a function of ``seed``."""
         rng = random.Random(f"{split}-{seed}")
         grids = grids_of(split)
-        rows: dict[str, dict[str, str]] = {}
+        rows: dict[str, Row] = {}
         while len(rows) < count:
             row, _ = make_problem(grids, rng)
             rows.setdefault(row["puzzle"], row)
         return list(rows.values())
 
-    def read(self, path: Path) -> list[dict[str, str]]:
+    def read(self, path: Path) -> list[Row]:
         """Problems from a csv, json(l) or parquet file; a malformed row is an error that names its number."""
-        rows = read_rows(path, self.columns)
-        for number, row in enumerate(rows):
-            puzzle, solution = row["puzzle"], row["solution"]
-            if solution not in all_grids() or len(puzzle) != 16:
-                raise ValueError(f"{path}: row {number}: solution {solution!r} of puzzle {puzzle!r} is no solved grid")
-            if any(given not in ("0", right) for given, right in zip(puzzle, solution, strict=True)):
-                raise ValueError(f"{path}: row {number}: puzzle {puzzle!r} and solution {solution!r} disagree")
-        return rows
+        return read_rows(path, self.columns, check_grids)
 
-    def prompt(self, row: Mapping[str, str]) -> str:
+    def prompt(self, row: Row) -> str:
         """What the model is shown."""
         return row["puzzle"] + ":"
 
-    def reference_prompt(self, row: Mapping[str, str]) -> str:
+    def reference_prompt(self, row: Row) -> str:
         """The prompt behind a solved copy of it: the solution as its own problem with no blanks, then the problem."""
         return f"{row['solution']}:{row['puzzle']}:"
 
-    def score(self, row: Mapping[str, str], response: str) -> float:
+    def score(self, row: Row, response: str) -> float:
         """1.0 if the grid behind the first ``=`` is the solution and nothing follows it, else 0.0."""
         return float(response.partition("=")[2] == row["solution"])

@@ -1,0 +1,170 @@
+"""Two files of results, problem by problem: the paired difference, its certainty, and which examples changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dopsd.accuracy import difference, mcnemar
+from dopsd.errors import UsageError, require
+from dopsd.report import write_json, write_text
+from dopsd.results import GRADED, SETTING, interval, label, markdown_table, percent, show
+
+NEEDED = {*SETTING, "accuracy", "standard_error", "responses"}
+
+Result = dict[str, Any]
+
+
+def main(first: Path, second: Path, output: Path | None) -> None:
+    """Compare ``second`` with ``first``, print a table, and write JSON and Markdown if there is an ``output``."""
+    before, after = read(first), read(second)
+    ours, theirs = by_setting(before), by_setting(after)
+    compared = [pair(ours[key], theirs[key], second) for key in ours if key in theirs]
+    require(bool(compared), "compare", str(second), f"it has no setting in common with {first}")
+    notes = [
+        *(f"Only in {first}: {describe(ours[key])}." for key in ours if key not in theirs),
+        *(f"Only in {second}: {describe(theirs[key])}." for key in theirs if key not in ours),
+        *differing(before, after),
+    ]
+    if output is not None:
+        content = {"first": str(first), "second": str(second), "notes": notes, "comparisons": compared}
+        write_text(output.with_suffix(".md"), page(first, second, compared, notes))
+        write_json(output, content)
+    show([cells(one) for one in compared], f"{second} against {first}", notes)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The content of a file that ``python -m dopsd.evaluate --output`` has written."""
+    accepted = "a file that python -m dopsd.evaluate --output has written"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"compare='{path}' can't be used: {accepted} ({error})") from error
+    results = content.get("results") if isinstance(content, dict) else None
+    whole = isinstance(results, list) and all(isinstance(one, dict) and one.keys() >= NEEDED for one in results)
+    require(whole, "compare", str(path), accepted)
+    return content
+
+
+def by_setting(content: Mapping[str, Any]) -> dict[tuple[Any, ...], Result]:
+    """Results by task, length, rate and measure."""
+    return {tuple(one[name] for name in SETTING): one for one in content["results"]}
+
+
+def problem(response: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's own columns of a response."""
+    return {name: value for name, value in response.items() if name not in GRADED}
+
+
+def verdict(response: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of the row."""
+    return {name: response[name] for name in GRADED if name in response}
+
+
+def pair(before: Result, after: Result, path: Path) -> dict[str, Any]:
+    """The comparison of one setting; ``path`` is where ``after`` is from.
+
+    Raises:
+        UsageError: they are not about the same problems; the sentence names the first row that differs.
+    """
+    ones, others = before["responses"], after["responses"]
+    same = [problem(one) == problem(other) for one, other in zip(ones, others, strict=False)]
+    if not all(same) or len(ones) != len(others):
+        row = same.index(False) if not all(same) else len(same)
+        found = [problem(side[row]) if row < len(side) else "missing" for side in (ones, others)]
+        raise UsageError(
+            f"compare='{path}' can't be used: {describe(after)} is about other problems: row {row} is {found[1]} there "
+            f"and {found[0]} in the first file"
+        )
+    right = [[one["score"] >= 1 for one in side] for side in (ones, others)]
+    changed = {
+        "gained": [index for index, (a, b) in enumerate(zip(*right, strict=True)) if b and not a],
+        "lost": [index for index, (a, b) in enumerate(zip(*right, strict=True)) if a and not b],
+    }
+    examples = {
+        name: [
+            {"index": index, **problem(ones[index]), "before": verdict(ones[index]), "after": verdict(others[index])}
+            for index in indices
+        ]
+        for name, indices in changed.items()
+    }
+    return {
+        **{name: before[name] for name in SETTING},
+        "problems": len(ones),
+        **{
+            f"{name}_{moment}": side[name]
+            for name in ("accuracy", "standard_error", "interval")
+            for moment, side in (("before", before), ("after", after))
+        },
+        **difference([one["score"] for one in ones], [one["score"] for one in others]),
+        "mcnemar_p": mcnemar(len(changed["gained"]), len(changed["lost"])),
+        **changed,
+        "examples": examples,
+    }
+
+
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A sentence per option that the two files have different values of, the file they were written to apart."""
+    sides = [content.get("config", {}).get("evaluation", {}) for content in (before, after)]
+    names = [name for name in {**sides[0], **sides[1]} if name not in ("output", "overwrite", "compare")]
+    return [
+        f"Different: {name}={sides[0].get(name)!r} in the first file, {sides[1].get(name)!r} in the second."
+        for name in names
+        if sides[0].get(name) != sides[1].get(name)
+    ]
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A setting in words."""
+    return f"{label(result)}, {result['tokens_per_step']} tokens a step, {result['measure']}"
+
+
+def cells(compared: Mapping[str, Any]) -> dict[str, str]:
+    """What tables say of a comparison, by column."""
+    return {
+        "task": label(compared),
+        "tokens a step": str(compared["tokens_per_step"]),
+        "measure": compared["measure"],
+        "problems": str(compared["problems"]),
+        "first (%)": percent(compared["accuracy_before"], compared["standard_error_before"]),
+        "second (%)": percent(compared["accuracy_after"], compared["standard_error_after"]),
+        "difference": f"{100 * compared['difference']:+.1f} ± {100 * compared['standard_error']:.1f}",
+        "95% interval": interval(compared, "+"),
+        "gained": str(len(compared["gained"])),
+        "lost": str(len(compared["lost"])),
+        "McNemar p": f"{compared['mcnemar_p']:.2g}",
+    }
+
+
+def page(first: Path, second: Path, compared: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
+    """The comparison as Markdown, with every example that changed."""
+    text = f"# {second} against {first}\n\n{markdown_table([cells(one) for one in compared])}\n"
+    text += "".join(
+        f"- {note}\n"
+        for note in (
+            "Differences are paired, ± their standard errors; interval: ± 1.96 of these.",
+            "Gained, lost: right (grade 1) in the second file alone, in the first alone. p: McNemar's exact two-sided.",
+            *notes,
+        )
+    )
+    for one in compared:
+        for name, examples in one["examples"].items():
+            if examples:
+                text += f"\n## {describe(one)}: {name}\n"
+            for example in examples:
+                columns = {key: value for key, value in example.items() if key not in ("index", "before", "after")}
+                text += f"\n### Row {example['index']}\n"
+                for title, content in (
+                    *columns.items(),
+                    ("first", example["before"]["response"]),
+                    ("second", example["after"]["response"]),
+                ):
+                    text += f"\n{title}:\n\n{quoted(str(content))}"
+    return text
+
+
+def quoted(text: str) -> str:
+    """``text`` as an indented Markdown block, so that nothing in it is taken for markup."""
+    return "".join(f"    {line}\n" for line in text.splitlines() or [""])

@@ -1,0 +1,288 @@
+"""What the models of this project share: one pre-norm layer with full attention, and a network of such layers.
+
+A model file then says what its checkpoints say: the names of the parts and the fields of ``config.json``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MaskedLMOutput
+
+# Fields of a config.json that say nothing about what a model computes in evaluation mode.
+BOOKKEEPING = {
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def refuse_unknown_fields(fields: Mapping[str, Any], fixed: Mapping[str, Any], ignored: Collection[str]) -> None:
+    """Raise ValueError for what a ``config.json`` asks for and this project does not compute.
+
+    Args:
+        fields: those that the config class does not have itself.
+        fixed: fields that exist in this family, with the one value that is implemented; None is their default.
+        ignored: further fields without influence on the network.
+    """
+    for name, value in fields.items():
+        if name in fixed:
+            if value is not None and value != fixed[name]:
+                raise ValueError(f"config.json: {name}={value!r} is not implemented; only {fixed[name]!r} is")
+        elif name not in ignored and name not in BOOKKEEPING and value is not None and value is not False:
+            raise ValueError(f"config.json: {name}={value!r} is unknown here, so what it asks for is not implemented")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32 and cast back before the weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (..., T, head_dim) of the rotary embedding at integer ``positions`` (..., T), in fp32."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angle = positions[..., None].float() * theta**-exponent
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to ``x`` (B, H, T, D) in at least fp32."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Bidirectional attention (B, H, R, D) of ``query`` over ``key`` and ``value`` (B, H_kv, T, D)."""
+    # On CPUs the backward of the fused kernel takes half of a training step at short lengths; plain products take a
+    # third of that. Without a gradient the fused kernel is the faster one there too.
+    plain = query.device.type == "cpu" and torch.is_grad_enabled()
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=key_mask, enable_gqa=key.shape[1] != query.shape[1]
+        )
+
+
+def eager(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    """What :func:`sdpa` computes, as two products with a softmax between them."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+class Parts(NamedTuple):
+    """The modules of a layer, whatever a checkpoint calls them."""
+
+    attention_norm: nn.Module
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_out: nn.Module
+    mlp_norm: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+class BidirectionalLayer(GradientCheckpointingLayer):
+    """One pre-norm transformer layer: bidirectional attention, then SwiGLU."""
+
+    is_causal = False  # read by transformers' attention functions
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+
+    @abstractmethod
+    def parts(self) -> Parts:
+        """The layer's modules as they are now: an adapter may have taken the place of some."""
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, d)
+        rotary: tuple[Tensor, Tensor],  # cos, sin (B or 1, 1, T, D)
+        key_mask: Tensor | None,  # (B, 1, 1, T) bool, True where a key may be attended to
+        read: Tensor | None,  # (B, R) int64
+    ) -> Tensor:  # (B, R or T, d)
+        parts = self.parts()
+        normed = parts.attention_norm(x)
+        cos, sin = rotary
+        key = rotate(self._heads(parts.key(normed)), cos, sin)
+        value = self._heads(parts.value(normed))
+        if read is not None:
+            # From here on every position is on its own, so only those that are read need be computed: exact.
+            rows = read[..., None].expand(-1, -1, x.shape[-1])
+            x, normed = x.gather(1, rows), normed.gather(1, rows)
+            columns = read[:, None, :, None].expand(-1, -1, -1, self.head_dim)
+            cos, sin = (table.expand(len(x), -1, -1, -1).gather(2, columns) for table in rotary)
+        query = rotate(self._heads(parts.query(normed)), cos, sin)
+        x = x + parts.attention_out(self._attend(query, key, value, key_mask).transpose(1, 2).flatten(2))
+        normed = parts.mlp_norm(x)
+        return x + parts.down(F.silu(parts.gate(normed)) * parts.up(normed))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        name = self.config._attn_implementation
+        if name == "eager":
+            return eager(query, key, value, key_mask)
+        # transformers' flash attention takes the queries' padding to be the last columns of the keys', which it is not
+        # where single positions are read; that is one layer with few queries.
+        if name == "sdpa" or (key_mask is not None and query.shape[2] != key.shape[2]):
+            return sdpa(query, key, value, key_mask)
+        padding = None if key_mask is None else key_mask[:, 0, 0]
+        mixed, _ = AttentionInterface()[name](
+            self, query, key, value, padding, scaling=self.head_dim**-0.5, is_causal=False
+        )
+        return mixed.transpose(1, 2)
+
+
+class DiffusionModel(PreTrainedModel):
+    """What the sampler and the objective need of a network: states before the LM head, and the head's weight.
+
+    Logits are then made only where they are needed.
+    """
+
+    # How many positions earlier a token's state lies: 1 where a checkpoint predicts the next position's token.
+    shift: int = 0
+    # Linear layers that LoRA may adapt, and a regular expression for what precedes their names.
+    lora_modules: tuple[str, ...] = ()
+    lora_path: str = ""
+
+    @abstractmethod
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor | None) -> Tensor:
+        """As :meth:`hidden_states`, of the positions themselves: no shift."""
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, read: Tensor | None = None
+    ) -> Tensor:
+        """States after the final norm, ready for the LM head.
+
+        Args:
+            input_ids: (B, T) int64 token ids.
+            attention_mask: (B, T) bool, False at padding (on the left, so that positions count from the first real
+                token); None when nothing is padded.
+            read: (B, R) int64 positions to return, those whose tokens are predicted. The last layer computes keys and
+                values everywhere and everything else at these positions only, which changes nothing but the cost.
+
+        Returns:
+            (B, R, d), or (B, T, d) without ``read``, in the model's dtype. With a shift, the state of position i is
+            taken at i - 1, that of a sequence's first token at itself.
+        """
+        if self.shift:
+            batch, length = input_ids.shape
+            if read is None:
+                read = torch.arange(length, device=input_ids.device).expand(batch, -1)
+            read = (read - self.shift).clamp_min(0)
+            if attention_mask is not None:
+                read = read.maximum(length - attention_mask.sum(-1, keepdim=True))
+        return self.states(input_ids, attention_mask, read)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """The LM head (V, d); it has no bias."""
+        weight = self.get_output_embeddings().weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """(B, T) int64 positions, counted from each row's first real token; 0 in the padding."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+class BidirectionalModel(DiffusionModel):
+    """A network of :class:`BidirectionalLayer`."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    config: Any
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        width, heads, shared = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        if width % heads or heads % shared or width // heads % 2:
+            names = {name: config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads")}
+            key_heads = config.attribute_map.get("num_key_value_heads", "num_key_value_heads")
+            raise ValueError(
+                f"config: {names['hidden_size']}={width} must be an even multiple of "
+                f"{names['num_attention_heads']}={heads}, and that a multiple of {key_heads}={shared}"
+            )
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.ModuleList:
+        """The layers, first to last."""
+
+    @property
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the LM head."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor | None) -> Tensor:
+        key_mask = None
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        if attention_mask is not None:
+            positions = positions_of(attention_mask)
+            key_mask = attention_mask.bool()[:, None, None, :]
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = rotary_tables(positions, head_dim, self.config.rope_theta)
+        rotary = cos[:, None], sin[:, None]
+        x = self.get_input_embeddings()(input_ids)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotary, key_mask, read if index == last else None)
+        return self.final_norm(x)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> MaskedLMOutput:
+        """Logits (B, T, V) at every position as the published model returns them: a shift is left to the caller."""
+        return MaskedLMOutput(logits=F.linear(self.states(input_ids, attention_mask, None), self.lm_head_weight))

@@ -1,0 +1,154 @@
+"""What an evaluation found: per setting the numbers and every response; as a JSON file, a table and Markdown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+
+from dopsd.accuracy import mean, summary
+from dopsd.published import LABEL, METHODS, published
+from dopsd.report import response
+from dopsd.rollout import Rollout
+from dopsd.tasks import Task
+
+# What names a result among others, and what `response` adds to a row's own columns.
+SETTING = ("task", "gen_length", "tokens_per_step", "measure")
+GRADED = ("response", "score", "tokens", "steps", "tries")
+
+FILE_WIDTH = 120  # of tables that no terminal is there to bound
+INTERVALS = {"wilson": "Wilson's score interval", "normal": "mean ± 1.96 standard errors, within 0 and 100"}
+DEFINITIONS = (
+    "Accuracy is the mean grade, ± its standard error. Tokens (before the first end-of-text) and denoising steps are "
+    "means over responses."
+)
+
+
+class Setting(NamedTuple):
+    """One way of decoding a task."""
+
+    task: str
+    gen_length: int
+    tokens_per_step: int
+
+
+def result(
+    setting: Setting,
+    block_length: int,
+    measure: str,
+    task: Task,
+    rollouts: Sequence[Rollout],
+    eos_id: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """The numbers of one measure and its responses, in the order of the rows.
+
+    Args:
+        setting: what was decoded.
+        block_length: tokens per block.
+        measure: ``greedy``, ``pass@k`` or a share revealed.
+        task: its grades.
+        rollouts: a response per row.
+        eos_id: the end-of-text token, up to which a response's length counts.
+        seconds: spent on decoding and grading, summed over processes.
+    """
+    responses = [response(rollout, eos_id) for rollout in rollouts]
+    tokens, steps = (mean([one[name] for one in responses]) for name in ("tokens", "steps"))
+    return {
+        **setting._asdict(),
+        "measure": measure,
+        "block_length": block_length,
+        "grading": task.grading,
+        "problems": len(responses),
+        **summary([one["score"] for one in responses]),
+        "mean_tokens": tokens,
+        "mean_steps": steps,
+        "text_tokens_per_step": tokens / steps,
+        "seconds": seconds,
+        "responses": responses,
+    }
+
+
+def label(result: Mapping[str, Any]) -> str:
+    """Task and length, the usual way."""
+    return f"{result['task']}@{result['gen_length']}"
+
+
+def percent(value: float, error: float) -> str:
+    """A share and its standard error in percent."""
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+def interval(result: Mapping[str, Any], sign: str = "") -> str:
+    """The 95% interval in percent."""
+    low, high = result["interval"]
+    return f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"
+
+
+def cells(result: Mapping[str, Any]) -> dict[str, str]:
+    """What tables say of a result, by column."""
+    return {
+        "task": label(result),
+        "tokens a step": str(result["tokens_per_step"]),
+        "measure": result["measure"],
+        "accuracy (%)": percent(result["accuracy"], result["standard_error"]),
+        "95% interval": interval(result),
+        "fully correct (%)": f"{100 * result['fully_correct']:.1f}",
+        "problems": str(result["problems"]),
+        "tokens": f"{result['mean_tokens']:.1f}",
+        "steps": f"{result['mean_steps']:.1f}",
+    }
+
+
+def columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The cells of all results; the share of fully correct responses where there are partial grades only."""
+    rows = [cells(result) for result in results]
+    if all(result["fully_correct"] == result["accuracy"] for result in results):
+        for row in rows:
+            del row["fully correct (%)"]
+    return rows
+
+
+def show(rows: Sequence[Mapping[str, str]], title: str, notes: Sequence[str]) -> None:
+    """Print rows of cells as a table, words to the left and numbers to the right, and notes below it."""
+    drawn = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in rows[0]:
+        justify: JustifyMethod = "left" if name in ("task", "measure") else "right"
+        drawn.add_column(name, justify=justify, overflow="fold")
+    for row in rows:
+        drawn.add_row(*row.values())
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    console.print(drawn)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of cells as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown(results: Sequence[Mapping[str, Any]], about: Sequence[str]) -> str:
+    """A page with what was measured, beside what has been published for the same task, length and decoding.
+
+    Args:
+        results: entries of :func:`result`.
+        about: sentences on what was evaluated.
+    """
+    rows = columns(results)
+    names = (*SETTING[:3], "block_length", "measure")
+    theirs = [published(*(result[name] for name in names)) for result in results]
+    notes = [*about, DEFINITIONS]
+    if any(theirs):
+        for row, figures in zip(rows, theirs, strict=True):
+            row |= {f"{name} (published)": str(figures.get(name, "")) for name in METHODS}
+        notes.append(f"(published): {LABEL}; not measured here.")
+    methods = dict.fromkeys(INTERVALS[result["interval_method"]] for result in results)
+    gradings = dict.fromkeys(f"{result['task']} {result['grading']}" for result in results)
+    notes += [f"Interval: {'; for partial grades '.join(methods)}.", f"Grading: {', '.join(gradings)}."]
+    return f"# Accuracy\n\n{markdown_table(rows)}\n" + "".join(f"- {note}\n" for note in notes)

@@ -1,0 +1,115 @@
+"""``python -m dopsd.evaluate --compare``: two files of results, matched problem by problem."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dopsd import evaluate
+from dopsd.accuracy import difference, mcnemar, summary
+
+Command = Callable[..., tuple[int, str, str]]
+BEFORE, AFTER = [1.0, 0.0, 0.5, 1.0, 0.0, 0.25], [1.0, 1.0, 1.0, 0.5, 0.0, 0.75]
+
+
+def entry(scores: Sequence[float], measure: str = "greedy", **changes: Any) -> dict[str, Any]:
+    """A result as the command writes it, of problems numbered 0, 1, ..."""
+    ones = [
+        {
+            "question": f"problem | {i}",
+            "response": f"# says\n{score}",
+            "score": score,
+            "tokens": 3,
+            "steps": 2,
+            "tries": 1,
+        }
+        for i, score in enumerate(scores)
+    ]
+    setting = {"task": "gsm8k", "gen_length": 256, "tokens_per_step": 2, "measure": measure}
+    return {**setting, "problems": len(ones), **summary(scores), "responses": ones, **changes}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes a file of results."""
+
+    def build(name: str, *entries: dict[str, Any], **options: Any) -> str:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"results": entries, "config": {"evaluation": options}}))
+        return str(path)
+
+    return build
+
+
+def test_what_changed_is_counted_and_listed(command: Command, write: Callable[..., str], tmp_path: Path) -> None:
+    """Paired numbers per setting in common; gained and lost examples with both responses; the rest is named."""
+    first = write("first", entry(BEFORE), entry(BEFORE, "pass@8"), adapter=None, seed=1, output="x")
+    second = write("second", entry(AFTER, tokens_per_step=1), entry(AFTER), adapter="runs/a", seed=1, output="y")
+    output = tmp_path / "out.json"
+    code, out, err = command(evaluate.main, "--compare", first, second, "--output", str(output))
+    assert code == 0, err
+    content = json.loads(output.read_text())
+    (found,) = content["comparisons"]
+    assert (found["gained"], found["lost"], found["problems"]) == ([1, 2], [3], 6)
+    assert found["mcnemar_p"] == mcnemar(2, 1) == 1.0
+    assert found.items() >= difference(BEFORE, AFTER).items()
+    assert (found["accuracy_before"], found["accuracy_after"]) == (sum(BEFORE) / 6, sum(AFTER) / 6)
+    gained = found["examples"]["gained"][1]
+    assert (gained["index"], gained["question"]) == (2, "problem | 2")
+    assert (gained["before"]["response"], gained["after"]["response"]) == ("# says\n0.5", "# says\n1.0")
+    text = " ".join(out.split())
+    page = output.with_suffix(".md").read_text()
+    for said in (text, page):
+        for word in ("gsm8k@256", "greedy", "+25.0", "McNemar p", "gained", "lost"):
+            assert word in said
+        assert f"Only in {first}: gsm8k@256, 2 tokens a step, pass@8." in said
+        assert f"Only in {second}: gsm8k@256, 1 tokens a step, greedy." in said
+        assert "Different: adapter=None in the first file, 'runs/a' in the second." in said
+        assert "seed" not in said and "'x'" not in said
+    assert "### Row 3\n" in page and "    # says\n    0.5\n" in page and "### Row 4\n" not in page
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("row", ["gsm8k@256", "row 4", "problem | 4", "another"]),
+        ("fewer", ["row 5", "missing"]),
+        ("setting", ["no setting in common"]),
+        ("text", ["has written"]),
+        ("list", ["has written"]),
+        ("other", ["has written"]),
+        ("absent", ["No such file"]),
+    ],
+)
+def test_files_that_cannot_be_compared(
+    change: str, said: list[str], command: Command, write: Callable[..., str], tmp_path: Path
+) -> None:
+    """One sentence, exit status 2, nothing written."""
+    first = write("first", entry(BEFORE))
+    other = entry(AFTER)
+    if change == "row":
+        other["responses"][4]["question"] = "another"
+    second = write("second", entry(AFTER[:5]) if change == "fewer" else other)
+    if change == "setting":
+        second = write("second", entry(AFTER, gen_length=512))
+    elif change in ("text", "list", "other"):
+        content = {"text": "no json", "list": "[1]", "other": '{"results": [{"task": "gsm8k"}]}'}
+        Path(second).write_text(content[change])
+    elif change == "absent":
+        second = str(tmp_path / "absent.json")
+    output = tmp_path / "out.json"
+    code, _, err = command(evaluate.main, "--compare", first, second, "--output", str(output))
+    assert code == 2 and "Traceback" not in err and len(err.strip().splitlines()) == 1
+    for word in (f"compare='{second}'", *said):
+        assert word in err
+    assert not output.exists()
+
+
+def test_a_comparison_takes_two_files(command: Command) -> None:
+    """Any other number is told."""
+    code, _, err = command(evaluate.main, "--compare", "one.json")
+    assert code == 2 and "compare=['one.json']" in err and "two files" in err

@@ -1,0 +1,60 @@
+"""The page of an evaluation: what was measured, and beside it, labelled, what others have published."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dopsd.accuracy import summary
+from dopsd.published import METHODS, PUBLISHED
+from dopsd.results import markdown
+
+
+def measured(**changes: Any) -> dict[str, Any]:
+    """A result as a file holds it."""
+    setting = {"task": "gsm8k", "gen_length": 512, "tokens_per_step": 2, "measure": "greedy", "block_length": 32}
+    numbers = {"problems": 4, "mean_tokens": 100.25, "mean_steps": 64.0, "grading": "strict"}
+    return {**setting, **numbers, **summary([1.0, 0.0, 1.0, 1.0]), **changes}
+
+
+def cells(page: str) -> list[dict[str, str]]:
+    """The page's table, a dictionary per row."""
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_published_figures_stand_beside_ours_under_their_own_name() -> None:
+    """In columns of their own, with a line that says whose they are; ours are what was measured."""
+    page = markdown([measured(), measured(gen_length=256)], ["Model x."])
+    first, second = cells(page)
+    assert (first["task"], first["accuracy (%)"], first["95% interval"]) == ("gsm8k@512", "75.0 ± 25.0", "30.1 to 95.4")
+    assert (first["tokens"], first["steps"], first["problems"]) == ("100.2", "64.0", "4")
+    assert [first[f"{name} (published)"] for name in METHODS] == ["79.5", "81.1", "81.9", "81.5", "82.2"]
+    assert [second[f"{name} (published)"] for name in METHODS] == ["76.0", "", "", "", "81.0"]
+    for said in (
+        "- Model x.\n",
+        "published, LLaDA-8B-Instruct, secondary summaries; not measured here.",
+        "gsm8k strict",
+    ):
+        assert said in page
+    assert "Wilson" in page and "normal" not in page and "fully correct" not in first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"task": "sudoku"}, {"gen_length": 128}, {"tokens_per_step": 1}, {"block_length": 8}, {"measure": "pass@8"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_decodings_have_no_published_figure(change: dict[str, Any]) -> None:
+    """Another task, length, rate, block length or measure is not what was published: no column, no mention."""
+    assert "published" not in markdown([measured(**change)], [])
+
+
+def test_published_figures_are_percentages_of_known_methods() -> None:
+    """Every task and length has at least the base model's and this method's."""
+    for figures in PUBLISHED.values():
+        assert {"base", "d-OPSD"} <= figures.keys() <= set(METHODS)
+        assert all(1 < figure < 100 for figure in figures.values())
+        assert figures["d-OPSD"] > figures["base"]
