@@ -30,6 +30,9 @@ from dopsd_kernels.vocab_group import VocabGroup
 
 # Columns that `grad_threshold` keeps or skips together.
 _SKIP_COLUMNS = 256
+# fp16 knows nothing below 6e-8, and a gradient with respect to logits has many such entries, which a loss scale comes
+# too late for. This factor leaves room for entries of 255, a divergence of that many nats.
+_FP16_BOOST = 256
 # Chunks of several on a GPU are a multiple of so many rows, which products take together.
 _ROW_TILE = 16
 
@@ -164,6 +167,7 @@ def step_kl(
         row_scale = student.hidden.new_ones(active, dtype=dtype)
     bias_s, bias_t = (None if head.bias is None else head.bias.to(dtype) for head in (student, teacher))
     memory = _Memory(student, plan, min(active, _chunk_rows(active, plan, student.hidden)))
+    boost = _FP16_BOOST if memory.operand == torch.float16 else 1
 
     for chunk in products.tiles(active, memory.chunk_rows):
         places = chunk if rows is None else rows[chunk]
@@ -171,12 +175,13 @@ def step_kl(
         z = memory.logits(size)
         dz = memory.gradient(size) if any(needs) else None
         hidden = _logits(student, teacher, places, plan.tile_columns, z, keep=needs[1])
-        stats[:, places] = passes(z[0], z[1], bias_s, bias_t, options, group, _blocks(size, plan), dz, None)
+        boosts = None if boost == 1 else row_scale.new_full((size,), boost)
+        stats[:, places] = passes(z[0], z[1], bias_s, bias_t, options, group, _blocks(size, plan), dz, boosts)
         if dz is not None:
             # dz is the gradient of each row's own loss; the row's scale enters on the narrow side.
-            scale = (row_scale[chunk] / options.temperature)[:, None]
+            scale = (row_scale[chunk] / (options.temperature * boost))[:, None]
             if grads.hidden is not None:
-                dh = _hidden_gradient(dz, student.weight, grad_threshold, plan.tile_columns, backend)
+                dh = _hidden_gradient(dz, student.weight, boost * grad_threshold, plan.tile_columns, backend)
                 grads.hidden[places] = group.sum(dh).mul_(scale).to(grads.hidden.dtype)
             if grads.weight is not None:
                 assert hidden is not None

@@ -295,6 +295,20 @@ def test_the_gradient_takes_the_place_of_logits_already_used(sixteen_bits, backe
             torch.testing.assert_close(ours.double(), theirs, rtol=4 * eps, atol=4 * eps * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_fp16_keeps_gradients_below_its_smallest_number(sixteen_bits, backend) -> None:
+    # Student and teacher are so close that nearly all entries of the logits' gradient are below 6e-8.
+    hidden, weight = 0.05 * randn(2, D), randn(30000, D, seed=2, dtype=torch.float16)
+    tensors: dict[str, Any] = {"student_hidden": hidden.half(), "weight": weight}
+    tensors["teacher_hidden"] = (hidden + 1e-4).half()
+    _, exact = run("reference", double(tensors), reduction="sum")
+    largest = exact[0].abs().max().item()
+    assert 1e-6 < largest < 1e-3
+    _, grads = run(backend, tensors, reduction="sum")
+    torch.testing.assert_close(grads[0].double(), exact[0], rtol=0.02, atol=2.0**-24 + 0.02 * largest)
+    assert torch.equal(run(backend, tensors, reduction="sum", grad_threshold=1e-12)[1][0], grads[0])
+
+
 def test_blocks_never_write_over_logits_they_have_not_read() -> None:
     for head_rows in range(1, 9):
         for wanted in range(1, 40):
