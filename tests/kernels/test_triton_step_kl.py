@@ -264,6 +264,15 @@ def test_from_logits_reads_columns_that_are_not_contiguous() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def test_products_of_16_bits_are_asked_for_in_fp32() -> None:
+    # No CPU has them, but the meta device knows what such a call returns.
+    for dtype in (torch.bfloat16, torch.float16):
+        a, b = torch.empty(4, 8, dtype=dtype, device="meta"), torch.empty(5, 8, dtype=dtype, device="meta").T
+        out = torch.empty(4, 5, device="meta")
+        assert products.matmul(a, b, out=out) is out
+        assert products.matmul(a, b).dtype == torch.float32
+
+
 @pytest.fixture
 def sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
