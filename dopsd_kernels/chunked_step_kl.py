@@ -206,7 +206,8 @@ def step_kl_from_logits(
     dtype = products.compute_dtype(student)
     count = student.shape[0]
     stats = student.new_zeros((3, count), dtype=dtype)
-    gradients = student.new_zeros(student.shape if want_grad else (0,))
+    # Rows that are not computed have the gradient 0.
+    gradients = (student.new_empty if rows is None else student.new_zeros)(student.shape if want_grad else (0,))
     if row_scale is not None:
         row_scale = row_scale / options.temperature
     elif options.temperature != 1:
@@ -229,13 +230,15 @@ def step_kl_from_logits(
         places = block if rows is None else rows[block]
         if backend == "triton":
             z_s, z_t = (x if x.stride(1) == 1 else x.contiguous() for x in (student[places], teacher[places]))
-            gradient = torch.empty_like(z_s) if want_grad else None
+            gradient = None
+            if want_grad:
+                gradient = gradients[block] if rows is None else torch.empty_like(z_s)
         else:
             z_s, z_t = (x[places].to(dtype, copy=True) for x in (student, teacher))
             gradient = z_s if want_grad else None
         scale = None if row_scale is None else row_scale[block]
         stats[:, places] = passes(z_s, z_t, None, None, options, group, [slice(0, len(z_s))], gradient, scale)
-        if gradient is not None:
+        if gradient is not None and not (rows is None and backend == "triton"):
             gradients[places] = gradient.to(gradients.dtype)
     return stats, gradients
 
