@@ -195,12 +195,30 @@ class TeachingArguments:
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
     score_threshold: float = option(1.0, "Least grade of a response that trains.")
     update_per_slice: int = option(1, "Optimiser updates per batch: its states are cut into so many slices.")
+    reuse: Literal["none", "prompt", "block"] = option(
+        "none",
+        "What a block's other states take from its first: nothing (exact), the prompt's keys and values, or those of "
+        "all but their block, whose reveal is then drawn once.",
+    )
+    drift_samples: int = option(
+        1, "States per trajectory and update whose drift, the KL that reuse makes on K, is measured; 0: none."
+    )
+    drift_limit: float | None = option(
+        None, "Mean drift above which a trajectory is computed without reuse; none: no limit."
+    )
     states_per_forward: int = option(128, "Denoising states per forward and backward.")
 
     def __post_init__(self) -> None:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "it lies in [0, 1)")
         require(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "it lies in [0, 1]")
         require(self.update_per_slice >= 1, "update_per_slice", self.update_per_slice, "it is at least 1")
+        require(self.drift_samples >= 0, "drift_samples", self.drift_samples, "it is at least 0")
+        require(
+            self.drift_limit is None or (self.drift_limit >= 0 and self.drift_samples > 0 and self.reuse != "none"),
+            "drift_limit",
+            self.drift_limit,
+            "it is at least 0 and goes with a reuse and with drift_samples of at least 1, or none",
+        )
         require(self.states_per_forward >= 1, "states_per_forward", self.states_per_forward, "it is at least 1")
         self.objective()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from torch import Tensor
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import require
 from dopsd.rollout import Decoder, Rollout
-from dopsd.sampler import mix_seeds
-from dopsd.step_batch import Lesson, StepBatch
+from dopsd.sampler import inference, mix_seeds
+from dopsd.step_batch import Inputs, Lesson, PackedInputs, Reuse, StepBatch
 from dopsd.teacher import RevealScope, TeacherWeights, self_future
 from dopsd_kernels import fused_confidence, fused_step_kl
 
@@ -43,8 +43,29 @@ class StepOutput:
 
     def state_kl(self) -> Tensor:
         """(S,) mean divergence over each state's K; 0 where K is empty."""
-        total = self.kl.new_zeros(len(self.chosen)).index_add_(0, self.state, self.kl)
-        return total / self.chosen.sum(-1).clamp_min(1)
+        return state_means(self.kl, self.state, self.chosen)
+
+
+class Selection(NamedTuple):
+    """K of a batch of S states, R rows in all.
+
+    Args:
+        chosen: (S, B) bool, the positions K in each state's block.
+        state: (R,) int64, the state of each row.
+        rank: (R,) int64, each row's number among its state's.
+        columns: (S, max |K|) int64, K's response positions; one of them again where a state has fewer.
+        teacher_hidden: (R, d), the teacher's states at K.
+    """
+
+    chosen: Tensor
+    state: Tensor
+    rank: Tensor
+    columns: Tensor
+    teacher_hidden: Tensor
+
+    def hidden(self, model: Any, inputs: Inputs | PackedInputs) -> Tensor:
+        """(R, d), the network's states at K; nothing else is read."""
+        return inputs.hidden_states(model, self.columns)[self.state, self.rank]
 
 
 @dataclass(frozen=True)
@@ -65,6 +86,7 @@ class Objective:
     tail: Literal["renormalize", "bucket"]
     normalization: Literal["step_mean", "batchmean"]
     skip_last_block: bool
+    reuse: Reuse = "none"
 
     def __post_init__(self) -> None:
         require(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "it lies in [0, 1]")
@@ -92,7 +114,12 @@ class Objective:
             eos_id=decoder.eos_id,
             generator=torch.Generator().manual_seed(seed),
         )
-        return Lesson(trajectory, steps, reveal, trajectory.prompt_ids)
+        lesson = Lesson(trajectory, steps, reveal, trajectory.prompt_ids)
+        if self.reuse == "block" and len(steps):
+            # One draw for a block, that of its first state, whose later positions are then the same in all its states.
+            still_masked = trajectory.reveal_step >= steps[:, None]
+            lesson = replace(lesson, reveal=reveal[lesson.anchors()] & still_masked)
+        return lesson
 
     def forward(self, model: Any, teacher: TeacherWeights, batch: StepBatch, mask_id: int) -> StepOutput:
         """Both sides of a batch of states, and the divergence between them at K.
@@ -104,29 +131,14 @@ class Objective:
             mask_id: the mask token.
         """
         weight = model.lm_head_weight.detach()
-        with teacher.active():
-            block_hidden = model.hidden_states(
-                batch.teacher.input_ids, batch.teacher.attention_mask, batch.columns + batch.teacher.offset
-            )
-            chosen = self.choose(block_hidden, weight, batch, mask_id)
-        rows = batch.rows_by_commit if self.selection == "student" else batch.rows_by_confidence
-        # One entry per row of K, in order: nonzero() without waiting to learn how many there are.
-        places = chosen.flatten().byte().argsort(descending=True, stable=True)[: int(rows.sum())]
-        state, offset = places // chosen.shape[1], places % chosen.shape[1]
-        count = chosen.sum(-1)
-
-        # The student is read at K only. States with fewer positions repeat one that then carries no row.
-        rank = chosen.long().cumsum(-1)[state, offset] - 1
-        read = batch.columns[:, :1].repeat(1, max(1, int(rows.max())))
-        read[state, rank] = batch.columns[state, offset]
-        student_hidden = model.hidden_states(
-            batch.student.input_ids, batch.student.attention_mask, read + batch.student.offset
-        )[state, rank]
-        teacher_hidden = block_hidden[state, offset].to(student_hidden.dtype)
+        selection = self.select(model, teacher, batch, mask_id)
+        chosen, state = selection.chosen, selection.state
+        student_hidden = selection.hidden(model, batch.student)
+        teacher_hidden = selection.teacher_hidden.to(student_hidden.dtype)
 
         row_weight = batch.weight[state]
         if self.normalization == "step_mean":
-            row_weight = row_weight / count[state]
+            row_weight = row_weight / chosen.sum(-1)[state]
         out = fused_step_kl(
             student_hidden,
             teacher_hidden,
@@ -143,6 +155,32 @@ class Objective:
         overlap = top_k_overlap(student_hidden.detach(), teacher_hidden, weight)
         return StepOutput(out.loss, chosen, state, out.row_kl, out.row_clip_fraction, overlap)
 
+    def drift(self, model: Any, teacher: TeacherWeights, exact: StepBatch, reused: StepBatch, mask_id: int) -> Tensor:
+        """(S,) how far reuse moves the student: mean over K of KL(exact || reused), without dropout or gradient.
+
+        Both batches hold the same states; K is chosen with reuse, as it is when they are trained on.
+        """
+        selection = self.select(model, teacher, reused, mask_id)
+        with inference(model):
+            ours, theirs = (selection.hidden(model, batch.student) for batch in (exact, reused))
+            row_kl = fused_step_kl(ours, theirs, model.lm_head_weight.detach(), reduction="sum").row_kl
+        return state_means(row_kl, selection.state, selection.chosen)
+
+    def select(self, model: Any, teacher: TeacherWeights, batch: StepBatch, mask_id: int) -> Selection:
+        """The teacher's pass over a batch of states, and K."""
+        with teacher.active():
+            block_hidden = batch.teacher.hidden_states(model, batch.columns)
+            chosen = self.choose(block_hidden, model.lm_head_weight.detach(), batch, mask_id)
+        rows = batch.rows_by_commit if self.selection == "student" else batch.rows_by_confidence
+        # One entry per row of K, in order: nonzero() without waiting to learn how many there are.
+        places = chosen.flatten().byte().argsort(descending=True, stable=True)[: int(rows.sum())]
+        state, offset = places // chosen.shape[1], places % chosen.shape[1]
+        rank = chosen.long().cumsum(-1)[state, offset] - 1
+        # The student is read at K only. States with fewer positions repeat one that then carries no row.
+        columns = batch.columns[:, :1].repeat(1, max(1, int(rows.max())))
+        columns[state, rank] = batch.columns[state, offset]
+        return Selection(chosen, state, rank, columns, block_hidden[state, offset])
+
     def choose(self, block_hidden: Tensor, weight: Tensor, batch: StepBatch, mask_id: int) -> Tensor:
         """(S, B) bool: K of each state, the k candidates the teacher is surest of, or what the student committed."""
         if self.selection == "student":
@@ -152,6 +190,16 @@ class Objective:
         confidence = row_confidence.new_full((batch.candidates.numel(),), -torch.inf)
         confidence[batch.candidate_index] = row_confidence
         return most_confident(confidence.view(batch.candidates.shape), batch.candidates, batch.k)
+
+
+def state_means(
+    values: Tensor,  # (R,)
+    state: Tensor,  # (R,) int64
+    chosen: Tensor,  # (S, B) bool
+) -> Tensor:  # (S,)
+    """Means over each state's K; 0 where K is empty."""
+    total = values.new_zeros(len(chosen)).index_add_(0, state, values)
+    return total / chosen.sum(-1).clamp_min(1)
 
 
 def top_k_overlap(student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor) -> Tensor:

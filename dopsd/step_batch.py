@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel, Packed
 from dopsd.sampler import left_pad
 from dopsd.trajectory import Trajectory
+
+Reuse = Literal["none", "prompt", "block"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,16 @@ class Lesson:
         bounds = [part * len(self.steps) // count for part in (number, number + 1)]
         chosen = slice(*bounds)
         return replace(self, steps=self.steps[chosen], reveal=self.reveal[chosen])
+
+    def anchors(self) -> Tensor:
+        """(S,) int64: for each state, the index of the lesson's first state of the same block."""
+        starts = self.trajectory.block_starts(self.steps)
+        return (starts[:, None] == starts).long().argmax(-1)
+
+    def views(self, chosen: Sequence[int] | Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+        """What the student and the teacher see of the response in the ``chosen`` states, (len(chosen), L) each."""
+        state = self.trajectory.states(self.steps[chosen], mask_id)
+        return state, torch.where(self.reveal[chosen], self.trajectory.tokens, state)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
@@ -63,6 +76,36 @@ class Inputs:
     attention_mask: Tensor | None
     offset: int
 
+    def hidden_states(self, model: DiffusionModel, columns: Tensor) -> Tensor:
+        """(S, R, d), the states that predict the tokens at the response positions ``columns`` (S, R)."""
+        return model.hidden_states(self.input_ids, self.attention_mask, columns + self.offset)
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """One side's model inputs where states reuse activations.
+
+    Args:
+        anchors: the G states that are computed in full.
+        packed: the N others.
+        row: (S,) int64, each state's place among the anchors followed by the others.
+    """
+
+    anchors: Inputs
+    packed: Packed
+    row: Tensor
+
+    def hidden_states(self, model: BidirectionalModel, columns: Tensor) -> Tensor:
+        """As :meth:`Inputs.hidden_states`."""
+        groups, count = len(self.anchors.input_ids), len(self.packed.input_ids)
+        # An anchor whose own state is in another batch is read at the response's first position, for nothing.
+        read = columns.new_zeros(groups + count, columns.shape[1]).index_copy(0, self.row, columns)
+        read = read + self.anchors.offset
+        states = model.packed_hidden_states(
+            self.anchors.input_ids, self.anchors.attention_mask, read[:groups], self.packed, read[groups:]
+        )
+        return torch.cat(states).index_select(0, self.row)
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -81,8 +124,8 @@ class StepBatch:
         weight: (S,) fp32, 1 / number of states of that lesson (the 1/T of Eq. 12).
     """
 
-    student: Inputs
-    teacher: Inputs
+    student: Inputs | PackedInputs
+    teacher: Inputs | PackedInputs
     columns: Tensor
     candidates: Tensor
     committed: Tensor
@@ -98,27 +141,42 @@ class StepBatch:
 
 
 def step_batches(
-    lessons: Sequence[Lesson], size: int, *, mask_id: int, pad_id: int, device: torch.device
+    lessons: Sequence[Lesson],
+    size: int,
+    *,
+    reuse: Reuse = "none",
+    mask_id: int,
+    pad_id: int,
+    device: torch.device,
 ) -> Iterator[StepBatch]:
-    """Every state of every lesson, in batches of at most ``size`` states, which may mix lessons."""
+    """Every state of every lesson, in batches of at most ``size`` states, which may mix lessons.
+
+    Reuse means the same for every ``size``: a block that two batches share has one anchor, which both compute.
+    """
     index = [(number, step) for number, lesson in enumerate(lessons) for step in range(len(lesson.steps))]
     for start in range(0, len(index), size):
-        yield collate(lessons, index[start : start + size], mask_id=mask_id, pad_id=pad_id, device=device)
+        part = index[start : start + size]
+        yield collate(lessons, part, reuse=reuse, mask_id=mask_id, pad_id=pad_id, device=device)
 
 
 def collate(
-    lessons: Sequence[Lesson], index: Sequence[tuple[int, int]], *, mask_id: int, pad_id: int, device: torch.device
+    lessons: Sequence[Lesson],
+    index: Sequence[tuple[int, int]],
+    *,
+    reuse: Reuse = "none",
+    mask_id: int,
+    pad_id: int,
+    device: torch.device,
 ) -> StepBatch:
     """The states (lesson number, position in its steps) of ``index`` as one batch on ``device``."""
     wanted: dict[int, list[int]] = {}
     for number, step in index:
         wanted.setdefault(number, []).append(step)
-    student_prompts, teacher_prompts, parts = [], [], []
+    parts = []
     for number, chosen in wanted.items():
         lesson, trajectory = lessons[number], lessons[number].trajectory
         steps = lesson.steps[chosen]
-        state = trajectory.states(steps, mask_id)
-        shown = torch.where(lesson.reveal[chosen], trajectory.tokens, state)
+        state, shown = lesson.views(chosen, mask_id)
         columns = trajectory.block_starts(steps)[:, None] + torch.arange(trajectory.block_length)
         commits = trajectory.commits(steps)
         masked = (trajectory.reveal_step >= steps[:, None]) & ~lesson.reveal[chosen]
@@ -134,14 +192,28 @@ def collate(
                 torch.full((len(chosen),), 1 / len(lesson.steps)),
             )
         )
-        student_prompts += [trajectory.prompt_ids] * len(chosen)
-        teacher_prompts += [lesson.teacher_prompt_ids] * len(chosen)
     state, shown, columns, candidates, committed, k, number_of_lesson, weight = (
         torch.cat(part) for part in zip(*parts, strict=True)
     )
+    student_prompts = [lesson.trajectory.prompt_ids for lesson in lessons]
+    teacher_prompts = [lesson.teacher_prompt_ids for lesson in lessons]
+    student: Inputs | PackedInputs
+    teacher: Inputs | PackedInputs
+    if reuse == "none":
+        numbers = number_of_lesson.tolist()
+        student = with_prompts([student_prompts[number] for number in numbers], state.to(device), pad_id)
+        teacher = with_prompts([teacher_prompts[number] for number in numbers], shown.to(device), pad_id)
+    else:
+        anchors = Anchors.of(lessons, wanted, mask_id)
+        numbers = anchors.numbers
+        student = with_prompts([student_prompts[number] for number in numbers], anchors.state.to(device), pad_id)
+        teacher = with_prompts([teacher_prompts[number] for number in numbers], anchors.shown.to(device), pad_id)
+        computed = columns if reuse == "block" else torch.arange(state.shape[1]).expand_as(state)
+        student = pack(student, anchors, state, computed)
+        teacher = pack(teacher, anchors, shown, computed)
     return StepBatch(
-        student=with_prompts(student_prompts, state.to(device), pad_id),
-        teacher=with_prompts(teacher_prompts, shown.to(device), pad_id),
+        student=student,
+        teacher=teacher,
         columns=columns.to(device),
         candidates=candidates.to(device),
         committed=committed.to(device),
@@ -162,3 +234,66 @@ def with_prompts(prompts: Sequence[Tensor], responses: Tensor, pad_id: int) -> I
     if prompt_mask is not None:
         mask = torch.cat((prompt_mask, torch.ones_like(responses, dtype=torch.bool)), dim=1)
     return Inputs(torch.cat((prompt_ids, responses), dim=1), mask, prompt_ids.shape[1])
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The states that a batch's states reuse activations of.
+
+    Args:
+        numbers: the lessons of the G anchors.
+        state, shown: (G, L) int64, what student and teacher see in them.
+        anchor: (S,) int64, the anchor of each state of the batch.
+        itself: (S,) bool, whether the state is its own anchor.
+    """
+
+    numbers: list[int]
+    state: Tensor
+    shown: Tensor
+    anchor: Tensor
+    itself: Tensor
+
+    @classmethod
+    def of(cls, lessons: Sequence[Lesson], wanted: Mapping[int, Sequence[int]], mask_id: int) -> Anchors:
+        """Those of the states ``wanted``, by lesson."""
+        numbers: list[int] = []
+        parts = []
+        for number, chosen in wanted.items():
+            first = lessons[number].anchors()[chosen]
+            anchors, anchor = first.unique(return_inverse=True)
+            parts.append(
+                (*lessons[number].views(anchors, mask_id), anchor + len(numbers), first == torch.tensor(chosen))
+            )
+            numbers += [number] * len(anchors)
+        return cls(numbers, *(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def pack(
+    inputs: Inputs,  # of the G anchors
+    anchors: Anchors,
+    responses: Tensor,  # (S, L) int64
+    computed: Tensor,  # (S, T) int64
+) -> PackedInputs:
+    """The S states with these ``responses``: those that are not anchors compute the positions ``computed`` only."""
+    device, groups = inputs.input_ids.device, len(anchors.numbers)
+    others = (~anchors.itself).nonzero()[:, 0]
+    anchor = anchors.anchor[others]
+    number = (anchor[:, None] == anchor).tril(-1).sum(-1)  # among those of the same anchor
+    slots = max(number.tolist(), default=0) + 1
+    row = torch.where(anchors.itself, anchors.anchor, groups + (~anchors.itself).cumsum(0) - 1)
+    start = inputs.offset + torch.zeros(groups, dtype=torch.int64).scatter(0, anchors.anchor, computed[:, 0])
+    # Without the columns behind the prompt where nothing attends to them.
+    whole = computed.shape[1] == responses.shape[1]
+    column = torch.arange(inputs.offset if whole else inputs.input_ids.shape[1])
+    seen = (column < start[:, None]) | (column >= start[:, None] + computed.shape[1])
+    seen = seen.to(device)
+    if inputs.attention_mask is not None:
+        seen &= inputs.attention_mask[:, : len(column)]
+    packed = Packed(
+        input_ids=responses.gather(1, computed)[others].to(device),
+        start=start.to(device),
+        place=(anchor * slots + number).to(device),
+        slots=slots,
+        prefix_mask=seen,
+    )
+    return PackedInputs(inputs, packed, row.to(device))

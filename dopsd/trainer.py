@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dopsd.accuracy import mean, standard_error
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
+from dopsd.drift import mean_drifts
 from dopsd.errors import RunError, require
 from dopsd.models import STUDENT, add_lora, device_of, load_adapter
-from dopsd.models.bidirectional import DiffusionModel
+from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.objective import Objective, lessons_of, mean_metrics
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
-from dopsd.step_batch import Lesson, step_batches
+from dopsd.step_batch import Lesson, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
 
 # Seeds of evaluation draws, apart from those of training.
 EVALUATION = -1
+# The same of states whose drift is measured.
+DRIFT = -2
 
 
 class Trainer(transformers.Trainer):
@@ -61,6 +65,12 @@ class Trainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         require(len(train_rows) > 0, "train_file", "no rows", "at least one row is needed to train")
+        require(
+            teaching.reuse == "none" or isinstance(decoder.model, BidirectionalModel),
+            "reuse",
+            teaching.reuse,
+            f"only none with {type(decoder.model).__name__}, which is one of transformers; LLaDA and Dream have it all",
+        )
         self.rollouts, self.teaching, self.decoder = rollouts, teaching, decoder
         self.objective: Objective = teaching.objective()
         self.student = model
@@ -69,6 +79,7 @@ class Trainer(transformers.Trainer):
         )
         self.validation_rows = validation_rows
         self.pending: list[list[Lesson]] = []  # slices of the current batch that are still to be trained on
+        self.said_drift = False  # that some trajectory was computed without reuse
         self.accepted_count = 0  # over all ranks, in the current batch
         self.update_metrics: list[dict[str, float]] = []
         super().__init__(
@@ -101,13 +112,7 @@ class Trainer(transformers.Trainer):
         outputs, loss = [], zero
         states = sum(len(lesson.steps) for lesson in lessons)
         with tqdm(total=states, desc="distil", unit="state", **self.bar.inner()) as bar:
-            for batch in step_batches(
-                lessons,
-                self.teaching.states_per_forward,
-                mask_id=self.decoder.mask_id,
-                pad_id=self.decoder.eos_id,
-                device=device_of(network),
-            ):
+            for batch in self.batches(lessons):
                 with self.accelerator.autocast():
                     output = self.objective.forward(network, self.teacher, batch, self.decoder.mask_id)
                 self.accelerator.backward(output.loss / self.accepted_count)
@@ -163,6 +168,40 @@ class Trainer(transformers.Trainer):
             [part for lesson in lessons if len((part := lesson.slice(number, slices)).steps)]
             for number in range(slices)
         ]
+
+    def batches(self, lessons: Sequence[Lesson]) -> Iterator[StepBatch]:
+        """Every state of ``lessons``, with reuse, or without for those that drift by more than ``drift_limit``."""
+        teaching, network = self.teaching, self.decoder.model
+        size, limit = teaching.states_per_forward, teaching.drift_limit
+        options: dict[str, Any] = {
+            "mask_id": self.decoder.mask_id,
+            "pad_id": self.decoder.eos_id,
+            "device": device_of(network),
+        }
+        if not lessons or teaching.reuse == "none" or not teaching.drift_samples:
+            return step_batches(lessons, size, reuse=teaching.reuse, **options)
+        with self.accelerator.autocast():
+            drifts = mean_drifts(
+                self.objective,
+                network,
+                self.teacher,
+                lessons,
+                samples=teaching.drift_samples,
+                seed=int(mix_seeds(self.args.seed, self.state.global_step, DRIFT)),
+                size=size,
+                **options,
+            )
+        self.update_metrics.append({"drift": float(drifts.mean())})
+        far = [limit is not None and drift > limit for drift in drifts.tolist()]
+        if any(far) and not self.said_drift:
+            self.said_drift = True
+            tqdm.write(
+                f"update {self.state.global_step + 1}: reuse={teaching.reuse} makes a trajectory drift by "
+                f"{float(drifts.max()):.3g}, more than drift_limit={limit}: such ones are computed without it"
+            )
+        exact = [lesson for lesson, is_far in zip(lessons, far, strict=True) if is_far]
+        reused = [lesson for lesson, is_far in zip(lessons, far, strict=True) if not is_far]
+        return chain(step_batches(reused, size, reuse=teaching.reuse, **options), step_batches(exact, size, **options))
 
     def sum_gradients(self, model: Any) -> None:
         """Add the ranks' gradients; a parameter without one on some rank counts as zero there."""

@@ -122,7 +122,8 @@ def _forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if q.numel():
-        _implementation(q, backend).forward(q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, scale, out, lse)
+        with torch.autocast(q.device.type, enabled=False):  # it would round what is to be fp32
+            _implementation(q, backend).forward(q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, scale, out, lse)
     return out, lse
 
 
@@ -143,9 +144,10 @@ def _backward(
     """Return the gradients of the five tensors."""
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, k_prefix, v_prefix))
     if q.numel():
-        _implementation(q, backend).backward(
-            grad.contiguous(), q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, out, lse, scale, *grads
-        )
+        with torch.autocast(q.device.type, enabled=False):
+            _implementation(q, backend).backward(
+                grad.contiguous(), q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, out, lse, scale, *grads
+            )
     else:
         for x in grads:
             x.zero_()

@@ -31,6 +31,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from dopsd import train
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError, UsageError
 from dopsd.models import add_lora, generic, load_adapter, load_model
@@ -218,6 +219,14 @@ def test_the_mask_token_is_named_somewhere(save: Save) -> None:
         load_model(folder, mask_token_id=25)
     model, tokenizer = load_model(folder, mask_token_id=7)
     assert tokenizer.mask_token_id is None and model.config.mask_token_id == 7
+
+
+def test_reuse_is_refused(save: Save, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Their layers give no keys and values to reuse: a sentence that names the option, and no folder."""
+    options = ["--model", save(MODELS["llama"]), "--recipe", "tiny", "--output_dir", str(tmp_path / "run")]
+    status, _, said = command(train.main, *options, "--train_problems", "4", "--reuse", "block")
+    assert status == 2 and "reuse='block'" in said and "LlamaForCausalLM" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_transformers_models_take_the_shift(random_model: Path) -> None:

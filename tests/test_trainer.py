@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,44 @@ def test_slices_are_updates_of_their_own(
             assert first[prompt] + second[prompt] == list(range(12))
     assert all(changed(before, after) for before, after in pairwise(seen))
     assert rollouts[0] != rollouts[1]
+
+
+@pytest.mark.parametrize("reuse", ["prompt", "block"])
+def test_reuse_and_its_drift(
+    make_trainer: Make, random_model: Path, reuse: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run with reuse makes packed passes only, measures how far they drift, and says so when it is too far."""
+    options = ("--model", str(random_model), "--steps", "24", "--reuse", reuse, "--lora_dropout", "0.1")
+    finals = []
+    for more, measured in ((("--drift_samples", "0"), False), (("--drift_samples", "2"), True)):
+        trainer = make_trainer(*options, *more, task=Graded(1.0))
+        before = weights(trainer)
+        trainer.train()
+        finals.append(weights(trainer))
+        assert changed(before, finals[-1])
+        logs = [log for log in trainer.state.log_history if "kl" in log]
+        assert len(logs) == 2 and all(("drift" in log) == measured for log in logs)
+    assert all(log["drift"] > 0 for log in logs)
+    assert not changed(*finals)  # measuring draws nothing that training draws
+    capsys.readouterr()
+    trainer = make_trainer(*options, "--drift_limit", "0", task=Graded(1.0))
+    trainer.train()
+    assert capsys.readouterr().out.count("drift_limit=0.0") == 1
+    assert changed(finals[0], weights(trainer))
+
+
+def test_a_trajectory_that_drifts_too_far_is_computed_exactly(exact_trainer: Trainer) -> None:
+    """With every trajectory above the limit the update is that without reuse, with none above it, that with reuse."""
+    teaching = exact_trainer.teaching
+    loss, grads = gradients(exact_trainer, 0, 1, 2)
+    exact_trainer.objective = replace(exact_trainer.objective, reuse="prompt")
+    teaching.reuse, teaching.drift_samples = "prompt", 24
+    for limit, exact in ((0.0, True), (1e6, False), (None, False)):
+        teaching.drift_limit = limit
+        other_loss, other_grads = gradients(exact_trainer, 0, 1, 2)
+        assert (other_loss == pytest.approx(loss, rel=1e-12)) == exact
+        far = [float((grad - other_grads[name]).abs().max()) > 1e-11 for name, grad in grads.items()]
+        assert any(far) != exact
 
 
 # ---- what it is taught by ----

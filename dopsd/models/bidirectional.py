@@ -19,6 +19,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
+from dopsd_kernels import prefix_attention
+
 # Fields of a config.json that say nothing about what a model computes in evaluation mode.
 BOOKKEEPING = {
     "_commit_hash",
@@ -120,6 +122,34 @@ class Parts(NamedTuple):
     down: nn.Module
 
 
+class Packed(NamedTuple):
+    """N sequences that compute T tokens each, and take all other keys and values from one of G anchors.
+
+    Args:
+        input_ids: (N, T) int64, the tokens that are computed.
+        start: (G,) int64, the column of an anchor where its sequences' tokens stand: token j is at column start + j.
+        place: (N,) int64, ``slots`` times each one's anchor plus its number among that anchor's sequences.
+        slots: the most sequences that an anchor has.
+        prefix_mask: (G, W) bool, which of an anchor's first W columns its sequences attend to.
+    """
+
+    input_ids: Tensor
+    start: Tensor
+    place: Tensor
+    slots: int
+    prefix_mask: Tensor
+
+    @property
+    def anchor(self) -> Tensor:
+        """(N,) int64, each one's anchor."""
+        return self.place // self.slots
+
+    def columns(self) -> Tensor:
+        """(N, T) int64, where the tokens stand in their anchors."""
+        own = torch.arange(self.input_ids.shape[1], device=self.start.device)
+        return self.start[self.anchor][:, None] + own
+
+
 class BidirectionalLayer(GradientCheckpointingLayer):
     """One pre-norm transformer layer: bidirectional attention, then SwiGLU."""
 
@@ -141,7 +171,10 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         rotary: tuple[Tensor, Tensor],  # cos, sin (B or 1, 1, T, D)
         key_mask: Tensor | None,  # (B, 1, 1, T) bool, True where a key may be attended to
         read: Tensor | None,  # (B, R) int64
-    ) -> Tensor:  # (B, R or T, d)
+        prefix_key: Tensor | None = None,  # (G, H_kv, W, D): what packed sequences attend to besides themselves
+        prefix_value: Tensor | None = None,  # (G, H_kv, W, D)
+        packed: Packed | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (B, R or T, d), and the keys and values (B, H_kv, T, D)
         parts = self.parts()
         normed = parts.attention_norm(x)
         cos, sin = rotary
@@ -154,9 +187,13 @@ class BidirectionalLayer(GradientCheckpointingLayer):
             columns = read[:, None, :, None].expand(-1, -1, -1, self.head_dim)
             cos, sin = (table.expand(len(x), -1, -1, -1).gather(2, columns) for table in rotary)
         query = rotate(self._heads(parts.query(normed)), cos, sin)
-        x = x + parts.attention_out(self._attend(query, key, value, key_mask).transpose(1, 2).flatten(2))
+        if packed is None:
+            mixed = self._attend(query, key, value, key_mask)
+        else:
+            mixed = self._attend_to_prefix(query, key, value, prefix_key, prefix_value, packed)
+        x = x + parts.attention_out(mixed.transpose(1, 2).flatten(2))
         normed = parts.mlp_norm(x)
-        return x + parts.down(F.silu(parts.gate(normed)) * parts.up(normed))
+        return x + parts.down(F.silu(parts.gate(normed)) * parts.up(normed)), key, value
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -174,6 +211,25 @@ class BidirectionalLayer(GradientCheckpointingLayer):
             self, query, key, value, padding, scaling=self.head_dim**-0.5, is_causal=False
         )
         return mixed.transpose(1, 2)
+
+    def _attend_to_prefix(
+        self,
+        query: Tensor,  # (N, H, R, D), R <= T
+        key: Tensor,  # (N, H_kv, T, D)
+        value: Tensor,  # (N, H_kv, T, D)
+        prefix_key: Any,  # (G, H_kv, W, D)
+        prefix_value: Any,  # (G, H_kv, W, D)
+        packed: Packed,
+    ) -> Tensor:  # (N, H, R, D)
+        read, groups = query.shape[2], len(prefix_key)
+        # The op takes as many queries as own keys, and as many sequences for each anchor.
+        query = F.pad(query, (0, 0, 0, key.shape[2] - read))
+        query, key, value = (
+            x.new_zeros(groups * packed.slots, *x.shape[1:]).index_copy(0, packed.place, x).unflatten(0, (groups, -1))
+            for x in (query, key, value)
+        )
+        mixed = prefix_attention(query, key, value, prefix_key, prefix_value, prefix_mask=packed.prefix_mask)
+        return mixed.flatten(0, 1).index_select(0, packed.place)[:, :, :read]
 
 
 class DiffusionModel(PreTrainedModel):
@@ -212,10 +268,15 @@ class DiffusionModel(PreTrainedModel):
             batch, length = input_ids.shape
             if read is None:
                 read = torch.arange(length, device=input_ids.device).expand(batch, -1)
-            read = (read - self.shift).clamp_min(0)
-            if attention_mask is not None:
-                read = read.maximum(length - attention_mask.sum(-1, keepdim=True))
+            read = self.shifted(read, attention_mask)
         return self.states(input_ids, attention_mask, read)
+
+    def shifted(self, read: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, R) int64, where the states that predict the tokens at ``read`` (B, R) lie."""
+        read = (read - self.shift).clamp_min(0)
+        if attention_mask is not None:
+            read = read.maximum(attention_mask.shape[1] - attention_mask.sum(-1, keepdim=True))
+        return read
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -269,19 +330,71 @@ class BidirectionalModel(DiffusionModel):
             init.ones_(module.weight)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor | None) -> Tensor:
-        key_mask = None
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        if attention_mask is not None:
-            positions = positions_of(attention_mask)
-            key_mask = attention_mask.bool()[:, None, None, :]
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rotary_tables(positions, head_dim, self.config.rope_theta)
-        rotary = cos[:, None], sin[:, None]
+        positions, key_mask = self._positions(input_ids, attention_mask)
+        rotary = self._rotary(positions)
         x = self.get_input_embeddings()(input_ids)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, key_mask, read if index == last else None)
+            x, _, _ = layer(x, rotary, key_mask, read if index == last else None)
         return self.final_norm(x)
+
+    def packed_hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor, packed: Packed, packed_read: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`hidden_states` for G anchors, and for N sequences that reuse their keys and values.
+
+        In each layer a packed sequence's tokens attend to each other and to what its anchor computed in that layer for
+        the columns of ``packed.prefix_mask``. Gradients flow through those keys and values.
+
+        Args:
+            input_ids: (G, T') int64, the anchors.
+            attention_mask: (G, T') bool, as in :meth:`hidden_states`.
+            read: (G, R) int64, the columns to return.
+            packed: the other sequences.
+            packed_read: (N, R) int64, theirs, in columns of their anchors, and among those that they compute.
+
+        Returns:
+            (G, R, d) and (N, R, d). With a shift, the state before the first token that a packed sequence computes is
+            its anchor's.
+        """
+        anchor, before = packed.anchor, packed.start[:, None]
+        if self.shift:
+            read = self.shifted(torch.cat((read, before), dim=1), attention_mask)
+            packed_read = self.shifted(packed_read, None if attention_mask is None else attention_mask[anchor])
+        offset = packed_read - packed.start[anchor][:, None]
+        states, own = self._packed_states(input_ids, attention_mask, read, packed, offset.clamp_min(0))
+        if self.shift:
+            own = torch.where((offset < 0)[..., None], states[:, -1:].index_select(0, anchor), own)
+            states = states[:, :-1]
+        return states, own
+
+    def _packed_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor, packed: Packed, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The positions themselves, without a shift; ``offset`` (N, R) counts the packed sequences' own tokens."""
+        positions, key_mask = self._positions(input_ids, attention_mask)
+        columns = packed.columns()
+        rotary = self._rotary(positions)
+        own_rotary = self._rotary(positions.expand_as(input_ids)[packed.anchor].gather(1, columns))
+        x, own = (self.get_input_embeddings()(ids) for ids in (input_ids, packed.input_ids))
+        width, last = packed.prefix_mask.shape[1], len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            x, key, value = layer(x, rotary, key_mask, read if index == last else None)
+            prefix = key[:, :, :width], value[:, :, :width]
+            own, _, _ = layer(own, own_rotary, None, offset if index == last else None, *prefix, packed)
+        return self.final_norm(x), self.final_norm(own)
+
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Positions (B or 1, T), and which keys may be attended to, (B, 1, 1, T), or None for all."""
+        if attention_mask is None:
+            return torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
+        return positions_of(attention_mask), attention_mask.bool()[:, None, None, :]
+
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, 1, T, D) of positions (B, T)."""
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
+        cos, sin = rotary_tables(positions, head_dim, self.config.rope_theta)
+        return cos[:, None], sin[:, None]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> MaskedLMOutput:
         """Logits (B, T, V) at every position as the published model returns them: a shift is left to the caller."""

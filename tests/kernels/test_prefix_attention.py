@@ -99,6 +99,14 @@ def test_low_precision_errs_no_more_than_the_plain_computation(dtype: torch.dtyp
         assert ours.dtype == dtype and error <= 2 * allowed + torch.finfo(dtype).eps * truth.abs().max().item()
 
 
+def test_autocast_has_no_effect() -> None:
+    inputs = tensors(dtype=torch.float32)
+    outside = run(prefix_attention, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(prefix_attention, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
 def test_large_scores() -> None:
     inputs = tensors(dtype=torch.float32)
     inputs["q"] *= 1e3
