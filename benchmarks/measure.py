@@ -15,6 +15,9 @@ from benchmarks import providers
 from benchmarks.problems import Case, Problem, make_problem
 from benchmarks.providers import Provider
 
+# Something to time, which may call what it is given to mark a time on the way.
+Run = Callable[[Callable[[], None]], object]
+
 
 class Clock:
     """Times runs: by CUDA events with a cold L2 cache on a GPU, else by the wall clock."""
@@ -25,13 +28,13 @@ class Clock:
             cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
             self.flush = torch.empty(2 * max(cache_bytes, 64 << 20), dtype=torch.int8, device=device)
 
-    def time(self, provider: Provider, problem: Problem, phase: str) -> dict[str, float]:
-        """Return the seconds of a run by phase: of "both", the part after the forward is "backward"."""
+    def seconds(self, run: Run) -> list[float]:
+        """Return the seconds from the start of a run to each mark that it makes, and to its end."""
         if not self.cuda:
-            marks = [time.perf_counter()]
-            providers.run(provider, problem, phase, lambda: marks.append(time.perf_counter()))
-            marks.append(time.perf_counter())
-            return self._by_phase(phase, [mark - marks[0] for mark in marks])
+            times = [time.perf_counter()]
+            run(lambda: times.append(time.perf_counter()))
+            times.append(time.perf_counter())
+            return [mark - times[0] for mark in times[1:]]
         events: list[torch.cuda.Event] = []
 
         def record() -> None:
@@ -41,27 +44,50 @@ class Clock:
         torch.cuda.synchronize()
         self.flush.zero_()  # while it runs, the host gets ahead: launches are not what is timed
         record()
-        providers.run(provider, problem, phase, record)
+        run(record)
         record()
         torch.cuda.synchronize()
-        return self._by_phase(phase, [events[0].elapsed_time(event) / 1000 for event in events])
+        return [events[0].elapsed_time(event) / 1000 for event in events[1:]]
 
-    @staticmethod
-    def _by_phase(phase: str, marks: list[float]) -> dict[str, float]:
+    def time(self, provider: Provider, problem: Problem, phase: str) -> dict[str, float]:
+        """Return the seconds of a run by phase: of "both", the part after the forward is "backward"."""
+        marks = self.seconds(lambda mark: providers.run(provider, problem, phase, mark))
         seconds = {phase: marks[-1]}
         if phase == "both":
-            seconds["backward"] = marks[-1] - marks[1]
+            seconds["backward"] = marks[-1] - marks[0]
         return seconds
+
+
+def attempt(action: Callable[[], None]) -> str:
+    """Do something and return what became of it: one that fails must not end what is measured after it."""
+    status = "ok"
+    try:
+        action()
+    except torch.OutOfMemoryError:
+        status = "out of memory"
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        status = f"failed: {type(error).__name__}: {first_line}"
+    if status != "ok":
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return status
 
 
 def gpu_peak_memory(provider: Provider, problem: Problem, phase: str) -> int:
     """Return the bytes that a run allocates at most, beyond what exists before."""
     problem.student.grad = None
+    return gpu_peak(lambda: providers.run(provider, problem, phase))
+
+
+def gpu_peak(run: Callable[[], object]) -> int:
+    """Return the bytes that are allocated at most while something runs, beyond what exists before."""
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    providers.run(provider, problem, phase)
+    run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 

@@ -29,6 +29,12 @@ PANELS = (
 
 _LEAST_MEBIBYTES = 0.5  # the foot of a logarithmic axis
 
+CAPTIONS = {
+    "attention": "Time of attention over shared prefixes, by provider",
+    "step": "Seconds of one update by phase",
+}
+PHASES = {"teacher": "#56B4E9", "student": "#0072B2", "optimiser": "#999999"}
+
 Results = dict[str, Any]
 
 
@@ -47,7 +53,8 @@ def draw(machines: dict[str, Results], folder: Path) -> None:
                 rows = [
                     row
                     for row in results["rows"]
-                    if (row["setting"], row["data"], row["phase"]) == (setting, data, phase)
+                    if row["part"] == "kernels"
+                    and (row["setting"], row["data"], row["phase"]) == (setting, data, phase)
                     and "ms" in row
                     and row["provider"] in COLORS
                     and quantity(row) is not None
@@ -66,6 +73,48 @@ def draw(machines: dict[str, Results], folder: Path) -> None:
             shown.values(), shown.keys(), loc="outside lower center", ncols=len(COLORS) + 1, fontsize=8, frameon=False
         )
         figure.savefig(folder / name, dpi=150)
+
+
+def draw_attention(content: Results, folder: Path) -> None:
+    """Draw ``attention.png``: a panel for every length and phase, a bar for every provider."""
+    rows = [row for row in content["rows"] if row["part"] == "attention" and "ms" in row]
+    panels = list(dict.fromkeys((row["length"], row["phase"]) for row in rows))
+    figure = Figure(figsize=(2.9 * len(panels), 2.9), layout="constrained")
+    for axes, (length, phase) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        shown = [row for row in rows if (row["length"], row["phase"]) == (length, phase)]
+        axes.bar([row["provider"].replace(" ", "\n") for row in shown], [row["ms"] for row in shown], color="#0072B2")
+        axes.set_title(f"T = {length}, {phase}", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supylabel("ms", fontsize=8)
+    figure.savefig(folder / "attention.png", dpi=150)
+
+
+def draw_step(content: Results, folder: Path) -> None:
+    """Draw ``step.png``: a bar for every way to do an update, cut into its phases."""
+    rows = [row for row in content["rows"] if row["part"] == "step" and "ms" in row]
+    names = {
+        (row["provider"], row["variant"], row["states_per_forward"]): None for row in rows if row["phase"] == "update"
+    }
+    figure = Figure(figsize=(7, 1 + 0.35 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{provider} {variant}, {size} states".replace(" ,", ",") for provider, variant, size in names]
+    left = [0.0] * len(names)
+    for phase, color in PHASES.items():
+        seconds = {
+            (row["provider"], row["variant"], row["states_per_forward"]): row["ms"] / 1000
+            for row in rows
+            if row["phase"] == phase
+        }
+        widths = [seconds[name] for name in names]
+        axes.barh(labels, widths, left=left, color=color, label=phase)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(folder / "step.png", dpi=150)
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]], quantity: Any) -> dict[str, Any]:

@@ -34,12 +34,17 @@ class Case:
         return f"{self.setting}-{self.data}-{self.rows}"
 
 
-def cases(device: torch.device) -> list[Case]:
-    """Return the cases of a kind of machine, the cheap ones first."""
-    if device.type == "cuda":
-        sizes: dict[str, Any] = {"width": 4096, "vocab": 126464, "dtype": torch.bfloat16}
-        rows: tuple[int, ...] = (256, 2048, 16384)
-        decoded_rows: tuple[int, ...] = (32, 256, 2048)
+def cases(device: torch.device, rehearsal: bool = False) -> list[Case]:
+    """Return the cases of a kind of machine, the cheap ones first; small ones of every kind for a rehearsal."""
+    if rehearsal:
+        sizes: dict[str, Any] = {"width": 32, "vocab": 500, "dtype": torch.float32}
+        rows: tuple[int, ...] = (8,)
+        decoded_rows: tuple[int, ...] = (8,)
+        decoded_sizes = sizes
+    elif device.type == "cuda":
+        sizes = {"width": 4096, "vocab": 126464, "dtype": torch.bfloat16}
+        rows = (256, 2048, 16384)
+        decoded_rows = (32, 256, 2048)
         decoded_sizes = sizes
     else:
         sizes = {"width": 256, "vocab": 16384, "dtype": torch.float32}

@@ -1,28 +1,38 @@
-"""Renders the README's tables and the kernels' figures from the files under ``benchmarks/results``.
+"""Renders the tables of README.md and docs/performance.md, and the plots, from the files under ``benchmarks/results``,
+and each of these as comma-separated values too.
 
-``python -m benchmarks.report`` rewrites them; ``--check`` changes nothing and exits with 1 if a table and its file
-differ.
+    python -m benchmarks.report                          # rewrites them
+    python -m benchmarks.report --check                  # changes nothing; exit status 1 if a table and its file differ
+    python -m benchmarks.report --against OLD.json [NEW.json]    # what became slower (NEW: the newest of its kind)
+
+Of every part, the newest file of a kind of machine is shown. A rehearsal is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import re
 import statistics
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots
+from benchmarks import plots, results
+from benchmarks.results import ROOT, Content, Row
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = results.FOLDER
+RECIPE = "tiny_recipe.json"  # written by `benchmarks.tiny_recipe`, in its own form
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 
 
 def tiny_recipe() -> str:
     """Gain of the tiny recipe by seed, and of its variants."""
-    rows = json.loads((RESULTS / "tiny_recipe.json").read_text())
+    rows = json.loads((RESULTS / RECIPE).read_text())
     shipped = [row for row in rows if row["name"] == "tiny"]
     lines = ["| seed | tokens per step | before | after | gain | seconds |", "|---|---|---|---|---|---|"]
     for row in shipped:
@@ -64,10 +74,10 @@ def kernels() -> str:
 
 def kernel_table(kind: str) -> str:
     """One machine's table: ours (Triton where it ran) against every other provider."""
-    results = load_kernels(kind)
-    if results is None:
+    content = newest(kind, "kernels")
+    if content is None:
         return f"On a {kind.upper()}: not measured."
-    timed = [row for row in results["rows"] if "ms" in row]
+    timed = [row for row in content["rows"] if row["part"] == "kernels" and "ms" in row]
     ran = {row["provider"] for row in timed}
     peers = [peer for peer in PEERS if peer in ran]
     lines = [
@@ -89,7 +99,7 @@ def kernel_table(kind: str) -> str:
             peaks = [row["peak_bytes"] for row in (ours, here.get("eager")) if row and row["peak_bytes"]]
             saved = f"{peaks[0] / peaks[1]:.3f}" if len(peaks) == 2 else ""
             lines.append(f"| {' | '.join([*cells, saved])} |")
-    return "\n".join([*lines, "", kernel_footnote(results)])
+    return "\n".join([*lines, "", kernel_footnote(content)])
 
 
 def best_of_ours(rows: dict[str, dict[str, Any]], variant: str) -> dict[str, Any] | None:
@@ -101,9 +111,9 @@ def best_of_ours(rows: dict[str, dict[str, Any]], variant: str) -> dict[str, Any
     return None
 
 
-def kernel_footnote(results: dict[str, Any]) -> str:
+def kernel_footnote(content: Content) -> str:
     """Where and how a table was measured, who is missing, and what the rounding of logits costs."""
-    machine, rows = results["machine"], results["rows"]
+    machine, rows = content["machine"], [row for row in content["rows"] if row["part"] == "kernels"]
     timed = [row for row in rows if "ms" in row]
     sizes = dict.fromkeys(f"{row['op']}: {row['dtype']}, d = {row['width']}, V = {row['vocab']}" for row in timed)
     sentences = [
@@ -147,13 +157,194 @@ def label(row: dict[str, Any]) -> str:
     return f"{row['provider']} {row['variant']}".strip()
 
 
-def load_kernels(kind: str) -> dict[str, Any] | None:
-    """The kernel results of a kind of machine, "cpu" or "gpu"; None before they were measured."""
-    path = RESULTS / f"kernels_{kind}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+# ------------------------------------------------------------------------------------------------------------
+# What only a GPU shows
+# ------------------------------------------------------------------------------------------------------------
+
+NOT_MEASURED = "Not measured."
 
 
-SECTIONS = {"tiny_recipe": tiny_recipe, "kernels": kernels}
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def where(content: Content) -> str:
+    """The machine of a run, in a sentence."""
+    machine = content["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    return f"{machine['device']}{driver}, {versions}, revision {machine['revision']}, {machine['date']}."
+
+
+def ceilings() -> str:
+    """What the GPU can do at most, as measured in the newest run."""
+    content = newest("gpu", "ceilings")
+    if content is None:
+        return NOT_MEASURED
+    lines = []
+    for row in rows_of(content, "ceilings"):
+        need, unit, scale = ("bytes", "GB/s", 1e6) if "bytes" in row else ("flops", "TFLOP/s", 1e9)
+        rate = f"{row[need] / row['ms'] / scale:.4g} {unit}" if "ms" in row else row["status"]
+        clock = row.get("clocks", {}).get("clocks.sm", "")
+        lines.append([row["name"], row["dtype"], rate, clock])
+    return "\n".join([table(["what", "dtype", "rate", "SM clock"], lines), "", where(content)])
+
+
+def tests() -> str:
+    """How many GPU tests passed, and the names of those that failed."""
+    content = newest("gpu", "tests")
+    if content is None:
+        return NOT_MEASURED
+    rows = rows_of(content, "tests")
+    count = Counter(row["status"].partition(":")[0] for row in rows)
+    lines = [", ".join(f"{number} {kind}" for kind, number in sorted(count.items())) + f". {where(content)}"]
+    lines += [f"- `{row['name']}`: {row['status']}" for row in rows if row["status"].startswith("failed")]
+    return "\n".join(lines)
+
+
+def kernel_ceilings() -> str:
+    """Every timed row of the ops on a GPU, as a share of the ceilings."""
+    content = newest("gpu", "kernels")
+    if content is None:
+        return NOT_MEASURED
+    lines = [
+        [
+            f"{row['setting']}, {row['data']}",
+            str(row["rows"]),
+            row["phase"],
+            label(row),
+            f"{row['ms']:.3g}",
+            share(row),
+            mebibytes(row),
+        ]
+        for row in rows_of(content, "kernels")
+        if "ms" in row
+    ]
+    return table(["op", "rows", "phase", "provider", "ms", "of ceiling", "memory"], lines)
+
+
+def attention() -> str:
+    """Attention over shared prefixes: time, share of the ceilings and memory."""
+    content = newest("gpu", "attention")
+    if content is None:
+        return NOT_MEASURED
+    lines: list[list[str]] = []
+    sizes: dict[str, None] = {}
+    for row in rows_of(content, "attention"):
+        size = f"G = {row['groups']}, S = {row['sequences']}, H = {row['heads']}, P = {row['prefix']}"
+        sizes[f"{size}, D = {row['width']}, {row['dtype']}"] = None
+        about = [f"{row['length']}", row["phase"], row["provider"]]
+        measured = [spread(row), share(row), mebibytes(row)] if "ms" in row else [row["status"], "", ""]
+        lines.append([*about, *measured])
+    head = ["T", "phase", "provider", "ms (20 to 80 %)", "of ceiling", "memory"]
+    return "\n".join([table(head, lines), "", f"{'; '.join(sizes)}. {where(content)}", *picture("attention")])
+
+
+def step() -> str:
+    """An update of a model of LLaDA-8B's shape: seconds by phase, utilisation and memory."""
+    content = newest("gpu", "step")
+    if content is None:
+        return NOT_MEASURED
+    lines: list[list[str]] = []
+    sizes: dict[str, None] = {}
+    for row in rows_of(content, "step"):
+        sizes[f"P = {row['prefix']}, L = {row['length']}, {row['states']} steps, {row['dtype']}"] = None
+        about = [label(row), str(row["states_per_forward"]), row["phase"]]
+        total = row.get("total_bytes")
+        memory = "" if total is None else f"{total / 2**30:.1f} GiB"
+        measured = [row["status"], "", "", ""]
+        if "ms" in row:
+            used = share(row) if "flops" in row else ""
+            measured = [spread(row, 1000), f"{row['tokens']}", used, memory if row["phase"] == "update" else ""]
+        lines.append([*about, *measured])
+    head = ["who", "states per forward", "phase", "seconds (20 to 80 %)", "tokens", "FLOP utilisation", "memory"]
+    return "\n".join([table(head, lines), "", f"{'; '.join(sizes)}. {where(content)}", *picture("step")])
+
+
+def train() -> str:
+    """The tiny recipe on a GPU against CPUs."""
+    content = newest("gpu", "train")
+    if content is None:
+        return NOT_MEASURED
+    lines = []
+    for row in rows_of(content, "train"):
+        cells = [row["status"], "", "", "", ""]
+        if row["status"] == "ok":
+            cells = [percent(row, "before"), percent(row, "after"), percent(row, "recorded")]
+            cells += ["yes" if row["agrees"] else "no", f"{row['seconds']:.0f}"]
+        lines.append([str(row["seed"]), *cells])
+    head = ["seed", "before", "after", "after, on CPUs", "within two standard errors", "seconds"]
+    return "\n".join([table(head, lines), "", where(content)])
+
+
+def schema() -> str:
+    """The columns of a run's rows."""
+    lines = [[f"`{name}`", meaning] for name, (_, meaning) in results.COLUMNS.items()]
+    about = [f"- {part}: {', '.join(f'`{name}`' for name in columns)}" for part, columns in results.ABOUT.items()]
+    return "\n".join([table(["column", "meaning"], lines), "", "What names a row:", "", *about])
+
+
+def share(row: Row) -> str:
+    """A row's share of the ceilings, in percent."""
+    return f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else ""
+
+
+def spread(row: Row, scale: float = 1) -> str:
+    """A row's median time and its quantiles."""
+    low, middle, high = (f"{row[name] / scale:.3g}" for name in ("ms_q20", "ms", "ms_q80"))
+    return f"{middle} ({low} to {high})"
+
+
+def picture(name: str) -> list[str]:
+    """The line that shows a plot of this name."""
+    return ["", f"![{plots.CAPTIONS[name]}]({name}.png)"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------------------
+
+
+def runs(kind: str) -> list[tuple[Path, Content]]:
+    """The files of a kind of machine, "cpu" or "gpu", oldest first; ValueError if one is no run, or a rehearsal."""
+    files = [(path, results.load(path)) for path in sorted(RESULTS.glob("*.json")) if path.name != RECIPE]
+    of_kind = [(path, content) for path, content in files if content["machine"]["kind"] == kind]
+    # On one day, the second file's name ends in _2.
+    return sorted(of_kind, key=lambda file: (file[1]["machine"]["date"], len(file[0].stem), file[0].stem))
+
+
+def newest(kind: str, part: str) -> Content | None:
+    """The newest file of a kind of machine in which anything of a part was run; None before there is one."""
+
+    def ran(row: Row) -> bool:
+        return row["status"] != "out of time" and not row["status"].startswith("skipped")
+
+    found = [content for _, content in runs(kind) if any(ran(row) for row in rows_of(content, part))]
+    return found[-1] if found else None
+
+
+def rows_of(content: Content, part: str) -> list[Row]:
+    """A part's rows."""
+    return [row for row in content["rows"] if row["part"] == part]
+
+
+SECTIONS = {
+    section.__name__: section
+    for section in (
+        tiny_recipe,
+        kernels,
+        ceilings,
+        tests,
+        kernel_ceilings,
+        attention,
+        step,
+        train,
+        schema,
+    )
+}
+DOCUMENTS = (README, PERFORMANCE)
 
 
 def render(text: str) -> str:
@@ -165,17 +356,90 @@ def render(text: str) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """Rewrite the README and draw the figures, or check the README."""
+def compare(old: Content, new: Content) -> str:
+    """Every time of two runs as a ratio, what became slower by more than its spread first, then what became faster.
+
+    A time has changed by more than its spread if all between its 20 % and 80 % quantiles lies beyond all between the
+    other's.
+    """
+    before = {results.identity(row): row for row in old["rows"] if "ms" in row}
+    after = {results.identity(row): row for row in new["rows"] if "ms" in row}
+    groups: dict[str, list[tuple[float, str]]] = {"Slower": [], "Faster": [], "Within the spread": []}
+    for about in before.keys() & after.keys():
+        a, b = before[about], after[about]
+        group = "Within the spread"
+        if b["ms_q20"] > a["ms_q80"]:
+            group = "Slower"
+        elif b["ms_q80"] < a["ms_q20"]:
+            group = "Faster"
+        name = " ".join(str(value) for value in about if value != "")
+        ratio = b["ms"] / a["ms"]
+        groups[group].append((ratio, f"{ratio:8.3f}  {spread(a)} -> {spread(b)} ms  {name}"))
+    lines = []
+    for machine in (old["machine"], new["machine"]):
+        lines.append(f"{machine['device']}, {machine['date']}, {machine['revision']}")
+    for group, found in groups.items():
+        lines += ["", f"{group}: {len(found)}", *(line for _, line in sorted(found, reverse=group != "Faster"))]
+    for name, missing in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):
+        lines += ["", f"Only in the {name} file: {len(missing)}"]
+    return "\n".join(lines)
+
+
+def sheet(content: Content) -> str:
+    """A run as comma-separated values: its rows, each with what it depends on beside the code."""
+    machine = content["machine"]
+    about = {name: machine[name] for name in ("date", "device", "driver", "cuda", "threads", "python", "revision")}
+    about |= machine["versions"]
+    rows = [
+        {
+            **{name: value for name, value in row.items() if not isinstance(value, dict)},
+            **{
+                f"{name} {key}": x for name, value in row.items() if isinstance(value, dict) for key, x in value.items()
+            },
+            **about,
+        }
+        for row in content["rows"]
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the documents and draw the plots, or check the documents, or compare two files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a table and its file differ")
+    parser.add_argument("--against", type=Path, nargs="+", metavar="JSON", help="an older file, and a newer one")
     args = parser.parse_args(argv)
-    text = README.read_text()
-    made = render(text)
+    if args.against:
+        if len(args.against) > 2:
+            parser.error("--against takes an older file and, if it is not the newest, a newer one")
+        old, *rest = args.against
+        before = results.load(old)
+        others = [path for path, _ in runs(before["machine"]["kind"]) if path.resolve() != old.resolve()]
+        if not rest and not others:
+            parser.error(f"there is no file to compare {old.name} with")
+        print(compare(before, results.load(rest[0] if rest else others[-1])))
+        return 0
+    stale = []
+    wanted = {path: render(path.read_text()) for path in DOCUMENTS}
+    wanted |= {path.with_suffix(".csv"): sheet(content) for kind in ("cpu", "gpu") for path, content in runs(kind)}
+    for path, made in wanted.items():
+        if not path.is_file() or path.read_text() != made:
+            stale.append(path.relative_to(ROOT))
+            if not args.check:
+                path.write_text(made)
     if args.check:
-        return int(made != text)
-    README.write_text(made)
-    plots.draw({kind: results for kind in ("cpu", "gpu") if (results := load_kernels(kind))}, ROOT / "docs")
+        for name in stale:
+            print(f"{name} is not what its files say: python -m benchmarks.report", file=sys.stderr)
+        return int(bool(stale))
+    measured = {kind: content for kind in ("cpu", "gpu") if (content := newest(kind, "kernels"))}
+    plots.draw(measured, ROOT / "docs")
+    for part, draw in (("attention", plots.draw_attention), ("step", plots.draw_step)):
+        if (content := newest("gpu", part)) is not None:
+            draw(content, ROOT / "docs")
     return 0
 
 

@@ -6,7 +6,6 @@ asserted. The memory of the loss is, on a CPU, where it does not depend on the m
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import sys
 import time
@@ -22,9 +21,9 @@ from benchmarks import measure, results
 from benchmarks.problems import DEVICE, Case, Problem, cases, make_problem
 from benchmarks.providers import PROVIDERS, Provider, entries, errors, providers
 
-CASES = cases(DEVICE)
 SECONDS = 4.0  # for the rounds of one case
 ROUNDS = (3, 15)
+REHEARSED_ROUNDS = (2, 2)
 MEMORY_RATIO = 0.1  # promised of the loss: its peak memory against eager's
 
 PeakMemory = Callable[[Provider, Problem, str], int | None]
@@ -33,16 +32,19 @@ PeakMemory = Callable[[Provider, Problem, str], int | None]
 @pytest.fixture(scope="session")
 def recorder(request: pytest.FixtureRequest) -> results.Recorder:
     option = request.config.getoption
-    return results.Recorder((option("--results") or results.FOLDER) if option("--record") else None, DEVICE)
+    path = None
+    if option("--record"):
+        path = option("--results") or results.new_path(results.FOLDER, results.machine(DEVICE))
+    return results.Recorder(path, DEVICE, rehearsal=option("--rehearse"))
 
 
 @pytest.fixture(scope="session")
-def peak_memory() -> Iterator[PeakMemory]:
+def peak_memory(request: pytest.FixtureRequest) -> Iterator[PeakMemory]:
     """Measures the peak memory of a run on this device; None where there is no way to."""
     if DEVICE.type == "cuda":
         yield measure.gpu_peak_memory
         return
-    if sys.platform != "linux":
+    if sys.platform != "linux" or request.config.getoption("--rehearse"):
         yield lambda *_: None
         return
     fresh = multiprocessing.get_context("spawn")
@@ -60,19 +62,19 @@ def _skip_if_missing(provider: Provider, recorder: results.Recorder, case: Case)
         pytest.skip(f"{provider.label}: {reason}")
 
 
-# One of every kind, small enough for fp64.
-ACCURACY_CASES = list(dict.fromkeys(replace(case, rows=64) for case in CASES))
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every test its cases, which are small ones in a rehearsal."""
+    chosen = cases(DEVICE, metafunc.config.getoption("--rehearse"))
+    if "provider" in metafunc.fixturenames:
+        # One of every kind, small enough for fp64.
+        small = dict.fromkeys(replace(case, rows=min(case.rows, 64)) for case in chosen)
+        computed = [(case, provider) for case in small for provider in providers(case) if provider.computes]
+        ids = [f"{case}-{provider.label}" for case, provider in computed]
+        metafunc.parametrize(("case", "provider"), computed, ids=ids)
+    elif "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", chosen, ids=str)
 
 
-@pytest.mark.parametrize(
-    ("case", "provider"),
-    [
-        pytest.param(case, provider, id=f"{case}-{provider.label}")
-        for case in ACCURACY_CASES
-        for provider in providers(case)
-        if provider.computes
-    ],
-)
 def test_accuracy(benchmark: Any, recorder: results.Recorder, case: Case, provider: Provider) -> None:
     """How far loss and gradient are from fp64. What others' roundings cost them is recorded, not judged."""
     _skip_if_missing(provider, recorder, case)
@@ -99,17 +101,9 @@ class Run:
         """Do something unless it has failed before; one provider's failure must not end the others' case."""
         if self.status != "ok":
             return
-        try:
-            action()
-        except torch.OutOfMemoryError:
-            self.status = "out of memory"
-        except Exception as error:
-            self.status = f"failed: {type(error).__name__}: {error}"[:400]
+        self.status = measure.attempt(action)
         if self.status != "ok":
             self.problem.student.grad = None
-            gc.collect()
-            if DEVICE.type == "cuda":
-                torch.cuda.empty_cache()
 
     def warm_up(self, peak_memory: PeakMemory) -> None:
         """Compile, pay one-time costs, and measure memory."""
@@ -136,14 +130,25 @@ class Run:
         described = results.describe(self.problem.case, self.provider, self.phase, self.status)
         if self.status != "ok":
             return [described]
+        case = self.problem.case
         return [
-            {**described, "phase": phase, **results.figures(seconds, self.peak_bytes if phase == self.phase else None)}
+            {
+                **described,
+                "phase": phase,
+                **results.figures(seconds, self.peak_bytes if phase == self.phase else None),
+                **(results.needs(case, phase) if self.provider.computes else {}),
+            }
             for phase, seconds in self.seconds.items()
         ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_speed_and_memory(benchmark: Any, recorder: results.Recorder, peak_memory: PeakMemory, case: Case) -> None:
+def test_speed_and_memory(
+    benchmark: Any,
+    recorder: results.Recorder,
+    peak_memory: PeakMemory,
+    case: Case,
+    request: pytest.FixtureRequest,
+) -> None:
     problem, clock = make_problem(case, DEVICE), measure.Clock(DEVICE)
     runs = [Run(provider, phase, problem, clock) for provider, phase in entries(case)]
     for run in runs:
@@ -165,7 +170,7 @@ def test_speed_and_memory(benchmark: Any, recorder: results.Recorder, peak_memor
     run_the_others()
     timed.sample()
     rounds = int(SECONDS / (time.perf_counter() - start))
-    low, high = ROUNDS
+    low, high = REHEARSED_ROUNDS if request.config.getoption("--rehearse") else ROUNDS
     benchmark.pedantic(timed.sample, setup=run_the_others, rounds=min(max(rounds, low), high) - 1)
 
     rows = [row for run in runs for row in run.rows()]
@@ -177,9 +182,11 @@ def test_speed_and_memory(benchmark: Any, recorder: results.Recorder, peak_memor
 
 @pytest.mark.skipif(DEVICE.type != "cpu" or sys.platform != "linux", reason="peak memory of a process on Linux")
 def test_memory_of_the_loss_is_a_tenth_of_eager(
-    benchmark: Any, recorder: results.Recorder, peak_memory: PeakMemory
+    benchmark: Any, recorder: results.Recorder, peak_memory: PeakMemory, request: pytest.FixtureRequest
 ) -> None:
     """At a size where eager's logits outweigh the workspace that ours may use."""
+    if request.config.getoption("--rehearse"):
+        pytest.skip("the size is what it is about")
     case = Case("step_kl", rows=1024, width=256, vocab=32768, dtype=torch.float32)
     problem = make_problem(case, DEVICE)
     eager, ours = (

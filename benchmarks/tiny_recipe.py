@@ -33,8 +33,8 @@ KEPT = (
 )
 
 
-def run(seed: int, options: list[str]) -> dict[str, Any]:
-    """One training run; its report, shortened."""
+def run(seed: int, options: list[str], timeout: float | None = None) -> dict[str, Any]:
+    """One training run; its report, shortened. subprocess.TimeoutExpired after ``timeout`` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         command = [
@@ -47,7 +47,7 @@ def run(seed: int, options: list[str]) -> dict[str, Any]:
             str(output),
             *options,
         ]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, timeout=timeout)
         report = json.loads((output / "report.json").read_text())
     return {name: report[name] for name in KEPT}
 

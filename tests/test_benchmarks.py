@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import replace
@@ -158,7 +157,7 @@ def test_both_kinds_of_machine_have_every_kind_of_case() -> None:
 
 def recorded(folder: Path) -> dict[str, Any]:
     """Rows with invented times, of everything that could run, were all peers there but one."""
-    recorder = results.Recorder(folder, CPU)
+    recorder = results.Recorder(folder / "run.json", CPU)
     for case in cases(CPU):
         rows = []
         for place, (provider, phase) in enumerate(providers.entries(case)):
@@ -172,8 +171,7 @@ def recorded(folder: Path) -> dict[str, Any]:
     recorder.add(
         [{**results.describe(SMALL[1], by_label("step_kl", "eager"), "accuracy", "ok"), "gradient_error": 0.1}]
     )
-    written: dict[str, Any] = json.loads((folder / "kernels_cpu.json").read_text())
-    return written
+    return results.load(folder / "run.json")
 
 
 def test_results_say_what_was_measured_where(tmp_path: Path) -> None:
@@ -193,21 +191,16 @@ def test_results_say_what_was_measured_where(tmp_path: Path) -> None:
         )
         if row is not floor:
             assert row["over"]["floor"] == pytest.approx(row["ms"] / floor["ms"], rel=1e-3)
-    with (tmp_path / "kernels_cpu.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert len(table) == len(rows)
-    assert [float(line["ms"] or "nan") for line in table] == pytest.approx(
-        [row.get("ms", math.nan) for row in rows], nan_ok=True
-    )
-    assert [line["over eager"] for line in table] == [str(row.get("over", {}).get("eager", "")) for row in rows]
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
-    recorder = results.Recorder(tmp_path, CPU)
-    for count in (1, 2):
-        recorder.add([results.describe(SMALL[0], by_label("step_kl", "eager"), "forward", "ok")])
-        assert len(json.loads((tmp_path / "kernels_cpu.json").read_text())["rows"]) == count
-    assert {path.name for path in tmp_path.iterdir()} == {"kernels_cpu.json", "kernels_cpu.csv"}
+    """Of several processes, too, one after the other."""
+    path = tmp_path / "run.json"
+    for count, phase in enumerate(("forward", "both"), 1):
+        recorder = results.Recorder(path, CPU)
+        recorder.add([results.describe(SMALL[0], by_label("step_kl", "eager"), phase, "ok")])
+        assert len(results.load(path)["rows"]) == count
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_quantiles() -> None:
@@ -233,7 +226,7 @@ def test_the_table_shows_triton_where_it_ran_and_names_who_did_not(
     assert f"| reverse KL, clipped | 512 | {ours['ms']:.3g} | {ours['over']['floor']:.2f} |" in text
     # Without Triton, the PyTorch backend is shown.
     rows = [row for row in written["rows"] if row["provider"] != "ours triton"]
-    (tmp_path / "kernels_cpu.json").write_text(json.dumps({**written, "rows": rows}))
+    (tmp_path / "run.json").write_text(json.dumps({**written, "rows": rows}))
     other = report.kernels()
     assert other != text and other.count("\n|") == text.count("\n|")
 
