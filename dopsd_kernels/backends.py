@@ -1,9 +1,11 @@
 """Which backend an op runs on: Triton kernels on a GPU they were compiled for, else plain PyTorch."""
 
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,3 +49,19 @@ def choose_backend(backend: str, tensors: Sequence[Tensor | None], also: str | N
         raise ValueError(f'backend is "triton", but {reason}: use "auto" or "torch".')
     on_gpu = next(x for x in tensors if x is not None).device.type == "cuda"
     return "triton" if reason is None and (backend == "triton" or on_gpu) else "torch"
+
+
+def as_traced(operator: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the registered operator while torch.compile traces, else the function behind it.
+
+    Eager code then shows profilers and counters of operations what is inside, and costs less per call.
+    """
+    return operator if torch.compiler.is_compiling() else function
+
+
+@contextlib.contextmanager
+def undisturbed(x: Tensor) -> Iterator[None]:
+    """Compute in the dtypes that the code names, on the device of `x`: without autocast, which of whose operations
+    round is PyTorch's to change, and with that GPU as the one kernels are launched on."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield

@@ -64,33 +64,30 @@ def _logit_gradient(z_s: Tensor, z_t: Tensor, options: StepKLOptions, group: Voc
     alone = VocabGroup.of(None, options.entries(group.vocab), z_s.device)
     support_s, support_t, columns, here = _support(z_s, z_t, options.top_k, group)
 
-    def place(entries: Tensor, elsewhere: float, reduce: str) -> None:
-        """Put entries of the support into the columns of z_s that this process holds."""
+    def place(z: Tensor, entries: Tensor, elsewhere: float, reduce: str) -> None:
+        """Put entries of the support into the columns of z that this process holds."""
         if here is None:
-            z_s.scatter_(-1, columns, entries)
+            z.scatter_(-1, columns, entries)
         else:
-            z_s.scatter_reduce_(-1, columns, entries.masked_fill(~here, elsewhere), reduce)
+            z.scatter_reduce_(-1, columns, entries.masked_fill(~here, elsewhere), reduce)
 
     if options.tail == "renormalize":
         grad = support_s.log_softmax(-1)
         stats = _divergence(grad, support_t.log_softmax(-1), options, want_grad, alone)
         if want_grad:
             z_s.zero_()
-            place(grad, 0.0, "sum")
+            place(z_s, grad, 0.0, "sum")
         return stats
     nothing = torch.full_like(support_s, -math.inf)
-    place(nothing, math.inf, "amin")
-    if here is None:
-        z_t.scatter_(-1, columns, nothing)
-    else:
-        z_t.scatter_reduce_(-1, columns, nothing.masked_fill(~here, math.inf), "amin")
+    for z in (z_s, z_t):
+        place(z, nothing, math.inf, "amin")
     rest_s, rest_t = (group.gather(z.logsumexp(-1)[None]).logsumexp(0)[:, None] for z in (z_s, z_t))
     grad = torch.cat([support_s, rest_s], -1).log_softmax(-1)
     stats = _divergence(grad, torch.cat([support_t, rest_t], -1).log_softmax(-1), options, want_grad, alone)
     if want_grad:
         # An entry of the rest gets its share of the bucket's gradient; an empty rest has no shares.
         z_s.sub_(rest_s.masked_fill(rest_s == -math.inf, 0)).exp_().mul_(grad[:, -1:])
-        place(grad[:, :-1], 0.0, "sum")
+        place(z_s, grad[:, :-1], 0.0, "sum")
     return stats
 
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from dopsd_kernels import cascade_attention
 from dopsd_kernels.arguments import check_choice, check_device, check_floating, check_number, check_shape
-from dopsd_kernels.backends import choose_backend
+from dopsd_kernels.backends import as_traced, choose_backend, undisturbed
 
 # The Triton kernels keep a whole head of a tile of rows on the chip.
 _TRITON_MAX_WIDTH = 128
@@ -122,7 +122,7 @@ def _forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     if q.numel():
-        with torch.autocast(q.device.type, enabled=False):  # it would round what is to be fp32
+        with undisturbed(q):
             _implementation(q, backend).forward(q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, scale, out, lse)
     return out, lse
 
@@ -144,7 +144,7 @@ def _backward(
     """Return the gradients of the five tensors."""
     grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, k_prefix, v_prefix))
     if q.numel():
-        with torch.autocast(q.device.type, enabled=False):
+        with undisturbed(q):
             _implementation(q, backend).backward(
                 grad.contiguous(), q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, out, lse, scale, *grads
             )
@@ -177,8 +177,7 @@ def _(
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        run = _forward_operator if torch.compiler.is_compiling() else _forward
-        out, lse = run(*arguments)
+        out, lse = as_traced(_forward_operator, _forward)(*arguments)
         *tensors, ctx.scale, ctx.backend = arguments
         ctx.save_for_backward(*tensors, out, lse)
         return out
@@ -186,6 +185,5 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        run = _backward_operator if torch.compiler.is_compiling() else _backward
         arguments: Any = (grad, *ctx.saved_tensors, ctx.scale, ctx.backend)
-        return *run(*arguments), None, None, None, None
+        return *as_traced(_backward_operator, _backward)(*arguments), None, None, None, None

@@ -6,7 +6,6 @@ They know nothing of autograd; the two autograd functions around them cost less 
 would, and torch.compile traces through them.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from dopsd_kernels import chunked_step_kl
 from dopsd_kernels.arguments import check_integer
-from dopsd_kernels.backends import choose_backend
+from dopsd_kernels.backends import as_traced, choose_backend, undisturbed
 from dopsd_kernels.chunked_step_kl import Head, gradient_dtype
 from dopsd_kernels.contracts import StepKLOptions
 from dopsd_kernels.products import compute_dtype
@@ -63,8 +62,7 @@ def _step_kl(
     student = Head(hidden, weight, bias)
     teacher = Head(teacher_hidden, weight if teacher_weight is None else teacher_weight, teacher_bias)
     rows, scale = _selected_rows(row_weight, upstream, mean, hidden)
-    # Which of the operations inside autocast would round is PyTorch's to change.
-    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+    with undisturbed(hidden):
         stats, grads = chunked_step_kl.step_kl(
             student,
             teacher,
@@ -129,7 +127,7 @@ def _step_kl_from_logits(
     if check_finite:
         _check_finite(student_logits=student, teacher_logits=teacher)
     rows, scale = _selected_rows(row_weight, upstream, mean, student)
-    with torch.autocast(student.device.type, enabled=False), torch.cuda.device_of(student):
+    with undisturbed(student):
         return chunked_step_kl.step_kl_from_logits(
             student,
             teacher,
@@ -173,10 +171,6 @@ def _beyond_triton(top_k: int | None) -> str | None:
     if top_k is not None and top_k > _TRITON_TOP_K:
         return f"the kernels take a top_k of at most {_TRITON_TOP_K}, but it is {top_k}"
     return None
-
-
-def _as_traced(operator: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    return operator if torch.compiler.is_compiling() else function
 
 
 def _group(name: str | None, vocab: int, device: torch.device, top_k: int | None) -> VocabGroup:
@@ -245,7 +239,7 @@ class StepKL(torch.autograd.Function):
         inputs = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, row_weight)
         recompute = reduction == "none"
         wanted = [need and not recompute for need in needs]
-        stats, *grads = _as_traced(_step_kl_operator, _step_kl)(
+        stats, *grads = as_traced(_step_kl_operator, _step_kl)(
             *inputs, None, wanted, *options, reduction == "mean", *settings
         )
         row_loss, row_kl, row_clip_fraction = stats.unbind()
@@ -258,7 +252,7 @@ class StepKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.recompute:
-            grads = _as_traced(_step_kl_operator, _step_kl)(
+            grads = as_traced(_step_kl_operator, _step_kl)(
                 *ctx.saved_tensors, upstream, list(ctx.needs), *ctx.options, False, *ctx.settings
             )[1:]
         else:
@@ -283,7 +277,7 @@ class StepKLFromLogits(torch.autograd.Function):
         options: tuple[Any, ...],
         settings: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
-        stats, _ = _as_traced(_from_logits_operator, _step_kl_from_logits)(
+        stats, _ = as_traced(_from_logits_operator, _step_kl_from_logits)(
             student, teacher, row_weight, None, False, *options, False, *settings
         )
         row_loss, row_kl, row_clip_fraction = stats.unbind()
@@ -299,4 +293,4 @@ class StepKLFromLogits(torch.autograd.Function):
         upstream = upstream.expand(student.shape[0]).contiguous()
         mean = ctx.reduction == "mean"
         call = (student, teacher, row_weight, upstream, True, *ctx.options, mean, *ctx.settings)
-        return _as_traced(_from_logits_operator, _step_kl_from_logits)(*call)[1], None, None, None, None, None
+        return as_traced(_from_logits_operator, _step_kl_from_logits)(*call)[1], None, None, None, None, None
