@@ -25,9 +25,12 @@ SUPPORTS = ((None, "renormalize"), (3, "renormalize"), (9, "bucket"), (VOCAB, "b
 def _worker(rank: int, case: Callable[[int], None], folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    store = dist.FileStore(f"{folder}/rendezvous", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     case(rank)
-    dist.barrier()
+    # Not a barrier: a process that leaves it first closes connections on which the other may still be in it.
+    store.set(f"done {rank}", "")
+    store.wait(["done 0", "done 1"])
     dist.destroy_process_group()
 
 
