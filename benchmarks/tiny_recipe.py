@@ -9,7 +9,9 @@ row per run to the file. ``--name NAME -- --option value`` adds rows of a varian
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,10 +33,12 @@ KEPT = (
     "device",
     "versions",
 )
+# Of the log: means over updates.
+LOGGED = ("kl", "drift", "states", "tokens", "rollout_seconds", "distill_seconds")
 
 
 def run(seed: int, options: list[str], timeout: float | None = None) -> dict[str, Any]:
-    """One training run; its report, shortened. subprocess.TimeoutExpired after ``timeout`` seconds."""
+    """One training run; its report, shortened, and means of its log. subprocess.TimeoutExpired after ``timeout`` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         command = [
@@ -49,7 +53,14 @@ def run(seed: int, options: list[str], timeout: float | None = None) -> dict[str
         ]
         subprocess.run(command, check=True, timeout=timeout)
         report = json.loads((output / "report.json").read_text())
-    return {name: report[name] for name in KEPT}
+        with (output / "metrics.csv").open(newline="") as file:
+            logged = list(csv.DictReader(file))
+    means = {}
+    for name in LOGGED:
+        values = [float(row[name]) for row in logged if row.get(name)]
+        if values:
+            means[name] = statistics.mean(values)
+    return {**{name: report[name] for name in KEPT}, "update_means": means}
 
 
 def main() -> None:

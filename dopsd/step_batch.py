@@ -80,6 +80,11 @@ class Inputs:
         """(S, R, d), the states that predict the tokens at the response positions ``columns`` (S, R)."""
         return model.hidden_states(self.input_ids, self.attention_mask, columns + self.offset)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that a pass computes, padding included."""
+        return self.input_ids.numel()
+
 
 @dataclass(frozen=True)
 class PackedInputs:
@@ -105,6 +110,11 @@ class PackedInputs:
             self.anchors.input_ids, self.anchors.attention_mask, read[:groups], self.packed, read[groups:]
         )
         return torch.cat(states).index_select(0, self.row)
+
+    @property
+    def tokens(self) -> int:
+        """As :attr:`Inputs.tokens`."""
+        return self.anchors.tokens + self.packed.input_ids.numel()
 
 
 @dataclass(frozen=True)

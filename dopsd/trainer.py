@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -107,9 +108,10 @@ class Trainer(transformers.Trainer):
         if not self.accepted_count:
             # No gradient exists on any rank, so the optimiser has nothing to step: neither decay nor momentum act.
             return zero
+        start = time.monotonic()
         network = self.decoder.model
         model.train()
-        outputs, loss = [], zero
+        outputs, loss, tokens = [], zero, 0
         states = sum(len(lesson.steps) for lesson in lessons)
         with tqdm(total=states, desc="distil", unit="state", **self.bar.inner()) as bar:
             for batch in self.batches(lessons):
@@ -118,6 +120,7 @@ class Trainer(transformers.Trainer):
                 self.accelerator.backward(output.loss / self.accepted_count)
                 loss = loss + output.loss.detach() / self.accepted_count
                 outputs.append(replace(output, loss=output.loss.detach()))  # the graph is not kept
+                tokens += batch.student.tokens
                 bar.update(len(batch))
         self.sum_gradients(model)
         if self.accelerator.num_processes > 1:
@@ -128,11 +131,13 @@ class Trainer(transformers.Trainer):
                 f"in {self.args.output_dir} are unharmed. A lower learning_rate, clip_form=nonnegative or fp32 may help"
             )
         if outputs:
-            self.update_metrics.append({**mean_metrics(outputs), "states": float(states)})
+            work = {"states": states, "tokens": tokens, "distill_seconds": time.monotonic() - start}
+            self.update_metrics.append({**mean_metrics(outputs), **work})
         return loss
 
     def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Lesson]]:
         """Decode and grade a batch of rows; the accepted ones' lessons, in ``update_per_slice`` slices."""
+        start = time.monotonic()
         rows = [row for _, row in indexed_rows]
         indices = torch.tensor([index for index, _ in indexed_rows])
         seeds = mix_seeds(self.args.seed, self.state.global_step, indices)
@@ -161,6 +166,7 @@ class Trainer(transformers.Trainer):
                 "accepted": len(kept) / len(rollouts),
                 "tries": mean([float(rollout.tries) for rollout in rollouts]),
                 "completion_length": mean([float(length) for length in lengths]),
+                "rollout_seconds": time.monotonic() - start,
             }
         )
         slices = self.teaching.update_per_slice
