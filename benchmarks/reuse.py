@@ -2,7 +2,7 @@
 
     python -m benchmarks.reuse --seeds 0 1 2 3 4
 
-adds a row per kind and seed to ``benchmarks/results/reuse.json`` and goes on where it was stopped. The kinds of one seed
+adds a row per kind and seed to ``benchmarks/results/reuse.json`` and goes on where it was stopped. The kinds of a seed
 follow each other, so that a machine that becomes slower does so for all of them. ``python -m benchmarks.report`` then
 makes the table and the plot of ``docs/performance.md`` again.
 """

@@ -38,7 +38,11 @@ LOGGED = ("kl", "drift", "states", "tokens", "rollout_seconds", "distill_seconds
 
 
 def run(seed: int, options: list[str], timeout: float | None = None) -> dict[str, Any]:
-    """One training run; its report, shortened, and means of its log. subprocess.TimeoutExpired after ``timeout`` seconds."""
+    """One training run: its report, shortened, and means of its log.
+
+    Raises:
+        subprocess.TimeoutExpired: after ``timeout`` seconds.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         command = [
