@@ -18,6 +18,7 @@ import transformers
 import yaml
 from transformers import HfArgumentParser
 
+from dopsd.cache import Cache
 from dopsd.errors import UsageError, require
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
@@ -30,6 +31,10 @@ EPILOG = "An error is one sentence and exit status 2 (an option) or 1 (anything 
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
     "path/to/file.py:ClassName."
+)
+CACHE_HELP = (
+    "What a block's later steps take from its first when decoding: nothing (exact), the keys and values of all before "
+    "the block, or of all but the block."
 )
 GRADING_HELP = "Whether only an answer marked as such counts, or else one is looked for; sudoku is strict anyway."
 
@@ -127,6 +132,7 @@ class RolloutArguments:
     threshold: float | None = option(None, "Reveal every token at least this probable (parallel decoding).")
     stop_at_eos: bool = option(True, "Stop a sequence when all before its first end-of-text is revealed.")
     sampling_dtype: Literal["float32", "float64"] = option("float32", "Of logits and noise when sampling.")
+    cache: Cache = option("off", CACHE_HELP)
     sequences_per_forward: int = option(256, "Sequences decoded at a time.")
     eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
 
@@ -161,6 +167,7 @@ class RolloutArguments:
             threshold=self.threshold if tokens_per_step is None else None,
             stop_at_eos=self.stop_at_eos,
             sampling_dtype=self.sampling_dtype,
+            cache=self.cache,
         )
 
 
@@ -297,6 +304,7 @@ class EvaluationArguments(LoadArguments):
         "tokens are cleared when decoding enters it.",
     )
     sequences_per_forward: int = option(256, "Sequences decoded at a time.")
+    cache: Cache = option("off", CACHE_HELP)
     seed: int = option(0, "Of everything drawn.")
     output: str | None = option(
         None,
@@ -349,7 +357,7 @@ class EvaluationArguments(LoadArguments):
     def decoding(self, task: Task, gen_length: int, tokens_per_step: int) -> Decoding:
         """Greedy decoding of a task at one length and rate."""
         steps = -(-gen_length // tokens_per_step)
-        return Decoding(gen_length=gen_length, block_length=self.block(task), steps=steps)
+        return Decoding(gen_length=gen_length, block_length=self.block(task), steps=steps, cache=self.cache)
 
 
 class Parser(HfArgumentParser):
@@ -393,6 +401,8 @@ class Parser(HfArgumentParser):
             if action is None:
                 known = [key.removeprefix("--") for key in self._option_string_actions]
                 raise UsageError(f"{source}: unknown option {name!r}{did_you_mean(str(name), known)}")
+            if value is False and "off" in (action.choices or ()):
+                value = "off"  # which YAML takes for false
             values = value if isinstance(value, list) else ["none" if value is None else value]
             out += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
         return out

@@ -22,7 +22,7 @@ from dopsd import cli, compare, journal, report
 from dopsd.config import EvaluationArguments, parse_evaluate
 from dopsd.errors import require
 from dopsd.journal import Journal
-from dopsd.models import load_adapter, load_model
+from dopsd.models import load_adapter, load_model, require_layers
 from dopsd.results import Setting, columns, label, markdown, result, show
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
     rows = {name: problems(task, args) for name, task in tasks.items()}
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     model, tokenizer = load_model(**args.loading())
+    require_layers(model, "cache", args.cache, "off")
     if args.adapter is not None:
         load_adapter(model, args.adapter, trainable=False)
     nn.Module.to(model, process.device)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dopsd.cache import BlockCache, Cache
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import require
 from dopsd.trajectory import NEVER, Trajectory
@@ -32,6 +33,8 @@ class Decoding:
             ``steps`` says; None follows the schedule.
         stop_at_eos: stop a sequence once everything before its first end-of-text token is revealed.
         sampling_dtype: logits and noise in ``float32`` or ``float64``.
+        cache: what the steps of a block but its first take from the first: nothing (``off``, exact), the keys and
+            values of all before the block (``prefix``), or of all but the block (``dual``).
     """
 
     gen_length: int
@@ -42,6 +45,7 @@ class Decoding:
     threshold: float | None = None
     stop_at_eos: bool = True
     sampling_dtype: Literal["float32", "float64"] = "float32"
+    cache: Cache = "off"
 
     def __post_init__(self) -> None:
         require(self.gen_length >= 1, "gen_length", self.gen_length, "it is at least 1")
@@ -73,6 +77,7 @@ class Decoding:
             self.sampling_dtype,
             "one of 'float32', 'float64'",
         )
+        require(self.cache in get_args(Cache), "cache", self.cache, f"one of {get_args(Cache)}")
 
     @property
     def blocks(self) -> int:
@@ -144,14 +149,15 @@ def decode(
     hints: Tensor | None = None,
     on_step: Callable[[int], object] | None = None,
 ) -> list[Trajectory]:
-    """Decode one response to each prompt, as one batch.
+    """Decode one response to each prompt, as one batch that enters each block together.
 
     A sequence's result depends on its prompt and its seed, not on what it is batched with. Only the masked positions of
     a sequence's current block meet the LM head (with a threshold, where sequences differ in how many these are, as many
     positions as the sequence has that has most).
 
     Args:
-        model: offers ``hidden_states(input_ids, attention_mask, read)`` and ``lm_head_weight``.
+        model: offers ``hidden_states(input_ids, attention_mask, read)`` and ``lm_head_weight``; with a cache, a
+            :class:`~dopsd.models.bidirectional.BidirectionalModel`.
         prompts: N tensors (P_n,) of int64 token ids, on the model's device, of any lengths.
         decoding: lengths, schedule and sampling.
         mask_id: the mask token; never chosen.
@@ -160,78 +166,100 @@ def decode(
         hints: (N, L) int64 tokens shown ahead of their turn, ``mask_id`` where there is none. A block's hints are
             cleared when decoding enters it.
         on_step: called after each step with the number of sequences still going (on a GPU, after the last block:
-            asking it costs waiting for it, and is done at the ends of blocks, or at every step with a threshold).
+            asking it costs waiting for it, and is done at the ends of blocks, or at every step with a threshold; a
+            cache waits at a block's first step too).
 
     Returns:
         N trajectories, on the CPU.
     """
     length, width = decoding.gen_length, decoding.block_length
     prompt_ids, prompt_mask = left_pad(prompts, eos_id)
-    device = prompt_ids.device
+    prompt_length, device = prompt_ids.shape[1], prompt_ids.device
     count = len(prompts)
     tokens = prompt_ids.new_full((count, length), mask_id)
     reveal_step = prompt_ids.new_full((count, length), NEVER)
+    step = prompt_ids.new_zeros(count)
     seeds = seeds.to(device)
-    # Without a threshold, all sequences are at the same step of the same block, which are then known here.
-    schedule = [(reveals, masked) for counts in decoding.schedule() for reveals, masked in countdown(counts)]
-    dtype = getattr(torch, decoding.sampling_dtype)
-    kind: Confidence = decoding.remasking if decoding.remasking in ("margin", "entropy") else "probability"
-    positions = torch.arange(length, device=device)
-    in_block = torch.arange(width, device=device)
+    going = torch.ones(count, dtype=torch.bool, device=device)
     live = torch.arange(count, device=device)  # (n,) sequences still going, as of the last look
-    going = torch.ones(count, dtype=torch.bool, device=device)  # (n,) which of these are
-    step = 0
     with inference(model):
-        while len(live):
-            unrevealed = reveal_step[live] == NEVER
-            start = unrevealed.long().argmax(-1) // width * width  # (n,) of the first block with a mask left
-            shown = tokens[live]
-            if hints is not None:
-                shown = torch.where(positions >= start[:, None] + width, hints[live], shown)
-            masked = unrevealed.gather(1, start[:, None] + in_block)
-            if decoding.threshold is None:
-                reveals, most_masked = schedule[step]
-            else:
-                reveals, most_masked = 1, int(masked.sum(-1).max())
-            # The masked positions of the block, in order; a sequence with fewer has others behind them.
-            offsets = masked.long().argsort(dim=-1, descending=True, stable=True)[:, :most_masked]
-            masked = masked.gather(1, offsets)
-            columns = start[:, None] + offsets
-            attention_mask = None
-            if prompt_mask is not None:
-                attention_mask = torch.cat((prompt_mask[live], torch.ones_like(unrevealed)), dim=1)
-            hidden = model.hidden_states(
-                torch.cat((prompt_ids[live], shown), dim=1), attention_mask, columns + prompt_ids.shape[1]
-            ).flatten(0, 1)
-            position_seeds = mix_seeds(seeds[live][:, None], step, columns)
-            row_tokens, row_confidence = choose_tokens(
-                hidden.to(dtype) if dtype == torch.float64 else hidden,
-                model.lm_head_weight,
-                kind,
-                mask_id=mask_id,
-                temperature=decoding.temperature,
-                seeds=position_seeds.flatten() if decoding.temperature else None,
-            )
-            confidence = row_confidence.view(masked.shape)
-            if decoding.remasking == "random":
-                confidence = mix_seeds(position_seeds, 1).double()
-            chosen = most_confident(confidence, masked, torch.full_like(start, reveals))
-            if decoding.threshold is not None:
-                chosen |= masked & (confidence >= decoding.threshold)
-            chosen &= going[:, None]
-            places = live[:, None], columns
-            tokens[places] = torch.where(chosen, row_tokens.view(masked.shape), tokens[places])
-            reveal_step[places] = torch.where(chosen, step, reveal_step[places])
-            going = ~finished(tokens[live], reveal_step[live], eos_id, decoding.stop_at_eos)
-            step += 1
-            if reading_is_free(device) or decoding.threshold is not None or reveals == most_masked:
-                still = going.nonzero()[:, 0]
-                live, going = live[still], going[still]
-            if on_step is not None:
-                on_step(len(live))
+        for block, counts in enumerate(decoding.schedule()):
+            start, stop = block * width, (block + 1) * width
+            cache = None
+            if decoding.cache != "off":
+                cache = BlockCache(model, decoding.cache, prompt_length + start, prompt_length + stop, count)
+            # Without a threshold, all sequences are at the same step of the block, which is then known here.
+            schedule = iter(countdown(counts))
+            rows = live  # (n,) those with masks left in this block
+            while len(rows):
+                masked = reveal_step[rows, start:stop] == NEVER
+                if decoding.threshold is None:
+                    reveals, most_masked = next(schedule)
+                else:
+                    reveals, most_masked = 1, int(masked.sum(-1).max())
+                # The masked positions of the block, in order; a sequence with fewer has others behind them.
+                offsets = masked.long().argsort(dim=-1, descending=True, stable=True)[:, :most_masked]
+                masked = masked.gather(1, offsets)
+                columns = start + offsets
+                shown = tokens[rows]
+                if hints is not None:
+                    shown[:, stop:] = hints[rows, stop:]
+                ids, attention_mask = torch.cat((prompt_ids[rows], shown), dim=1), None
+                if prompt_mask is not None:
+                    attention_mask = torch.cat((prompt_mask[rows], torch.ones_like(shown, dtype=torch.bool)), dim=1)
+                read = columns + prompt_length
+                if cache is None:
+                    hidden = model.hidden_states(ids, attention_mask, read)
+                else:
+                    hidden = cache.hidden_states(ids, attention_mask, read, rows)
+                position_seeds = mix_seeds(seeds[rows, None], step[rows, None], columns)
+                drawn, confidence = draw(hidden, model.lm_head_weight, decoding, position_seeds, mask_id)
+                chosen = most_confident(confidence, masked, torch.full_like(rows, reveals))
+                if decoding.threshold is not None:
+                    chosen |= masked & (confidence >= decoding.threshold)
+                chosen &= going[rows, None]
+                places = rows[:, None], columns
+                tokens[places] = torch.where(chosen, drawn, tokens[places])
+                reveal_step[places] = torch.where(chosen, step[rows, None], reveal_step[places])
+                step[rows] += 1
+                going[rows] = ~finished(tokens[rows], reveal_step[rows], eos_id, decoding.stop_at_eos)
+                done = decoding.threshold is None and reveals == most_masked
+                if done or decoding.threshold is not None or reading_is_free(device):
+                    live = live[going[live].nonzero()[:, 0]]
+                    rows = live
+                if decoding.threshold is not None:
+                    rows = live[(reveal_step[live, start:stop] == NEVER).any(-1).nonzero()[:, 0]]
+                if on_step is not None:
+                    on_step(len(live))
+                if done:
+                    break
     tokens = torch.where(reveal_step == NEVER, eos_id, tokens).cpu()
     reveal_step = reveal_step.cpu()
     return [Trajectory(prompt.cpu(), tokens[index], reveal_step[index], width) for index, prompt in enumerate(prompts)]
+
+
+def draw(
+    hidden: Tensor,  # (n, R, d)
+    weight: Tensor,  # (V, d)
+    decoding: Decoding,
+    seeds: Tensor,  # (n, R) int64
+    mask_id: int,
+) -> tuple[Tensor, Tensor]:  # (n, R) int64 and float
+    """Each position's token, and how sure of it the model is by the measure that ``decoding.remasking`` names."""
+    kind: Confidence = decoding.remasking if decoding.remasking in ("margin", "entropy") else "probability"
+    if decoding.sampling_dtype == "float64":
+        hidden = hidden.double()
+    tokens, confidence = choose_tokens(
+        hidden.flatten(0, 1),
+        weight,
+        kind,
+        mask_id=mask_id,
+        temperature=decoding.temperature,
+        seeds=seeds.flatten() if decoding.temperature else None,
+    )
+    if decoding.remasking == "random":
+        confidence = mix_seeds(seeds, 1).double()
+    return tokens.view(seeds.shape), confidence.view(seeds.shape)
 
 
 def countdown(reveals: Sequence[int]) -> list[tuple[int, int]]:

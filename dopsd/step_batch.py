@@ -106,10 +106,15 @@ class PackedInputs:
         # An anchor whose own state is in another batch is read at the response's first position, for nothing.
         read = columns.new_zeros(groups + count, columns.shape[1]).index_copy(0, self.row, columns)
         read = read + self.anchors.offset
-        states = model.packed_hidden_states(
-            self.anchors.input_ids, self.anchors.attention_mask, read[:groups], self.packed, read[groups:]
+        states, cache = model.anchor_hidden_states(
+            self.anchors.input_ids,
+            self.anchors.attention_mask,
+            read[:groups],
+            self.packed.start,
+            self.packed.prefix_mask.shape[1],
         )
-        return torch.cat(states).index_select(0, self.row)
+        own = model.packed_hidden_states(cache, self.packed, read[groups:])
+        return torch.cat((states, own)).index_select(0, self.row)
 
     @property
     def tokens(self) -> int:

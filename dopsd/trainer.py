@@ -25,8 +25,8 @@ from dopsd.accuracy import mean, standard_error
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.drift import mean_drifts
 from dopsd.errors import RunError, require
-from dopsd.models import STUDENT, add_lora, device_of, load_adapter
-from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
+from dopsd.models import STUDENT, add_lora, device_of, load_adapter, require_layers
+from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective, lessons_of, mean_metrics
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
@@ -66,12 +66,8 @@ class Trainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         require(len(train_rows) > 0, "train_file", "no rows", "at least one row is needed to train")
-        require(
-            teaching.reuse == "none" or isinstance(decoder.model, BidirectionalModel),
-            "reuse",
-            teaching.reuse,
-            f"only none with {type(decoder.model).__name__}, which is one of transformers; LLaDA and Dream have it all",
-        )
+        require_layers(decoder.model, "reuse", teaching.reuse, "none")
+        require_layers(decoder.model, "cache", rollouts.cache, "off")
         self.rollouts, self.teaching, self.decoder = rollouts, teaching, decoder
         self.objective: Objective = teaching.objective()
         self.student = model

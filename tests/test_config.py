@@ -91,6 +91,15 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     assert parsed("--recipe", str(path), "--eval_tokens_per_step", "2")["eval_tokens_per_step"] == [2]
 
 
+@pytest.mark.parametrize("kind", ["off", "prefix", "dual"])
+def test_a_recipe_names_the_cache(tmp_path: Path, kind: str) -> None:
+    """Also the one that YAML reads as false."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"gen_length: 64\nblock_length: 16\ncache: {kind}\n")
+    assert parsed("--recipe", str(path))["cache"] == kind
+    assert parse_train(["--recipe", str(path)])[2].decoding(2).cache == kind
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -222,6 +231,7 @@ def test_transformers_own_checks_are_usage_errors() -> None:
         (["--update_per_slice", "0"], ["update_per_slice=0"]),
         (["--states_per_forward", "0"], ["states_per_forward=0"]),
         (["--reuse", "all"], ["--reuse", "'all'", "'block'"]),
+        (["--cache", "both"], ["--cache", "'both'", "'dual'"]),
         (["--drift_samples", "-1"], ["drift_samples=-1"]),
         (["--drift_limit", "0.1"], ["drift_limit=0.1", "reuse"]),
         (["--reuse", "block", "--drift_limit", "-1"], ["drift_limit=-1.0"]),

@@ -153,3 +153,14 @@ def test_a_file_of_problems(
     assert [one["puzzle"] for one in result["responses"]] == [row["puzzle"] for row in rows[:2]]
     for word in ("accuracy (%)", "greedy", "48", "8"):
         assert word in out
+
+
+def test_the_cache_is_used(tmp_path: Path) -> None:
+    """Each kind gives its own responses."""
+    found = {}
+    for kind in ("off", "prefix", "dual"):
+        path = tmp_path / f"{kind}.json"
+        evaluate.main(["--eval_problems", "16", "--cache", kind, "--output", str(path)])
+        (one,) = json.loads(path.read_text())["results"]
+        found[kind] = [response["response"] for response in one["responses"]]
+    assert len(set(map(tuple, found.values()))) == 3

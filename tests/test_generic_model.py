@@ -31,7 +31,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dopsd import train
+from dopsd import evaluate, train
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError, UsageError
 from dopsd.models import add_lora, generic, load_adapter, load_model
@@ -224,9 +224,12 @@ def test_the_mask_token_is_named_somewhere(save: Save) -> None:
 def test_reuse_is_refused(save: Save, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """Their layers give no keys and values to reuse: a sentence that names the option, and no folder."""
     options = ["--model", save(MODELS["llama"]), "--recipe", "tiny", "--output_dir", str(tmp_path / "run")]
-    status, _, said = command(train.main, *options, "--train_problems", "4", "--reuse", "block")
-    assert status == 2 and "reuse='block'" in said and "LlamaForCausalLM" in said
+    for name, kind in (("reuse", "block"), ("cache", "dual")):
+        status, _, said = command(train.main, *options, "--train_problems", "4", f"--{name}", kind)
+        assert status == 2 and f"{name}='{kind}'" in said and "LlamaForCausalLM" in said
     assert not (tmp_path / "run").exists()
+    status, _, said = command(evaluate.main, "--model", options[1], "--eval_problems", "4", "--cache", "dual")
+    assert status == 2 and "cache='dual'" in said
 
 
 def test_only_transformers_models_take_the_shift(random_model: Path) -> None:

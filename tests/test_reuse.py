@@ -353,7 +353,7 @@ def test_dropout_is_drawn_once_per_computed_token(small_llada: Callable[..., LLa
             module.register_forward_hook(lambda _, args, out: calls.append((args, out)))
     batch.student.hidden_states(network, batch.columns)
     assert len(drawn) == 2 and all(shapes == [(groups, padded, 32), (others, own, 32)] for shapes in drawn.values())
-    for (_, (_, key, value)), (args, _) in zip(calls[::2], calls[1::2], strict=True):
+    for (_, (_, key, value)), (args, _) in zip(calls[:2], calls[2:], strict=True):
         width = args[4].shape[2]
         assert width == (padded - LENGTH if reuse == "prompt" else padded)
         for made, used in zip((key, value), args[4:6], strict=True):

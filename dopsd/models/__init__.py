@@ -15,7 +15,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 import dopsd.assets
 from dopsd.errors import RunError, UsageError, require
-from dopsd.models.bidirectional import DiffusionModel
+from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.models.checkpoint import check_loaded, first_line, load_tokenizer, read_config, tensors_of
 from dopsd.models.dream import DreamModel
 from dopsd.models.generic import FullAttention, full_attention
@@ -188,6 +188,12 @@ def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftMo
         fits = shape[1 if side == "A" else 0] == width
         require(fits, "adapter", adapter, f"its {key} is {shape}, and this model's {name} takes {width}")
     return PeftModel.from_pretrained(model, folder, adapter_name=STUDENT, is_trainable=trainable)
+
+
+def require_layers(model: Any, argument: str, given: str, exact: str) -> None:
+    """Raise UsageError unless the keys and values of ``model`` can be reused, or ``given`` is ``exact``."""
+    accepted = f"only {exact} with {type(model).__name__}, which is one of transformers; LLaDA and Dream have it all"
+    require(given == exact or isinstance(model, BidirectionalModel), argument, given, accepted)
 
 
 def device_of(model: Any) -> torch.device:

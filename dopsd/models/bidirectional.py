@@ -150,6 +150,20 @@ class Packed(NamedTuple):
         return self.start[self.anchor][:, None] + own
 
 
+class KVCache(NamedTuple):
+    """What G sequences computed, for others to reuse.
+
+    Args:
+        layers: of each layer the keys and values (G, H_kv, W, D) of the first W columns.
+        attention_mask: (G, T') bool, False at padding; None when nothing is padded.
+        before: (G, 1, d) the states before the columns where the others' tokens begin; None without a shift.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    attention_mask: Tensor | None
+    before: Tensor | None
+
+
 class BidirectionalLayer(GradientCheckpointingLayer):
     """One pre-norm transformer layer: bidirectional attention, then SwiGLU."""
 
@@ -330,59 +344,72 @@ class BidirectionalModel(DiffusionModel):
             init.ones_(module.weight)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor | None) -> Tensor:
+        return self._states(input_ids, attention_mask, read)[0]
+
+    def _states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor | None, width: int | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """As :meth:`states`, and each layer's keys and values of the first ``width`` columns; None keeps none."""
         positions, key_mask = self._positions(input_ids, attention_mask)
         rotary = self._rotary(positions)
         x = self.get_input_embeddings()(input_ids)
+        layers: list[tuple[Tensor, Tensor]] = []
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x, _, _ = layer(x, rotary, key_mask, read if index == last else None)
-        return self.final_norm(x)
+            x, key, value = layer(x, rotary, key_mask, read if index == last else None)
+            if width is not None:
+                layers.append((key[:, :, :width], value[:, :, :width]))
+        return self.final_norm(x), layers
 
-    def packed_hidden_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor, packed: Packed, packed_read: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`hidden_states` for G anchors, and for N sequences that reuse their keys and values.
-
-        In each layer a packed sequence's tokens attend to each other and to what its anchor computed in that layer for
-        the columns of ``packed.prefix_mask``. Gradients flow through those keys and values.
+    def anchor_hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor, start: Tensor, width: int
+    ) -> tuple[Tensor, KVCache]:
+        """As :meth:`hidden_states` for G anchors, with what other sequences reuse of them.
 
         Args:
-            input_ids: (G, T') int64, the anchors.
+            input_ids: (G, T') int64.
             attention_mask: (G, T') bool, as in :meth:`hidden_states`.
             read: (G, R) int64, the columns to return.
-            packed: the other sequences.
-            packed_read: (N, R) int64, theirs, in columns of their anchors, and among those that they compute.
+            start: (G,) int64, the columns where the tokens of the others will begin.
+            width: of how many columns, from the first, keys and values are kept.
 
         Returns:
-            (G, R, d) and (N, R, d). With a shift, the state before the first token that a packed sequence computes is
-            its anchor's.
+            (G, R, d), and what :meth:`packed_hidden_states` takes. Gradients flow through both.
         """
-        anchor, before = packed.anchor, packed.start[:, None]
-        if self.shift:
-            read = self.shifted(torch.cat((read, before), dim=1), attention_mask)
-            packed_read = self.shifted(packed_read, None if attention_mask is None else attention_mask[anchor])
-        offset = packed_read - packed.start[anchor][:, None]
-        states, own = self._packed_states(input_ids, attention_mask, read, packed, offset.clamp_min(0))
-        if self.shift:
-            own = torch.where((offset < 0)[..., None], states[:, -1:].index_select(0, anchor), own)
-            states = states[:, :-1]
-        return states, own
+        if not self.shift:
+            states, layers = self._states(input_ids, attention_mask, read, width)
+            return states, KVCache(layers, attention_mask, None)
+        read = self.shifted(torch.cat((read, start[:, None]), dim=1), attention_mask)
+        states, layers = self._states(input_ids, attention_mask, read, width)
+        return states[:, :-1], KVCache(layers, attention_mask, states[:, -1:])
 
-    def _packed_states(
-        self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor, packed: Packed, offset: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The positions themselves, without a shift; ``offset`` (N, R) counts the packed sequences' own tokens."""
-        positions, key_mask = self._positions(input_ids, attention_mask)
-        columns = packed.columns()
-        rotary = self._rotary(positions)
-        own_rotary = self._rotary(positions.expand_as(input_ids)[packed.anchor].gather(1, columns))
-        x, own = (self.get_input_embeddings()(ids) for ids in (input_ids, packed.input_ids))
-        width, last = packed.prefix_mask.shape[1], len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            x, key, value = layer(x, rotary, key_mask, read if index == last else None)
-            prefix = key[:, :, :width], value[:, :, :width]
-            own, _, _ = layer(own, own_rotary, None, offset if index == last else None, *prefix, packed)
-        return self.final_norm(x), self.final_norm(own)
+    def packed_hidden_states(self, cache: KVCache, packed: Packed, read: Tensor) -> Tensor:
+        """As :meth:`hidden_states` for N sequences that reuse their anchors' keys and values.
+
+        In each layer a packed sequence's tokens attend to each other and to what its anchor computed in that layer for
+        the columns of ``packed.prefix_mask``.
+
+        Args:
+            cache: from :meth:`anchor_hidden_states`, with ``packed.start`` and the width of ``packed.prefix_mask``.
+            packed: the sequences.
+            read: (N, R) int64, the columns of their anchors to return, among those that they compute.
+
+        Returns:
+            (N, R, d). With a shift, the state before the first token that a packed sequence computes is its anchor's.
+        """
+        anchor, columns, mask = packed.anchor, packed.columns(), cache.attention_mask
+        if self.shift:
+            read = self.shifted(read, None if mask is None else mask[anchor])
+        offset = read - packed.start[anchor][:, None]
+        rotary = self._rotary(columns if mask is None else positions_of(mask)[anchor].gather(1, columns))
+        x = self.get_input_embeddings()(packed.input_ids)
+        last = len(self.layers) - 1
+        for index, (layer, prefix) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            x, _, _ = layer(x, rotary, None, offset.clamp_min(0) if index == last else None, *prefix, packed)
+        x = self.final_norm(x)
+        if cache.before is not None:
+            x = torch.where((offset < 0)[..., None], cache.before.index_select(0, anchor), x)
+        return x
 
     def _positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Positions (B or 1, T), and which keys may be attended to, (B, 1, 1, T), or None for all."""

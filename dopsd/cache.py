@@ -1,0 +1,82 @@
+"""Decoding that reuses activations: a block's first step computes whole sequences, its later steps a part of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dopsd.models.bidirectional import BidirectionalModel, KVCache, Packed
+
+Cache = Literal["off", "prefix", "dual"]
+
+
+class BlockCache:
+    """The network over the steps of one block, with the keys and values of the first (Wu et al. 2025, *Fast-dLLM*).
+
+    Later steps compute the block alone (``dual``) or all from the block on (``prefix``), and take everything else as it
+    was. Sequences that are equal at the first step, as are tries at one prompt before their first token, are computed
+    once and share what is kept.
+
+    Args:
+        model: the network.
+        kind: ``prefix`` or ``dual``.
+        start: column of the block's first token.
+        stop: column behind its last.
+        count: sequences, N.
+    """
+
+    def __init__(self, model: BidirectionalModel, kind: Cache, start: int, stop: int, count: int) -> None:
+        self.model, self.kind, self.start, self.stop = model, kind, start, stop
+        self.place = torch.zeros(count, dtype=torch.int64, device=model.lm_head_weight.device)  # as in Packed
+        self.slots = 0
+        self.kept: KVCache | None = None
+
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor, sequences: Tensor
+    ) -> Tensor:
+        """One step, for some of the N sequences. The first step is for all that come later.
+
+        Args:
+            input_ids, attention_mask, read: as in :meth:`~dopsd.models.bidirectional.DiffusionModel.hidden_states`;
+                sequences with equal tokens are read at equal columns.
+            sequences: (n,) int64, which ones these are.
+
+        Returns:
+            (n, R, d).
+        """
+        if self.kept is None:
+            return self._first(input_ids, attention_mask, read, sequences)
+        end = self.stop if self.kind == "dual" else input_ids.shape[1]
+        anchors, _, width, _ = self.kept.layers[0][0].shape
+        column = torch.arange(width, device=input_ids.device)
+        seen = ((column < self.start) | (column >= end)).expand(anchors, -1)
+        if self.kept.attention_mask is not None:
+            seen = seen & self.kept.attention_mask[:, :width]
+        packed = Packed(
+            input_ids=input_ids[:, self.start : end],
+            start=read.new_full((anchors,), self.start),
+            place=self.place[sequences],
+            slots=self.slots,
+            prefix_mask=seen,
+        )
+        return self.model.packed_hidden_states(self.kept, packed, read)
+
+    def _first(self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor, sequences: Tensor) -> Tensor:
+        count, length = input_ids.shape
+        shown = input_ids if attention_mask is None else torch.cat((input_ids, attention_mask.long()), dim=1)
+        unique, anchor = shown.unique(dim=0, return_inverse=True)
+        number = (anchor[:, None] == anchor).tril(-1).sum(-1)  # among those of the same anchor
+        self.slots = int(number.max()) + 1
+        self.place[sequences] = anchor * self.slots + number
+        row = torch.arange(count, device=anchor.device)
+        first = anchor.new_full((len(unique),), count).scatter_reduce(0, anchor, row, "amin")
+        states, self.kept = self.model.anchor_hidden_states(
+            input_ids[first],
+            None if attention_mask is None else attention_mask[first],
+            read[first],
+            read.new_full((len(unique),), self.start),
+            length if self.kind == "dual" else self.start,
+        )
+        return states.index_select(0, anchor)
