@@ -56,6 +56,12 @@ def concatenated(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Te
     return torch.stack(out).view(q.shape)
 
 
+@pytest.fixture(params=["fused", "explicit"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's fused attention, and explicit products as on other devices."""
+    monkeypatch.setattr(cascade_attention, "is_fused", lambda q: request.param == "fused")
+
+
 MASKS = {
     "none": {},
     "prefix": {"prefix_mask": torch.tensor([[False, False, True, True, True, True, True], [True] * 7])},
@@ -64,6 +70,7 @@ MASKS = {
 MASKS["both"] = MASKS["prefix"] | MASKS["own"]
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
@@ -79,6 +86,7 @@ def test_it_is_attention_over_concatenated_keys(
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_gradients_match_finite_differences() -> None:
     inputs = tensors(1, 2, 2, 1, 2, 3, 2)
     leaves = [x.requires_grad_() for x in inputs.values()]
@@ -89,6 +97,7 @@ def test_gradients_match_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda *x: prefix_attention(*x, **masks), leaves)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_errs_no_more_than_the_plain_computation(dtype: torch.dtype) -> None:
     inputs = tensors(length=9, prefix=33, width=16, dtype=dtype)
@@ -107,6 +116,7 @@ def test_autocast_has_no_effect() -> None:
     assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_large_scores() -> None:
     inputs = tensors(dtype=torch.float32)
     inputs["q"] *= 1e3
@@ -117,6 +127,7 @@ def test_large_scores() -> None:
     assert all(x.isfinite().all() for x in run(prefix_attention, inputs))
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_query_that_sees_nothing_gets_zero() -> None:
     inputs = tensors()
     masks = {
@@ -131,6 +142,7 @@ def test_a_query_that_sees_nothing_gets_zero() -> None:
         assert not grads[0][0, 1].any() and not grads[3][0].any() and grads[3][1].any()
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("shape", [{"prefix": 0}, {"sequences": 0}, {"groups": 0}, {"length": 1, "prefix": 1}])
 def test_empty_and_smallest(shape: dict[str, int]) -> None:
     inputs = tensors(**shape)
@@ -143,6 +155,7 @@ def test_empty_and_smallest(shape: dict[str, int]) -> None:
         assert not any(x.any() for x in ours)
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_strided_inputs_and_a_second_backward() -> None:
     inputs = tensors()
     strided = {name: x.transpose(-1, -2).contiguous().transpose(-1, -2) for name, x in inputs.items()}
