@@ -6,7 +6,6 @@ The shape is that of a block's states: G prefixes, S states of each, T tokens of
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,13 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import measure as measuring
-from benchmarks.problems import DEVICE
-from benchmarks.results import Recorder, Row, compare, dtype_name, figures
+from benchmarks.results import Row, dtype_name, figures
 from dopsd_kernels import prefix_attention
 from dopsd_kernels.backends import triton_unsupported
-
-SECONDS = 2.0  # for the rounds of one shape and phase
-ROUNDS = (3, 15)
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -61,8 +56,15 @@ class Shape:
         return q, k, v, k_prefix, v_prefix
 
 
-SHAPES = [Shape(8, 16, 32, length, 456, 128) for length in (32, 256)]
 REHEARSED = [Shape(2, 3, 2, length, 12, 16) for length in (4, 8)]
+
+
+def shapes(device: torch.device, rehearsal: bool = False) -> list[Shape]:
+    """Those of LLaDA-8B with reuse of all but the block, and of the prompt; on a CPU of a quarter of a layer."""
+    if rehearsal:
+        return REHEARSED
+    groups, heads = (8, 32) if device.type == "cuda" else (1, 8)
+    return [Shape(groups, 15, heads, length, prefix, 128) for length, prefix in ((32, 424), (256, 200))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,50 +149,32 @@ def run(provider: str, inputs: Inputs, gradient: Tensor, phase: str) -> None:
     torch.autograd.grad(out, inputs, gradient)
 
 
-def measure(recorder: Recorder, until: float, rehearsal: bool) -> bool:
-    """Write a row per shape, phase and provider; return whether all of ours ran."""
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" and not rehearsal else torch.float32
-    clock, fine = measuring.Clock(DEVICE), True
-    for shape in REHEARSED if rehearsal else SHAPES:
-        inputs = shape.tensors(dtype, DEVICE)
-        gradient = torch.ones_like(inputs[0])
-        for phase in ("forward", "both"):
-            trials = [Trial(provider, shape, inputs, gradient, phase) for provider in PROVIDERS]
-            for trial in trials:
-                trial.warm_up(clock, until)
-            start, (low, high) = time.time(), (2, 2) if rehearsal else ROUNDS
-            for done in range(high):
-                if done >= low and time.time() - start > SECONDS:
-                    break
-                for trial in trials:
-                    trial.sample(clock)
-            rows = [trial.row() for trial in trials]
-            compare(rows)
-            recorder.add(rows)
-            fine &= not any("ours" in trial.provider and trial.status.startswith("failed") for trial in trials)
-    return fine
+def cpu_peak_memory(shape: Shape, dtype: torch.dtype, provider: str, phase: str) -> int:
+    """Return how far resident memory rises in a run, when one-time costs are paid (Linux only)."""
+    inputs = shape.tensors(dtype, torch.device("cpu"))
+    gradient = torch.ones_like(inputs[0])
+    run(provider, inputs, gradient, phase)
+    return measuring.cpu_peak(lambda: run(provider, inputs, gradient, phase))
 
 
 class Trial:
     """One provider's runs of one phase, and what became of them."""
 
-    def __init__(self, provider: str, shape: Shape, inputs: Inputs, gradient: Tensor, phase: str) -> None:
-        self.provider, self.shape, self.phase, self.dtype = provider, shape, phase, gradient.dtype
+    def __init__(self, provider: str, shape: Shape, inputs: Inputs, phase: str) -> None:
+        self.provider, self.shape, self.phase, self.dtype = provider, shape, phase, inputs[0].dtype
+        gradient = torch.ones_like(inputs[0])
         self.run = lambda: run(provider, inputs, gradient, phase)
         reason = missing(provider, phase, gradient.device)
         self.status = "ok" if reason is None else f"skipped: {reason}"
         self.seconds: list[float] = []
         self.peak_bytes: int | None = None
 
-    def warm_up(self, clock: measuring.Clock, until: float) -> None:
+    def warm_up(self, peak_memory: Callable[[Trial], int | None]) -> None:
         """Compile, and measure memory."""
-        if self.status == "ok" and time.time() > until:
-            self.status = "out of time"
 
         def action() -> None:
             self.run()
-            if clock.cuda:
-                self.peak_bytes = measuring.gpu_peak(self.run)
+            self.peak_bytes = peak_memory(self)
 
         self.attempt(action)
 

@@ -7,7 +7,6 @@ It needs this repository and installed packages, no network. What the GPU can do
 
     tests       pytest -m gpu
     kernels     the kernel benchmarks
-    attention   attention over shared prefixes, against concatenated keys and flex_attention
     step        an update of a model of LLaDA-8B's shape with random weights, against plain code
     train       the tiny recipe, against the accuracy that is recorded for CPUs
 
@@ -80,8 +79,7 @@ PARTS = {
         rehearsal=False,
         needs=(*_TESTED, ("hypothesis", "pip install hypothesis")),
     ),
-    "kernels": Part(30, (*_PYTEST, "benchmarks", "--benchmark-only", "--record", "--results={results}"), needs=_TESTED),
-    "attention": Part(8, _measured("attention")),
+    "kernels": Part(38, (*_PYTEST, "benchmarks", "--benchmark-only", "--record", "--results={results}"), needs=_TESTED),
     "step": Part(30, _measured("step")),
     "train": Part(15, _measured("train")),
 }

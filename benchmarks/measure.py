@@ -117,11 +117,12 @@ def cpu_peak_memory(case: Case, label: str, phase: str) -> int:
         _warm.add(kind)
         providers.run(provider, problem, phase)
     problem.student.grad = None
+    return cpu_peak(lambda: providers.run(provider, problem, phase))
+
+
+def cpu_peak(run: Callable[[], object]) -> int:
+    """Return how far resident memory rises while something runs (Linux only)."""
     gc.collect()
-    return _rise_of_resident_memory(lambda: providers.run(provider, problem, phase))
-
-
-def _rise_of_resident_memory(run: Callable[[], None]) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = _status("VmRSS")
     run()

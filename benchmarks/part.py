@@ -15,7 +15,6 @@ from benchmarks.results import Recorder
 
 PARTS = {
     "ceilings": "benchmarks.ceilings",
-    "attention": "benchmarks.attention",
     "step": "benchmarks.step",
     "train": "benchmarks.train",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PANELS = (
 _LEAST_MEBIBYTES = 0.5  # the foot of a logarithmic axis
 
 CAPTIONS = {
+    "reuse": "Accuracy after training with each kind of reuse, by seed, and what an update computes for it",
     "attention": "Time of attention over shared prefixes, by provider",
     "step": "Seconds of one update by phase",
 }
@@ -75,18 +77,20 @@ def draw(machines: dict[str, Results], folder: Path) -> None:
         figure.savefig(folder / name, dpi=150)
 
 
-def draw_attention(content: Results, folder: Path) -> None:
-    """Draw ``attention.png``: a panel for every length and phase, a bar for every provider."""
-    rows = [row for row in content["rows"] if row["part"] == "attention" and "ms" in row]
-    panels = list(dict.fromkeys((row["length"], row["phase"]) for row in rows))
-    figure = Figure(figsize=(2.9 * len(panels), 2.9), layout="constrained")
-    for axes, (length, phase) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        shown = [row for row in rows if (row["length"], row["phase"]) == (length, phase)]
-        axes.bar([row["provider"].replace(" ", "\n") for row in shown], [row["ms"] for row in shown], color="#0072B2")
-        axes.set_title(f"T = {length}, {phase}", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.supylabel("ms", fontsize=8)
+def draw_attention(machines: dict[str, Results], folder: Path) -> None:
+    """Draw ``attention.png``: a row of panels for each kind of machine, one for every length and phase."""
+    figure = Figure(figsize=(11, 2.9 * len(machines)), layout="constrained")
+    for part, content in zip(figure.subfigures(len(machines), squeeze=False)[:, 0], machines.values(), strict=True):
+        rows = [row for row in content["rows"] if row["part"] == "attention" and "ms" in row]
+        panels = list(dict.fromkeys((row["length"], row["prefix"], row["phase"]) for row in rows))
+        for axes, panel in zip(part.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            shown = [row for row in rows if (row["length"], row["prefix"], row["phase"]) == panel]
+            names = [row["provider"].replace(" ", "\n") for row in shown]
+            axes.bar(names, [row["ms"] for row in shown], color="#0072B2")
+            axes.set_title(f"T = {panel[0]}, P = {panel[1]}, {panel[2]}", fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+        part.supylabel(f"{content['machine']['device']}\nms", fontsize=8)
     figure.savefig(folder / "attention.png", dpi=150)
 
 
@@ -113,8 +117,37 @@ def draw_step(content: Results, folder: Path) -> None:
     axes.set_xlabel("seconds", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(PHASES), fontsize=8, frameon=False)
     figure.savefig(folder / "step.png", dpi=150)
+
+
+def draw_reuse(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Draw ``reuse.png``: accuracy after training by kind and seed, tokens and seconds of an update by kind."""
+    rows = [row for row in rows if "reuse" in row]
+    kinds = list(dict.fromkeys(row["reuse"] for row in rows))
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    accuracy, tokens, seconds = figure.subplots(1, 3)
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        of_seed = {row["reuse"]: 100 * row["accuracy_after"] for row in rows if row["seed"] == seed}
+        accuracy.plot(list(of_seed), list(of_seed.values()), "o-", color="#0072B2", alpha=0.4, markersize=4)
+    for axes, title, quantity in (
+        (accuracy, "held-out accuracy (%)", lambda row: 100 * row["accuracy_after"]),
+        (tokens, "student tokens per update (thousands)", lambda row: row["update_means"]["tokens"] / 1000),
+        (seconds, "seconds per update to distil", lambda row: row["update_means"]["distill_seconds"]),
+    ):
+        means = [statistics.mean(quantity(row) for row in rows if row["reuse"] == kind) for kind in kinds]
+        if axes is accuracy:
+            axes.plot(kinds, means, "_", color="black", markersize=24, label="mean")
+            before = 100 * rows[0]["accuracy_before"]
+            axes.axhline(before, color="#999999", linewidth=0.8, label="before")
+            axes.legend(fontsize=7, frameon=False)
+        else:
+            axes.bar(kinds, means, color="#0072B2", width=0.6)
+        axes.set_title(title, fontsize=9)
+        axes.margins(x=0.2)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(folder / "reuse.png", dpi=150)
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]], quantity: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import re
 import statistics
 import sys
@@ -25,7 +26,9 @@ from benchmarks import plots, results
 from benchmarks.results import ROOT, Content, Row
 
 RESULTS = results.FOLDER
-RECIPE = "tiny_recipe.json"  # written by `benchmarks.tiny_recipe`, in its own form
+# Written by `benchmarks.tiny_recipe` and `benchmarks.reuse`, in their own form.
+RECIPE = "tiny_recipe.json"
+REUSE = "reuse.json"
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 
@@ -49,6 +52,66 @@ def tiny_recipe() -> str:
         f"{statistics.mean(gains):+.1f} points, between {min(gains):+.1f} and {max(gains):+.1f}."
     )
     return "\n".join(lines)
+
+
+def reuse() -> str:
+    """What the tiny recipe reaches with each kind of reuse, and what it computes for it."""
+    rows = [row for row in json.loads((RESULTS / REUSE).read_text()) if "reuse" in row]
+    exact = [row for row in rows if row["reuse"] == "none"]
+    lines = []
+    for kind in dict.fromkeys(row["reuse"] for row in rows):
+        of_kind = [row for row in rows if row["reuse"] == kind]
+        after = [100 * row["accuracy_after"] for row in of_kind]
+        paired = {row["seed"]: 100 * row["accuracy_after"] for row in exact}
+        differences = [value - paired[row["seed"]] for value, row in zip(after, of_kind, strict=True)]
+        means = {
+            name: statistics.mean(row["update_means"][name] for row in of_kind) for name in of_kind[0]["update_means"]
+        }
+        lines.append(
+            [
+                kind,
+                ", ".join(f"{value:.1f}" for value in after),
+                f"{statistics.mean(after):.1f} ± {deviation(after):.1f}",
+                "" if kind == "none" else f"{statistics.mean(differences):+.1f} ± {deviation(differences):.1f}",
+                f"{means['tokens'] / 1000:.1f}k",
+                f"{means['distill_seconds']:.2f}",
+                f"{means['rollout_seconds']:.2f}",
+                f"{statistics.mean(row['seconds'] for row in of_kind):.0f}",
+                f"{means['kl']:.3f}",
+                f"{means['drift']:.3f}" if "drift" in means else "",
+            ]
+        )
+    head = ["reuse", "accuracy after, by seed", "mean", "against none", "tokens", "distil (s)", "roll out (s)"]
+    head += ["run (s)", "KL taught", "drift"]
+    first = rows[0]
+    about = (
+        f"{first['eval_problems']} held-out problems, {100 * first['accuracy_before']:.1f} before; seeds "
+        f"{', '.join(str(row['seed']) for row in exact)}; ± is the standard error over seeds. Tokens that the student "
+        f"computes, and seconds, are per update of 32 prompts, at {first['threads']} CPU thread(s), torch "
+        f"{first['versions']['torch']}."
+    )
+    return "\n".join([table(head, lines), "", about, "", f"![{plots.CAPTIONS['reuse']}](reuse.png)"])
+
+
+def deviation(values: list[float]) -> float:
+    """Standard error of a mean over seeds; 0 for one."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def caches() -> str:
+    """What the model as shipped reaches with each cache."""
+    rows = [row for row in json.loads((RESULTS / REUSE).read_text()) if "cache" in row]
+    lines = [
+        [
+            row["cache"],
+            str(row["tokens_per_step"]),
+            f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in sorted(rows, key=lambda row: -row["tokens_per_step"])
+    ]
+    about = f"{rows[0]['problems']} held-out problems, greedy."
+    return "\n".join([table(["cache", "tokens per step", "accuracy", "seconds"], lines), "", about])
 
 
 def percent(row: dict[str, float], moment: str) -> str:
@@ -226,41 +289,81 @@ def kernel_ceilings() -> str:
 
 
 def attention() -> str:
-    """Attention over shared prefixes: time, share of the ceilings and memory."""
-    content = newest("gpu", "attention")
-    if content is None:
-        return NOT_MEASURED
+    """Attention over shared prefixes on every kind of machine: time, memory, and ours relative to the others."""
+    parts = []
+    for kind in ("cpu", "gpu"):
+        content = newest(kind, "attention")
+        parts.append(f"On a {kind.upper()}: not measured." if content is None else attention_table(content))
+    return "\n\n".join([*parts, f"![{plots.CAPTIONS['attention']}](attention.png)"])
+
+
+def attention_table(content: Content) -> str:
+    """One machine's table."""
     lines: list[list[str]] = []
     sizes: dict[str, None] = {}
     for row in rows_of(content, "attention"):
-        size = f"G = {row['groups']}, S = {row['sequences']}, H = {row['heads']}, P = {row['prefix']}"
+        size = f"G = {row['groups']}, S = {row['sequences']}, H = {row['heads']}"
         sizes[f"{size}, D = {row['width']}, {row['dtype']}"] = None
-        about = [f"{row['length']}", row["phase"], row["provider"]]
-        measured = [spread(row), share(row), mebibytes(row)] if "ms" in row else [row["status"], "", ""]
+        about = [f"{row['length']}", f"{row['prefix']}", row["phase"], row["provider"]]
+        measured = [row["status"], "", "", ""]
+        if "ms" in row:
+            ratio = row["over"].get("concatenated")
+            measured = [spread(row), "" if ratio is None else f"{ratio:.2f}", share(row), mebibytes(row)]
         lines.append([*about, *measured])
-    head = ["T", "phase", "provider", "ms (20 to 80 %)", "of ceiling", "memory"]
-    return "\n".join([table(head, lines), "", f"{'; '.join(sizes)}. {where(content)}", *picture("attention")])
+    head = ["T", "P", "phase", "provider", "ms (20 to 80 %)", "/ concatenated", "of ceiling", "memory"]
+    return "\n".join([table(head, lines), "", f"{'; '.join(sizes)}. {where(content)}"])
 
 
 def step() -> str:
-    """An update of a model of LLaDA-8B's shape: seconds by phase, utilisation and memory."""
+    """An update of a model of LLaDA-8B's shape and its rollout: seconds, utilisation and memory, and the targets."""
     content = newest("gpu", "step")
     if content is None:
-        return NOT_MEASURED
+        return "\n".join([NOT_MEASURED, "", targets([])])
     lines: list[list[str]] = []
     sizes: dict[str, None] = {}
     for row in rows_of(content, "step"):
         sizes[f"P = {row['prefix']}, L = {row['length']}, {row['states']} steps, {row['dtype']}"] = None
         about = [label(row), str(row["states_per_forward"]), row["phase"]]
-        total = row.get("total_bytes")
-        memory = "" if total is None else f"{total / 2**30:.1f} GiB"
         measured = [row["status"], "", "", ""]
         if "ms" in row:
-            used = share(row) if "flops" in row else ""
-            measured = [spread(row, 1000), f"{row['tokens']}", used, memory if row["phase"] == "update" else ""]
+            used, total = share(row) if "flops" in row else "", row["total_bytes"]
+            memory = "" if total is None else f"{total / 2**30:.1f} GiB"
+            measured = [spread(row, 1000), f"{row['tokens']}", used, memory]
         lines.append([*about, *measured])
-    head = ["who", "states per forward", "phase", "seconds (20 to 80 %)", "tokens", "FLOP utilisation", "memory"]
-    return "\n".join([table(head, lines), "", f"{'; '.join(sizes)}. {where(content)}", *picture("step")])
+    head = ["who", "states per forward", "phase", "seconds (20 to 80 %)", "tokens", "FLOP utilisation", "peak memory"]
+    about_run = f"{'; '.join(sizes)}. {where(content)}"
+    return "\n".join([table(head, lines), "", about_run, "", targets(rows_of(content, "step")), *picture("step")])
+
+
+def targets(rows: list[Row]) -> str:
+    """What is aimed at for the step, beside what its rows say, at the micro-batch that plain code has too."""
+    size = min((row["states_per_forward"] for row in rows if row["phase"] == "update"), default=0)
+    found = {(label(row), row["phase"]): row for row in rows if row["states_per_forward"] in (1, size)}
+
+    def of(column: str, who: str, phase: str = "update") -> float:
+        value = found.get((who, phase), {}).get(column)
+        return math.nan if value is None else value
+
+    def gibibytes(who: str) -> float:
+        return of("total_bytes", who) / 2**30
+
+    plain = of("ms", "plain", "rollout") + of("ms", "plain")
+    ours = of("ms", "ours cache=dual", "rollout") + of("ms", "ours reuse=block")
+    saved = of("peak_bytes", "ours") / of("peak_bytes", "plain")
+    lines = []
+    for sense, limit, unit, what, value in (
+        ("at least", 2, "", "seconds: plain's update / exact update", of("ms", "plain") / of("ms", "ours")),
+        ("at most", 0.25, "", "extra memory: exact update / plain's", saved),
+        ("at least", 8, "", "seconds of rollout and update: plain / `cache=dual`, `reuse=block`", plain / ours),
+        ("at most", 40, " GiB", "peak memory: exact update", gibibytes("ours")),
+        ("at most", 24, " GiB", "peak memory: exact update, NF4", gibibytes("ours quantize=nf4")),
+        ("at most", 16, " GiB", "peak memory: `reuse=block`, NF4", gibibytes("ours quantize=nf4, reuse=block")),
+        ("at least", 45, " %", "FLOP utilisation: exact student", 100 * of("of_ceiling", "ours", "student")),
+    ):
+        met = value >= limit if sense == "at least" else value <= limit
+        seen = ["not measured", ""] if math.isnan(value) else [f"{value:.3g}{unit}", "yes" if met else "no"]
+        lines.append([what, f"{sense} {limit:g}{unit}", *seen])
+    return table(["what", "target", "measured", "met"], lines)
 
 
 def train() -> str:
@@ -309,7 +412,7 @@ def picture(name: str) -> list[str]:
 
 def runs(kind: str) -> list[tuple[Path, Content]]:
     """The files of a kind of machine, "cpu" or "gpu", oldest first; ValueError if one is no run, or a rehearsal."""
-    files = [(path, results.load(path)) for path in sorted(RESULTS.glob("*.json")) if path.name != RECIPE]
+    files = [(path, results.load(path)) for path in sorted(RESULTS.glob("*.json")) if path.name not in (RECIPE, REUSE)]
     of_kind = [(path, content) for path, content in files if content["machine"]["kind"] == kind]
     # On one day, the second file's name ends in _2.
     return sorted(of_kind, key=lambda file: (file[1]["machine"]["date"], len(file[0].stem), file[0].stem))
@@ -334,6 +437,8 @@ SECTIONS = {
     section.__name__: section
     for section in (
         tiny_recipe,
+        reuse,
+        caches,
         kernels,
         ceilings,
         tests,
@@ -437,9 +542,12 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(stale))
     measured = {kind: content for kind in ("cpu", "gpu") if (content := newest(kind, "kernels"))}
     plots.draw(measured, ROOT / "docs")
-    for part, draw in (("attention", plots.draw_attention), ("step", plots.draw_step)):
-        if (content := newest("gpu", part)) is not None:
-            draw(content, ROOT / "docs")
+    plots.draw_reuse(json.loads((RESULTS / REUSE).read_text()), ROOT / "docs")
+    attended = {kind: content for kind in ("cpu", "gpu") if (content := newest(kind, "attention"))}
+    if attended:
+        plots.draw_attention(attended, ROOT / "docs")
+    if (content := newest("gpu", "step")) is not None:
+        plots.draw_step(content, ROOT / "docs")
     return 0
 
 

@@ -59,8 +59,11 @@ COLUMNS: dict[str, tuple[tuple[type, ...], str]] = {
     "ms": (_NUMBER, "median time in milliseconds"),
     "ms_q20": (_NUMBER, "20 % quantile of the time"),
     "ms_q80": (_NUMBER, "80 % quantile of the time"),
-    "peak_bytes": (_MAYBE_INT, "most memory beyond what existed before; null where it was not measured"),
-    "total_bytes": (_MAYBE_INT, "most memory in use, weights and optimiser included"),
+    "peak_bytes": (
+        _MAYBE_INT,
+        "most memory beyond what existed before, of a step before all its phases; null where it was not measured",
+    ),
+    "total_bytes": (_MAYBE_INT, "most memory in use, weights and optimiser included; null where it was not measured"),
     "flops": (_NUMBER, "arithmetic that the result needs, whatever was done; nothing that is computed again"),
     "bytes": (_NUMBER, "memory traffic that it needs: every input and output once"),
     "of_ceiling": (

@@ -1,27 +1,32 @@
-"""One update of a model of LLaDA-8B's shape with random weights: where its time goes, and what plain code would take.
+"""One update of a model of LLaDA-8B's shape with random weights, and the rollout before it: time, arithmetic, memory.
 
 The trajectory is made up: 128 states, two random tokens a step. What is random changes neither shapes nor arithmetic.
 Phases are those of `dopsd.trainer`: the teacher's pass with its choice of K, the student's pass with the loss and the
 backward, and the optimiser. ``plain`` is what straightforward code does with the same states: logits and softmax of
-every position, on both sides.
+every position, on both sides. Ours comes with every kind of reuse and cache, and with the linear layers in NF4.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.utils import is_bitsandbytes_available
 
 from benchmarks.measure import attempt
 from benchmarks.problems import DEVICE
 from benchmarks.results import Recorder, Row, dtype_name, figures
+from dopsd.cache import Cache
 from dopsd.confidence import most_confident
 from dopsd.config import ModelArguments, TeachingArguments
+from dopsd.models import quantization
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 from dopsd.objective import Objective
 from dopsd.rollout import Decoder, Rollout
@@ -32,6 +37,8 @@ from dopsd.trainer import with_adapter
 from dopsd.trajectory import Trajectory
 
 ROUNDS = 3
+
+Quantize = Literal["none", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,10 @@ LLADA_8B = Setting(LLaDAConfig(), torch.bfloat16, 128, prompt=200, response=256,
 REHEARSED = Setting(
     LLaDAConfig(
         vocab_size=64,
-        d_model=32,
+        d_model=64,  # NF4 has blocks of 64 weights
         n_layers=2,
         n_heads=2,
-        mlp_hidden_size=48,
+        mlp_hidden_size=128,
         max_sequence_length=64,
         mask_token_id=63,
         eos_token_id=62,
@@ -74,22 +81,44 @@ REHEARSED = Setting(
 
 
 class Stopwatch:
-    """Seconds by phase; on a GPU, work that was begun before or in a phase is waited for at its ends."""
+    """Seconds by phase and, on a GPU, the most memory in use; what is in a phase within another counts for that alone.
+
+    On a GPU, work that was begun before or in a phase is waited for at its ends.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.cuda = device.type == "cuda"
         self.seconds: dict[str, float] = {}
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        self.peaks: dict[str, int] = {}
+        self.running: list[str] = []
+        self.start = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = self.now()
+        self.lap()
+        self.running.append(name)
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+        self.lap()
+        self.running.pop()
+
+    def lap(self) -> None:
+        """Count what was since the last lap for the phase that is running."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        for name in self.running[-1:]:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self.start
+            if self.cuda:
+                self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.start = time.perf_counter()
+
+    def total(self, name: str) -> None:
+        """Count all phases so far as one: its time is their sum, and its peak their highest."""
+        self.seconds[name] = sum(self.seconds.values())
+        if self.cuda:
+            self.peaks[name] = max(self.peaks.values())
 
 
 class TimedTeacher(TeacherWeights):
@@ -110,7 +139,7 @@ Forward = Callable[[Any, TeacherWeights, StepBatch, int], Tensor]
 class Student:
     """The model with its adapter, optimiser and fixed teacher, and the update's only lesson."""
 
-    def __init__(self, setting: Setting, device: torch.device) -> None:
+    def __init__(self, setting: Setting, device: torch.device, quantize: Quantize = "none") -> None:
         self.setting, self.device, config = setting, device, setting.config
         torch.manual_seed(0)
         default = torch.get_default_dtype()
@@ -121,6 +150,8 @@ class Student:
         finally:
             torch.set_default_dtype(default)
         self.parameters = sum(p.numel() for p in self.network.parameters())
+        if quantize == "nf4":
+            to_nf4(self.network)
         self.model = with_adapter(self.network, ModelArguments(lora_r=setting.lora_r))
         self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -158,21 +189,52 @@ class Student:
         lessons = [self.lesson(objective)]
         return step_batches(lessons, size, reuse=objective.reuse, mask_id=mask_id, pad_id=eos_id, device=self.device)
 
-    def update(self, batches: Iterator[StepBatch], forward: Forward) -> dict[str, float]:
-        """One optimiser update as in the trainer; its seconds by phase."""
+    def rollout(self, provider: str, cache: Cache) -> Stopwatch:
+        """One whole response, decoded greedily."""
+        mask_id, eos_id = self.special_ids()
+        prompt = self.trajectory.prompt_ids.to(self.device)
+        decoding, seeds = replace(self.setting.decoding, cache=cache), torch.zeros(1, dtype=torch.int64)
+        stopwatch = Stopwatch(self.device)
+        self.model.eval()
+        with stopwatch.phase("rollout"), self.autocast():
+            if provider == "plain":
+                plain_decode(self.network, prompt, decoding, mask_id)
+            else:
+                decode(self.network, [prompt], decoding, mask_id=mask_id, eos_id=eos_id, seeds=seeds)
+        return stopwatch
+
+    def update(self, batches: Iterator[StepBatch], forward: Forward) -> Stopwatch:
+        """One optimiser update as in the trainer, by phase."""
         stopwatch = self.teacher.stopwatch = Stopwatch(self.device)
         self.model.train()
-        with stopwatch.phase("update"):
+        with stopwatch.phase("student"):
             for batch in batches:
                 with self.autocast():
                     loss = forward(self.network, self.teacher, batch, self.special_ids()[0])
                 loss.backward()
-            with stopwatch.phase("optimiser"):
-                torch.nn.utils.clip_grad_norm_(self.trained, 0.2)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        seconds = stopwatch.seconds
-        return {**seconds, "student": seconds["update"] - seconds["teacher"] - seconds["optimiser"]}
+        with stopwatch.phase("optimiser"):
+            torch.nn.utils.clip_grad_norm_(self.trained, 0.2)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        stopwatch.total("update")
+        return stopwatch
+
+
+def to_nf4(network: Any) -> None:
+    """Store the linear layers but the LM head as ``--quantize nf4`` does; of one layer at a time there are two copies.
+
+    transformers' own loading does this from a checkpoint only.
+    """
+    from bitsandbytes.nn import Params4bit
+    from transformers.integrations import replace_with_bnb_linear
+
+    for layer in network.layers:
+        weights = {name: module.weight for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        replace_with_bnb_linear(layer, quantization_config=quantization("nf4"))  # without weights
+        for name, weight in weights.items():
+            module = layer.get_submodule(name)
+            module.weight = Params4bit(weight.data, **vars(module.weight)).to(weight.device)
+    network.is_loaded_in_4bit = True  # read by PEFT
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -234,24 +296,31 @@ def fed(inputs: Any) -> tuple[int, int]:
     return tokens + packed.input_ids.numel(), pairs + own * int(keys.sum())
 
 
-def network_flops(config: Any, tokens: int, pairs: int, read: int) -> tuple[int, int]:
-    """Return what a pass multiplies by weights, and in its attention; the last layer's outputs are needed when read."""
-    width, layers = config.d_model, config.n_layers
+def network_flops(config: Any, tokens: int, pairs: int, read: int, rank: int = 0) -> tuple[int, int, int]:
+    """Return what a pass multiplies by weights, by an adapter of this rank, and in its attention.
+
+    The last layer's outputs are needed at the positions that are read.
+    """
+    width, hidden, layers = config.d_model, config.mlp_hidden_size, config.n_layers
     key_width = width // config.n_heads * config.n_kv_heads
-    when_read = 2 * width**2 + 3 * width * config.mlp_hidden_size
-    everywhere = layers * (when_read + 2 * width * key_width) - when_read
-    weights = 2 * (everywhere * tokens + when_read * read)
-    return weights, 4 * width * (pairs * (layers - 1) + pairs * read // tokens)
+
+    def products(size: Callable[[int, int], int]) -> int:
+        everywhere = 2 * size(width, key_width)
+        when_read = 2 * size(width, width) + 3 * size(width, hidden)
+        return 2 * (tokens * (layers * (everywhere + when_read) - when_read) + read * when_read)
+
+    weights = products(lambda fan_in, fan_out: fan_in * fan_out)
+    adapter = products(lambda fan_in, fan_out: rank * (fan_in + fan_out))
+    return weights, adapter, 4 * width * (pairs * (layers - 1) + pairs * read // tokens)
 
 
 def update_needs(student: Student, batches: Sequence[StepBatch]) -> dict[str, Row]:
     """Return what every phase of an update needs, by phase.
 
-    A pass over frozen weights costs as much backwards as forwards, attention twice as much, the adapter twice. The head
-    is needed at the teacher's candidates, and at K for both sides and for the gradient.
+    A pass over frozen weights costs as much backwards as forwards, attention and the adapter twice as much. The head is
+    needed at the teacher's candidates, and at K for both sides and for the gradient.
     """
     config: Any = student.setting.config
-    trained = sum(p.numel() for p in student.trained)
     head = 2 * config.d_model * config.vocab_size
     teacher = own = tokens = teacher_tokens = 0
     for batch in batches:
@@ -261,8 +330,8 @@ def update_needs(student: Student, batches: Sequence[StepBatch]) -> dict[str, Ro
         teacher_tokens += count
         count, pairs = fed(batch.student)
         chosen = int(batch.rows_by_confidence.sum())
-        weights, attention = network_flops(config, count, pairs, chosen)
-        own += 2 * weights + 3 * attention + 3 * 2 * trained * count + 3 * head * chosen
+        weights, adapter, attention = network_flops(config, count, pairs, chosen, student.setting.lora_r)
+        own += 2 * weights + 3 * (adapter + attention + head * chosen)
         tokens += count
     # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
     moved = 7 * sum(p.numel() * p.itemsize for p in student.trained)
@@ -274,18 +343,24 @@ def update_needs(student: Student, batches: Sequence[StepBatch]) -> dict[str, Ro
     }
 
 
-def rollout_needs(student: Student) -> Row:
-    """Return what decoding one response needs: a pass per step, and the head at the block's masked positions."""
+def rollout_needs(student: Student, cache: Cache) -> Row:
+    """Return what decoding one response needs: a pass per step, and the head at the block's masked positions.
+
+    With a cache, a block's later steps compute the block alone (``dual``) or all from its start on (``prefix``), and
+    these tokens attend to all.
+    """
     setting, config = student.setting, student.setting.config
     length = setting.prompt + setting.response
-    trained = sum(p.numel() for p in student.trained)
     flops = tokens = 0
-    for schedule in setting.decoding.schedule():
+    for block, schedule in enumerate(setting.decoding.schedule()):
+        behind = setting.response - block * setting.block
+        later = {"off": length, "prefix": behind, "dual": setting.block}[cache]
         for step in range(len(schedule)):
+            own = later if step else length
             masked = sum(schedule[step:])
-            flops += sum(network_flops(config, length, length**2, masked)) + 2 * trained * length
+            flops += sum(network_flops(config, own, own * length, masked, setting.lora_r))
             flops += 2 * config.d_model * config.vocab_size * masked
-            tokens += length
+            tokens += own
     return {"tokens": tokens, "flops": flops}
 
 
@@ -301,21 +376,50 @@ def objective(reuse: Reuse = "none") -> Objective:
 
 @dataclass(frozen=True)
 class Trial:
-    """One way to do the update."""
+    """One way to do the update, or the rollout before it.
+
+    Args:
+        provider: ``ours`` or ``plain``.
+        size: states of a micro-batch; of a rollout, sequences.
+        phase: which of the two it is.
+        reuse: of an update of ours.
+        cache: of a rollout of ours.
+        quantize: how the student's linear layers are stored.
+    """
 
     provider: str
-    reuse: Reuse
     size: int
+    phase: Literal["update", "rollout"] = "update"
+    reuse: Reuse = "none"
+    cache: Cache = "off"
+    quantize: Quantize = "none"
+
+    def run(self, student: Student, short: bool = False) -> Stopwatch:
+        """Do it once. A short update has one micro-batch: it compiles, and makes what the optimiser keeps."""
+        if self.phase == "rollout":
+            return student.rollout(self.provider, self.cache)
+        goal = objective(self.reuse)
+        forward: Forward = lambda *inputs: goal.forward(*inputs).loss  # noqa: E731
+        if self.provider == "plain":
+            forward = plain_forward(goal)
+        return student.update(islice(student.batches(goal, self.size), 1 if short else None), forward)
+
+    def needs(self, student: Student) -> dict[str, Row]:
+        """What each of its phases needs."""
+        if self.phase == "rollout":
+            return {"rollout": rollout_needs(student, self.cache)}
+        return update_needs(student, list(student.batches(objective(self.reuse), self.size)))
 
     def about(self, student: Student | None, setting: Setting, phase: str, status: str) -> Row:
         """The columns that say what a row is about."""
+        options = {"quantize": self.quantize, "reuse": self.reuse, "cache": self.cache}
         sizes = {}
         if student is not None:
             sizes = {"parameters": student.parameters, "trained": sum(p.numel() for p in student.trained)}
         return {
             "part": "step",
             "provider": self.provider,
-            "variant": "" if self.reuse == "none" else f"reuse={self.reuse}",
+            "variant": ", ".join(f"{name}={kind}" for name, kind in options.items() if kind not in ("none", "off")),
             "states_per_forward": self.size,
             "phase": phase,
             "prefix": setting.prompt,
@@ -328,84 +432,79 @@ class Trial:
 
 
 def trials(setting: Setting) -> list[Trial]:
-    """Ours and plain code at equal micro-batches first, then every kind of reuse, then larger micro-batches."""
-    ours = [Trial("ours", reuse, size) for size in setting.sizes for reuse in get_args(Reuse)]
-    return [ours[0], Trial("plain", "none", setting.sizes[0]), *ours[1:]]
+    """What tells most comes first: ours and plain code at equal micro-batches, rollouts, NF4, then the rest."""
+    size, *larger = setting.sizes
+    caches: tuple[Cache, ...] = ("dual", "off", "prefix")
+    return [
+        Trial("ours", size),
+        Trial("plain", size),
+        Trial("ours", size, reuse="block"),
+        Trial("plain", 1, "rollout"),
+        *(Trial("ours", 1, "rollout", cache=cache) for cache in caches),
+        Trial("ours", size, quantize="nf4"),
+        Trial("ours", size, reuse="block", quantize="nf4"),
+        Trial("ours", size, reuse="prompt"),
+        *(Trial("ours", size, reuse=reuse) for size in larger for reuse in get_args(Reuse)),
+    ]
 
 
 def measure(recorder: Recorder, until: float, rehearsal: bool) -> bool:
-    """Write a row per trial and phase; return whether all of ours ran."""
-    setting = REHEARSED if rehearsal else LLADA_8B
-    built: list[Student] = []
-    status = attempt(lambda: built.append(Student(setting, DEVICE)))
-    if not built:
-        recorder.add([trial.about(None, setting, "update", status) for trial in trials(setting)])
-        return not status.startswith("failed")
-    student, fine = built[0], True
-    for provider in ("ours", "plain"):
-        fine &= measure_rollout(recorder, student, provider, until)
-    for trial in trials(setting):
-        fine &= measure_update(recorder, student, trial, until)
+    """Write a row per trial and phase; return whether all of ours ran, or had no time or memory to."""
+    setting, fine = REHEARSED if rehearsal else LLADA_8B, True
+    wanted = trials(setting)
+    left = len(wanted)
+    for quantize, group in groupby(wanted, lambda trial: trial.quantize):
+        part = list(group)
+        fine &= measure_student(recorder, setting, quantize, part, left, until)
+        left -= len(part)
+        # Before the next student is built, this one goes.
+        gc.collect()
+        torch.cuda.empty_cache()
     return fine
 
 
-def measure_rollout(recorder: Recorder, student: Student, provider: str, until: float) -> bool:
-    """Time a whole response, decoded greedily; return whether it ran, or had no time or memory to."""
-    mask_id, eos_id = student.special_ids()
-    prompt = student.trajectory.prompt_ids.to(student.device)
-    decoding, seeds = student.setting.decoding, torch.zeros(1, dtype=torch.int64)
-    found: list[float] = []
+def measure_student(
+    recorder: Recorder, setting: Setting, quantize: Quantize, part: Sequence[Trial], left: int, until: float
+) -> bool:
+    """Build a student and measure its part of the trials that are left; as `measure`."""
+    built: list[Student] = []
+    if time.time() >= until:
+        status = "out of time"
+    elif quantize == "nf4" and not is_bitsandbytes_available():
+        status = "skipped: bitsandbytes is not installed: pip install 'dopsd[quant]'"
+    else:
+        status = attempt(lambda: built.append(Student(setting, DEVICE, quantize)))
+    if not built:
+        recorder.add([trial.about(None, setting, trial.phase, status) for trial in part])
+        return not status.startswith("failed")
+    fine = True
+    for number, trial in enumerate(part):
+        # Each has an equal share of the time that is left: further rounds of one must not cost another its first.
+        share = max(0.0, until - time.time()) / (left - number)
+        fine &= measure_trial(recorder, built[0], trial, time.time() + share, until)
+    return fine
+
+
+def measure_trial(recorder: Recorder, student: Student, trial: Trial, enough: float, until: float) -> bool:
+    """Time a trial: one round, and further ones that will have ended when it is ``enough``; as `measure`."""
+    found: list[Stopwatch] = []
+    before = 0
 
     def action() -> None:
-        student.model.eval()
-        for _ in range(1 + ROUNDS):
-            if len(found) > 1 and time.time() > until:
-                break
-            stopwatch = Stopwatch(student.device)
-            with stopwatch.phase("rollout"), student.autocast():
-                if provider == "ours":
-                    decode(student.network, [prompt], decoding, mask_id=mask_id, eos_id=eos_id, seeds=seeds)
-                else:
-                    plain_decode(student.network, prompt, decoding, mask_id)
-            found.append(stopwatch.seconds["rollout"])
-
-    status = attempt(action) if time.time() < until else "out of time"
-    about = Trial(provider, "none", 1).about(student, student.setting, "rollout", status)
-    if status == "ok":
-        about |= {**figures(found[1:], None), **rollout_needs(student)}
-    recorder.add([about])
-    return not status.startswith("failed")
-
-
-def measure_update(recorder: Recorder, student: Student, trial: Trial, until: float) -> bool:
-    """Time updates of one kind, by phase; return whether it ran, or had no time or memory to."""
-    goal = objective(trial.reuse)
-    forward: Forward = lambda *inputs: goal.forward(*inputs).loss  # noqa: E731
-    if trial.provider == "plain":
-        forward = plain_forward(goal)
-    found: list[dict[str, float]] = []
-    total: list[int | None] = [None]
-    cuda = student.device.type == "cuda"
-
-    def action() -> None:
-        # One micro-batch and an optimiser step: compiles, and makes what the optimiser keeps.
-        student.update(iter([next(student.batches(goal, trial.size))]), forward)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(ROUNDS):
-            if found and time.time() + found[-1]["update"] > until:
-                break
-            found.append(student.update(student.batches(goal, trial.size), forward))
-        if cuda:
-            total[0] = torch.cuda.max_memory_allocated()
+        nonlocal before
+        trial.run(student, short=True)
+        before = torch.cuda.memory_allocated()
+        while len(found) < ROUNDS and not (found and time.time() + found[-1].seconds[trial.phase] > enough):
+            found.append(trial.run(student))
 
     status = attempt(action) if time.time() < until else "out of time"
     if status != "ok":
         student.optimizer.zero_grad()
-        recorder.add([trial.about(student, student.setting, "update", status)])
+        recorder.add([trial.about(student, student.setting, trial.phase, status)])
         return not (status.startswith("failed") and trial.provider == "ours")
-    for phase, needs in update_needs(student, list(student.batches(goal, trial.size))).items():
-        row = trial.about(student, student.setting, phase, status)
-        row |= {**figures([seconds[phase] for seconds in found], None), **needs, "total_bytes": total[0]}
-        recorder.add([row])
+    for phase, needs in trial.needs(student).items():
+        total = max((stopwatch.peaks[phase] for stopwatch in found if stopwatch.cuda), default=None)
+        seconds = [stopwatch.seconds[phase] for stopwatch in found]
+        row = {**figures(seconds, None if total is None else total - before), **needs, "total_bytes": total}
+        recorder.add([{**trial.about(student, student.setting, phase, status), **row}])
     return True

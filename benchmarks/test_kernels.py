@@ -6,11 +6,9 @@ asserted. The memory of the loss is, on a CPU, where it does not depend on the m
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,29 +28,13 @@ PeakMemory = Callable[[Provider, Problem, str], int | None]
 
 
 @pytest.fixture(scope="session")
-def recorder(request: pytest.FixtureRequest) -> results.Recorder:
-    option = request.config.getoption
-    path = None
-    if option("--record"):
-        path = option("--results") or results.new_path(results.FOLDER, results.machine(DEVICE))
-    return results.Recorder(path, DEVICE, rehearsal=option("--rehearse"))
-
-
-@pytest.fixture(scope="session")
-def peak_memory(request: pytest.FixtureRequest) -> Iterator[PeakMemory]:
+def peak_memory(fresh_process: Callable[..., Any] | None) -> PeakMemory:
     """Measures the peak memory of a run on this device; None where there is no way to."""
     if DEVICE.type == "cuda":
-        yield measure.gpu_peak_memory
-        return
-    if sys.platform != "linux" or request.config.getoption("--rehearse"):
-        yield lambda *_: None
-        return
-    fresh = multiprocessing.get_context("spawn")
-    threads = (torch.get_num_threads(),)
-    with ProcessPoolExecutor(1, fresh, measure.prepare_memory_process, threads) as process:
-        yield lambda provider, problem, phase: process.submit(
-            measure.cpu_peak_memory, problem.case, provider.label, phase
-        ).result()
+        return measure.gpu_peak_memory
+    if fresh_process is None:
+        return lambda *_: None
+    return lambda provider, problem, phase: fresh_process(measure.cpu_peak_memory, problem.case, provider.label, phase)
 
 
 def _skip_if_missing(provider: Provider, recorder: results.Recorder, case: Case) -> None:

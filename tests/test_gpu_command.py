@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import subprocess
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,11 +16,16 @@ import torch
 from benchmarks import attention, ceilings, gpu, measure, plots, report, results, step, train, until
 from benchmarks.problems import DEVICE
 from benchmarks.results import Content, Recorder, Row
+from dopsd.cache import Cache
+from dopsd.models import quantization
+from dopsd.models.bidirectional import BidirectionalLayer
+from dopsd.models.llada import LLaDAModelLM
 from dopsd.step_batch import PackedInputs
 from dopsd_kernels import reference
 
 CPU = torch.device("cpu")
-COMMITTED = [path for path in sorted(results.FOLDER.glob("*.json")) if path.name != report.RECIPE]
+OWN_FORM = [path for path in results.FOLDER.glob("*.json") if path.name in (report.RECIPE, report.REUSE)]
+COMMITTED = [path for path in sorted(results.FOLDER.glob("*.json")) if path not in OWN_FORM]
 
 
 # The whole command.
@@ -46,13 +52,14 @@ def test_a_rehearsal_runs_every_part_and_is_never_shown(
     (path,) = out.glob("*.json")
     content = json.loads(path.read_text())
     results.validate(content)
-    assert content["rehearsal"] and {row["part"] for row in content["rows"]} == set(gpu.PARTS)
+    assert content["rehearsal"] and {row["part"] for row in content["rows"]} == {"attention", *gpu.PARTS}
     assert not [row["status"] for row in content["rows"] if row["status"].startswith(("failed", "out of"))]
     for part in ("kernels", "attention", "step"):
         rows = [row for row in content["rows"] if row["part"] == part and "flops" in row]
         assert rows and all(row["of_ceiling"] > 0 for row in rows)
 
-    (out / report.RECIPE).write_bytes((results.FOLDER / report.RECIPE).read_bytes())
+    for own in OWN_FORM:
+        (out / own.name).write_bytes(own.read_bytes())
     monkeypatch.setattr(report, "RESULTS", out)
     for argv in (["--against", str(path), str(path)], ["--check"], []):
         with pytest.raises(ValueError, match=rf"{path.name} is a rehearsal"):
@@ -151,17 +158,27 @@ def test_every_attention_is_the_same(provider: str) -> None:
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_a_failure_of_ours_counts_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def attention_rows() -> list[Row]:
+    """A rehearsed shape, by every provider."""
+    shape = attention.REHEARSED[0]
+    inputs = shape.tensors(torch.float32, CPU)
+    trials = [attention.Trial(provider, shape, inputs, "forward") for provider in attention.PROVIDERS]
+    for trial in trials:
+        trial.warm_up(lambda _: None)
+        trial.sample(measure.Clock(CPU))
+    rows = [trial.row() for trial in trials]
+    results.compare(rows)
+    return rows
+
+
+def test_a_failure_of_an_attention_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("no\nmore")
 
-    recorder = Recorder(None, CPU)
-    for provider, fine in (("concatenated", True), ("ours torch", False)):
-        monkeypatch.setitem(attention.PROVIDERS, provider, fail)
-        recorder.rows.clear()
-        assert attention.measure(recorder, float("inf"), True) is fine
-        assert {row["status"] for row in recorder.rows if row["provider"] == provider} == {"failed: RuntimeError: no"}
-        assert any(row["provider"] == "flex" and "ms" in row for row in recorder.rows)
+    monkeypatch.setitem(attention.PROVIDERS, "ours torch", fail)
+    rows = {row["provider"]: row for row in attention_rows()}
+    assert rows["ours torch"]["status"] == "failed: RuntimeError: no"
+    assert "ms" in rows["concatenated"] and "ms" in rows["flex"]
 
 
 @pytest.fixture(scope="module")
@@ -200,10 +217,121 @@ def test_plain_decoding_is_ours(student: step.Student) -> None:
 def test_an_update_moves_the_adapter_and_its_phases_add_up(student: step.Student) -> None:
     goal = step.objective()
     before = [value.detach().clone() for value in student.trained]
-    seconds = student.update(student.batches(goal, 4), lambda *inputs: goal.forward(*inputs).loss)
+    seconds = student.update(student.batches(goal, 4), lambda *inputs: goal.forward(*inputs).loss).seconds
     assert any(not torch.equal(old, new) for old, new in zip(before, student.trained, strict=True))
     assert seconds["update"] == pytest.approx(sum(seconds[name] for name in ("teacher", "student", "optimiser")))
     assert min(seconds.values()) > 0
+
+
+def test_the_peak_of_an_update_is_the_highest_of_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase has what was used at most while it ran, and not what was in a phase within it."""
+    used = {"now": 0, "most": 0}
+
+    def use(count: int) -> None:
+        used.update(now=count, most=max(used["most"], count))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: used["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: used.update(most=used["now"]))
+    stopwatch = step.Stopwatch(torch.device("cuda"))
+    use(99)  # before
+    use(5)
+    with stopwatch.phase("student"):
+        for teacher in (20, 10):
+            with stopwatch.phase("teacher"):
+                use(teacher)
+                use(6)
+            use(teacher // 2 + 2)
+            use(5)
+    with stopwatch.phase("optimiser"):
+        use(8)
+    stopwatch.total("update")
+    assert stopwatch.peaks == {"student": 12, "teacher": 20, "optimiser": 8, "update": 20}
+    assert stopwatch.seconds.keys() == stopwatch.peaks.keys()
+
+
+@pytest.mark.parametrize("cache", get_args(Cache))
+def test_a_rollout_needs_what_it_computes(cache: Cache, student: step.Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens as the embedding sees them, products as PyTorch counts them, and the keys that each query may see."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pairs: list[int] = []
+
+    def count(name: str, others: Callable[..., int]) -> None:
+        original = getattr(BidirectionalLayer, name)
+
+        def attend(layer: Any, query: Any, key: Any, *rest: Any) -> Any:
+            pairs.append(query.shape[2] * (key.shape[2] + others(*rest)))
+            return original(layer, query, key, *rest)
+
+        monkeypatch.setattr(BidirectionalLayer, name, attend)
+
+    count("_attend", lambda *_: 0)
+    count("_attend_to_prefix", lambda *rest: int(rest[-1].prefix_mask.sum()))
+    tokens: list[int] = []
+    embedding = student.network.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].numel()))
+    with FlopCounterMode(display=False) as counter:
+        student.rollout("ours", cache)
+    hook.remove()
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+    flops = products + 4 * step.REHEARSED.config.d_model * sum(pairs)
+    assert step.rollout_needs(student, cache) == {"tokens": sum(tokens), "flops": flops}
+
+
+def test_nf4_is_what_quantize_gives(tmp_path: Path) -> None:
+    """The bits that transformers makes of a checkpoint with these weights, and the same parts as they were."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'dopsd[quant]'")
+    torch.manual_seed(0)
+    LLaDAModelLM(step.REHEARSED.config).save_pretrained(tmp_path)
+    loaded = LLaDAModelLM.from_pretrained(tmp_path, quantization_config=quantization("nf4")).state_dict()
+    network = step.Student(step.REHEARSED, CPU, "nf4").network
+    made = {
+        name.replace(".base_layer", ""): value for name, value in network.state_dict().items() if "lora_" not in name
+    }
+    assert sum(name.endswith("nf4") for name in made) == 7 * step.REHEARSED.config.n_layers
+    assert made.keys() == loaded.keys()
+    assert all(torch.equal(made[name], value) for name, value in loaded.items())
+
+
+def test_one_student_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[step.Student] = weakref.WeakSet()
+    built = []
+
+    class Counted(step.Student):
+        def __init__(self, setting: step.Setting, device: torch.device, quantize: step.Quantize) -> None:
+            assert not alive
+            super().__init__(setting, device)
+            alive.add(self)
+            built.append(quantize)
+
+    kinds: list[step.Quantize] = ["none", "nf4", "none"]
+    wanted = [step.Trial("ours", 4, reuse="block", quantize=kind) for kind in kinds]
+    monkeypatch.setattr(step, "Student", Counted)
+    monkeypatch.setattr(step, "trials", lambda setting: wanted)
+    monkeypatch.setattr(step, "is_bitsandbytes_available", lambda: True)
+    recorder = Recorder(None, CPU)
+    assert step.measure(recorder, float("inf"), True) and built == kinds
+    assert {row["status"] for row in recorder.rows} == {"ok"} and not alive
+
+
+def test_without_bitsandbytes_nf4_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [trial for trial in step.trials(step.REHEARSED) if trial.quantize == "nf4"]
+    monkeypatch.setattr(step, "trials", lambda setting: wanted)
+    monkeypatch.setattr(step, "is_bitsandbytes_available", lambda: False)
+    recorder = Recorder(None, CPU)
+    assert step.measure(recorder, float("inf"), True)
+    assert [row["variant"] for row in recorder.rows] == ["quantize=nf4", "quantize=nf4, reuse=block"]
+    assert all(row["status"].startswith("skipped: ") and "pip install" in row["status"] for row in recorder.rows)
+
+
+def test_further_rounds_are_for_time_to_spare(student: step.Student) -> None:
+    """A trial that has used its share has had one round."""
+    for enough, rounds in ((0.0, 1), (float("inf"), step.ROUNDS)):
+        recorder = Recorder(None, CPU)
+        trial = step.Trial("ours", 1, "rollout", cache="dual")
+        assert step.measure_trial(recorder, student, trial, enough, float("inf"))
+        assert [row["rounds"] for row in recorder.rows] == [rounds]
 
 
 def test_the_arithmetic_is_that_of_the_layers() -> None:
@@ -231,6 +359,7 @@ def test_reuse_is_fed_less(student: step.Student) -> None:
 
 
 def test_no_memory_and_no_time_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "is_bitsandbytes_available", lambda: True)
     recorder = Recorder(None, CPU)
     assert step.measure(recorder, 0.0, True)
     assert {row["status"] for row in recorder.rows} == {"out of time"}
@@ -327,9 +456,9 @@ def gpu_run() -> Content:
     ]
     recorder = Recorder(None, CPU)
     recorder.content = content_of(*rows)
-    attention.measure(recorder, float("inf"), True)
+    recorder.add(attention_rows())
     step.measure(recorder, float("inf"), True)
-    recorder.add([step.Trial("ours", "none", 99).about(None, step.REHEARSED, "update", "out of memory")])
+    recorder.add([step.Trial("ours", 99).about(None, step.REHEARSED, "update", "out of memory")])
     trained = dict.fromkeys((*train.KEPT, "accuracy_recorded", "standard_error_recorded"), 0.5)
     recorder.add([{"part": "train", "seed": 0, "status": "ok", **trained, "agrees": True}])
     results.validate(recorder.content)
@@ -338,16 +467,18 @@ def gpu_run() -> Content:
 
 def test_every_part_of_a_gpu_run_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    new = ("ceilings", "tests", "kernel_ceilings", "attention", "step", "train")
-    assert {report.SECTIONS[name]() for name in new} == {"Not measured."}
+    new = ("ceilings", "tests", "kernel_ceilings", "step", "train")
+    assert {report.SECTIONS[name]().partition("\n")[0] for name in new} == {"Not measured."}
+    assert report.step().count("| not measured |") == 7
     content = gpu_run()
     (tmp_path / "a.json").write_text(json.dumps(content))
     assert "| copy | bfloat16 | 1 GB/s | 1980 MHz |" in report.ceilings()
     assert "| matmul | bfloat16 | 1 TFLOP/s |" in report.ceilings()
     assert "1 failed, 1 ok." in report.tests() and "- `b`: failed: wrong" in report.tests()
-    assert "| 4 | forward | concatenated |" in report.attention() and "attention.png" in report.attention()
+    assert "| 4 | 12 | forward | concatenated |" in report.attention() and "attention.png" in report.attention()
     shown = report.step()
-    assert "| plain | 4 | update |" in shown and "| ours | 99 | update | out of memory |" in shown
+    assert "| plain | 4 | update |" in shown and "| ours cache=dual | 1 | rollout |" in shown
+    assert "| ours | 99 | update | out of memory |" in shown
     assert "| 0 | 50.0 ± 50.0 | 50.0 ± 50.0 | 50.0 ± 50.0 | yes | 0 |" in report.train()
     assert report.kernel_ceilings() == "Not measured."
     # A newer file with one part replaces that part alone, and only if it was run.
@@ -356,10 +487,38 @@ def test_every_part_of_a_gpu_run_is_shown(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "b.json").write_text(json.dumps(newer))
     assert "out of time" not in report.train()
     assert "| 7 GB/s |" in report.ceilings() and report.step() == shown
-    plots.draw_attention(content, tmp_path)
+    plots.draw_attention({"gpu": content}, tmp_path)
     plots.draw_step(content, tmp_path)
-    for name in plots.CAPTIONS:
+    for name in ("attention", "step"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_targets_are_of_one_run_at_equal_micro_batches() -> None:
+    def row(provider: str, seconds: float, gib: float = 0.0, variant: str = "", **others: Any) -> Row:
+        about = {"provider": provider, "variant": variant, "phase": "update", "states_per_forward": 16}
+        bytes_of = {"total_bytes": int((18 + gib) * 2**30), "peak_bytes": int(gib * 2**30)}
+        return {**about, **bytes_of, "status": "ok", "ms": 1000 * seconds, **others}
+
+    rows = [
+        row("ours", 6, 4),
+        row("ours", 5, phase="student", of_ceiling=0.44),
+        row("plain", 15, 20),
+        row("ours", 1, variant="reuse=block"),
+        row("ours", 0.1, 99, states_per_forward=64),
+        row("plain", 4, phase="rollout", states_per_forward=1),
+        row("ours", 1, variant="cache=dual", phase="rollout", states_per_forward=1),
+        row("ours", 8, 7, variant="quantize=nf4"),
+    ]
+    told = [line.split(" | ")[-2:] for line in report.targets(rows).splitlines()[2:]]
+    assert told == [
+        ["2.5", "yes |"],
+        ["0.2", "yes |"],
+        ["9.5", "yes |"],
+        ["22 GiB", "yes |"],
+        ["25 GiB", "no |"],
+        ["not measured", " |"],
+        ["44 %", "no |"],
+    ]
 
 
 def test_against_an_older_run_what_became_slower_comes_first(
