@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from dopsd.cache import Cache
 from dopsd.errors import UsageError, require
+from dopsd.memory import read_bytes
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
 from dopsd.sampler import Decoding
@@ -214,6 +215,12 @@ class TeachingArguments:
         None, "Mean drift above which a trajectory is computed without reuse; none: no limit."
     )
     states_per_forward: int = option(128, "Denoising states per forward and backward.")
+    memory_budget: str | None = option(
+        None,
+        "Memory that a process may use: GiB (24), or a share of its device's (0.8). Probes before the run then choose "
+        "states_per_forward, sequences_per_forward, the ops' workspace and gradient_checkpointing, whatever else is "
+        "said of these.",
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "it lies in [0, 1)")
@@ -227,11 +234,13 @@ class TeachingArguments:
             "it is at least 0 and goes with a reuse and with drift_samples of at least 1, or none",
         )
         require(self.states_per_forward >= 1, "states_per_forward", self.states_per_forward, "it is at least 1")
+        if self.memory_budget is not None:
+            read_bytes("memory_budget", self.memory_budget, 1 << 62)  # the device is not known yet
         self.objective()
 
     def objective(self) -> Objective:
         """The fields that define the loss."""
-        return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective)})
+        return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective) if f.name != "workspace_bytes"})
 
 
 @dataclass
@@ -360,6 +369,21 @@ class EvaluationArguments(LoadArguments):
         return Decoding(gen_length=gen_length, block_length=self.block(task), steps=steps, cache=self.cache)
 
 
+@dataclass
+class PlanArguments:
+    """What ``python -m dopsd.plan`` is asked; the options of training go along."""
+
+    _argument_group_name: ClassVar[str] = "plan"
+
+    model_config: str | None = option(None, "A config.json, a folder with one, or a hub id; none: that of --model.")
+    gpu: str = option("24GiB", "Memory of the GPU, in GiB.")
+    prompt_length: int = option(200, "Tokens of the longest prompt, the teacher's included.")
+
+    def __post_init__(self) -> None:
+        read_bytes("gpu", self.gpu, None)
+        require(self.prompt_length >= 1, "prompt_length", self.prompt_length, "it is at least 1")
+
+
 class Parser(HfArgumentParser):
     """An argument parser whose errors are :class:`~dopsd.errors.UsageError`, and that takes ``none`` for no value."""
 
@@ -437,16 +461,16 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     return options
 
 
+# The options of a training run, in the order of its groups.
+TRAINING = (ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments)
+
+
 def parse_train(
     argv: Sequence[str],
 ) -> tuple[ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
     """The options of a training run: a recipe's, overridden by those in ``argv``."""
     parser = Parser(
-        ModelArguments,
-        TaskArguments,
-        RolloutArguments,
-        TeachingArguments,
-        TrainingArguments,
+        *TRAINING,
         prog="python -m dopsd.train",
         description="d-OPSD: a diffusion language model learns from its own future tokens.",
         epilog=EPILOG,
@@ -454,6 +478,25 @@ def parse_train(
     known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
     name = known.recipe or ("tiny" if known.model in SHIPPED else "paper")
     return parser.parse([*parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
+
+
+def parse_plan(
+    argv: Sequence[str],
+) -> tuple[PlanArguments, ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
+    """The options of a plan without a run: a recipe's (``paper`` unless one is named), overridden by those in ``argv``.
+
+    The GPU that is planned for computes in bf16 unless it is told not to, whatever this machine does.
+    """
+    parser = Parser(
+        PlanArguments,
+        *TRAINING,
+        prog="python -m dopsd.plan",
+        description="Which sizes of a training run fit on a GPU, from a config.json alone.",
+        epilog=EPILOG,
+    )
+    known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
+    name = known.recipe or "paper"
+    return parser.parse(["--bf16", "true", *parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluationArguments:

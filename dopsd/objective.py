@@ -70,7 +70,10 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is taught at each step; field meanings are those of the command-line options of the same names."""
+    """What is taught at each step; field meanings are those of the command-line options of the same names.
+
+    ``workspace_bytes`` is no option: the limit of :func:`~dopsd_kernels.fused_step_kl`, None for its own default.
+    """
 
     retain_ratio: float
     reveal_scope: RevealScope
@@ -87,6 +90,7 @@ class Objective:
     normalization: Literal["step_mean", "batchmean"]
     skip_last_block: bool
     reuse: Reuse = "none"
+    workspace_bytes: int | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "it lies in [0, 1]")
@@ -151,6 +155,7 @@ class Objective:
             top_k=None if self.top_k is None else min(self.top_k, len(weight)),
             tail=self.tail,
             reduction="sum",
+            workspace_bytes=self.workspace_bytes,
         )
         overlap = top_k_overlap(student_hidden.detach(), teacher_hidden, weight)
         return StepOutput(out.loss, chosen, state, out.row_kl, out.row_clip_fraction, overlap)
@@ -163,7 +168,8 @@ class Objective:
         selection = self.select(model, teacher, reused, mask_id)
         with inference(model):
             ours, theirs = (selection.hidden(model, batch.student) for batch in (exact, reused))
-            row_kl = fused_step_kl(ours, theirs, model.lm_head_weight.detach(), reduction="sum").row_kl
+            weight, limit = model.lm_head_weight.detach(), self.workspace_bytes
+            row_kl = fused_step_kl(ours, theirs, weight, reduction="sum", workspace_bytes=limit).row_kl
         return state_means(row_kl, selection.state, selection.chosen)
 
     def select(self, model: Any, teacher: TeacherWeights, batch: StepBatch, mask_id: int) -> Selection:

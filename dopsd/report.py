@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from dopsd.accuracy import difference, summary
 from dopsd.errors import RunError, require
-from dopsd.models import device_of
+from dopsd.memory import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory
 from dopsd.rollout import Rollout, Row
 from dopsd.step_batch import step_batches
@@ -125,6 +125,9 @@ def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
             f"{trainer.args.train_batch_size * trainer.args.world_size} prompts; {problems} held-out problems; "
             f"writing to {trainer.args.output_dir}"
         )
+        if trainer.plan is not None:
+            print(f"{trainer.plan}")
+            Console().print(trainer.plan.table())
 
 
 def held_out(trainer: Trainer, rows: Sequence[Row], moment: str, output: Path) -> dict[str, list[float]]:
@@ -173,10 +176,9 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
     step_kl = []
     batches = step_batches(
         [lesson],
-        trainer.teaching.states_per_forward,
-        mask_id=decoder.mask_id,
-        pad_id=decoder.eos_id,
-        device=device_of(decoder.model),
+        # Without reuse and without a gradient, which takes what decoding does.
+        min(trainer.sizes.states_per_forward, trainer.sizes.sequences_per_forward),
+        **trainer.collation(),
     )
     done = 0
     trainer.student.eval()
@@ -206,6 +208,7 @@ def finish(
         return
     rates = {rate: compare(before[rate], after[rate]) for rate in before}
     own = next(iter(rates.values()))
+    memory = None if trainer.plan is None else {**trainer.plan.to_json(), "measured": trainer.highest}
     history = trainer.state.log_history
     write_json(
         output / "report.json",
@@ -220,6 +223,7 @@ def finish(
             "device": str(trainer.args.device),
             "threads": torch.get_num_threads(),
             "versions": versions(),
+            "memory": memory,
             "config": config,
         },
     )
@@ -245,6 +249,9 @@ def finish(
         )
     console = Console()
     console.print(table)
+    if memory is not None:
+        peaks = gib(memory["predicted"]["whole"]), gib(memory["measured"])
+        console.print(f"memory: {peaks[0]} GiB predicted, {peaks[1]} measured in updates")
     console.print(f"{seconds:.0f} s; adapter, report.json, metrics.csv, curves.png and trajectory.png are in {output}")
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,29 @@ from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 
 from dopsd.accuracy import mean, standard_error
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.drift import mean_drifts
 from dopsd.errors import RunError, require
-from dopsd.models import STUDENT, add_lora, device_of, load_adapter, require_layers
+from dopsd.memory import (
+    GIB,
+    Meter,
+    Plan,
+    Planner,
+    RunProbe,
+    Sizes,
+    attempt,
+    meter_of,
+    read_bytes,
+    remedies,
+    too_little,
+    workspace_for,
+)
+from dopsd.models import STUDENT, add_lora, checkpoint_activations, device_of, load_adapter, require_layers
 from dopsd.models.bidirectional import DiffusionModel
-from dopsd.objective import Objective, lessons_of, mean_metrics
+from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, StepBatch, step_batches
@@ -44,6 +60,7 @@ class Trainer(transformers.Trainer):
 
     Everything drawn is a function of the seed, the update and the row, so a resumed run goes on with the same bits.
     Gradients are summed over ranks by one explicit reduction, because ranks accept different numbers of trajectories.
+    Whenever memory runs out, what was being computed is computed again with smaller sizes, and the run goes on.
 
     Args:
         model: the student with its adapter.
@@ -68,6 +85,7 @@ class Trainer(transformers.Trainer):
         require(len(train_rows) > 0, "train_file", "no rows", "at least one row is needed to train")
         require_layers(decoder.model, "reuse", teaching.reuse, "none")
         require_layers(decoder.model, "cache", rollouts.cache, "off")
+        require_optimizer(OptimizerNames(args.optim).value)
         self.rollouts, self.teaching, self.decoder = rollouts, teaching, decoder
         self.objective: Objective = teaching.objective()
         self.student = model
@@ -79,6 +97,11 @@ class Trainer(transformers.Trainer):
         self.said_drift = False  # that some trajectory was computed without reuse
         self.accepted_count = 0  # over all ranks, in the current batch
         self.update_metrics: list[dict[str, float]] = []
+        self.sizes = Sizes(teaching.states_per_forward, bool(args.gradient_checkpointing), decoder.batch_size)
+        self.meter: Meter | None = None  # with a budget, as are the planner and its plan
+        self.planner: Planner | None = None
+        self.plan: Plan | None = None
+        self.highest = 0  # peak of all updates, as measured
         super().__init__(
             model=model,
             args=args,
@@ -92,32 +115,29 @@ class Trainer(transformers.Trainer):
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
         self.add_callback(self.bar)
         self.add_callback(TeacherFollows(self))
+        self.remedies = remedies(model_arguments, rollouts, teaching, args, self.args.device.type)
+        if teaching.memory_budget is not None:
+            self.keep_to(teaching.memory_budget)
 
     # ---- one update ----
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Roll out (unless slices of the last batch are pending), then forward and backward over one slice."""
+        if self.meter is not None:
+            self.meter.lap()  # what was between updates, such as pictures, is not what was planned
         if not self.pending:
             self.pending = self.roll_out(inputs["rows"])
         lessons = self.pending.pop(0)
-        zero = torch.zeros((), device=self.args.device)
         if not self.accepted_count:
             # No gradient exists on any rank, so the optimiser has nothing to step: neither decay nor momentum act.
-            return zero
+            return torch.zeros((), device=self.args.device)
         start = time.monotonic()
-        network = self.decoder.model
-        model.train()
-        outputs, loss, tokens = [], zero, 0
-        states = sum(len(lesson.steps) for lesson in lessons)
-        with tqdm(total=states, desc="distil", unit="state", **self.bar.inner()) as bar:
-            for batch in self.batches(lessons):
-                with self.accelerator.autocast():
-                    output = self.objective.forward(network, self.teacher, batch, self.decoder.mask_id)
-                self.accelerator.backward(output.loss / self.accepted_count)
-                loss = loss + output.loss.detach() / self.accepted_count
-                outputs.append(replace(output, loss=output.loss.detach()))  # the graph is not kept
-                tokens += batch.student.tokens
-                bar.update(len(batch))
+        states, logged = sum(len(lesson.steps) for lesson in lessons), len(self.update_metrics)
+        while (done := attempt(lambda: self.distil(self.batches(lessons), states, self.accepted_count))) is None:
+            model.zero_grad()  # the slice is done again as a whole
+            del self.update_metrics[logged:]
+            self.take_less(states)
+        outputs, loss, tokens = done
         self.sum_gradients(model)
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, "sum")
@@ -129,7 +149,28 @@ class Trainer(transformers.Trainer):
         if outputs:
             work = {"states": states, "tokens": tokens, "distill_seconds": time.monotonic() - start}
             self.update_metrics.append({**mean_metrics(outputs), **work})
+        if self.meter is not None and self.plan is not None:
+            peaks = {"peak_gib": self.meter.lap(), "predicted_peak_gib": self.plan.peak}
+            self.highest = max(self.highest, peaks["peak_gib"])
+            self.update_metrics.append({name: size / GIB for name, size in peaks.items()})
         return loss
+
+    def distil(
+        self, batches: Iterable[StepBatch], states: int, count: int
+    ) -> tuple[list[StepOutput], Tensor, int]:  # per batch; loss; tokens of the student
+        """Forward and backward over batches of ``states`` states in all; ``count`` lessons share the update."""
+        self.student.train()
+        outputs, loss, tokens = [], torch.zeros((), device=self.args.device), 0
+        with tqdm(total=states, desc="distil", unit="state", **self.bar.inner()) as bar:
+            for batch in batches:
+                with self.accelerator.autocast():
+                    output = self.objective.forward(self.decoder.model, self.teacher, batch, self.decoder.mask_id)
+                self.accelerator.backward(output.loss / count)
+                loss = loss + output.loss.detach() / count
+                outputs.append(replace(output, loss=output.loss.detach()))  # the graph is not kept
+                tokens += batch.student.tokens
+                bar.update(len(batch))
+        return outputs, loss, tokens
 
     def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Lesson]]:
         """Decode and grade a batch of rows; the accepted ones' lessons, in ``update_per_slice`` slices."""
@@ -137,18 +178,12 @@ class Trainer(transformers.Trainer):
         rows = [row for _, row in indexed_rows]
         indices = torch.tensor([index for index, _ in indexed_rows])
         seeds = mix_seeds(self.args.seed, self.state.global_step, indices)
-        with (
-            tqdm(total=len(rows), desc="roll out", unit="prompt", **self.bar.inner()) as bar,
-            self.accelerator.autocast(),
-        ):
-            rollouts = self.decoder.pass_at_k(
-                rows,
-                self.rollouts.decoding(),
-                seeds,
-                self.rollouts.pass_k,
-                self.rollouts.temperature,
-                on_rows=bar.update,
-            )
+
+        def decode(decoder: Decoder, bar: tqdm) -> list[Rollout]:
+            options = self.rollouts.decoding(), seeds, self.rollouts.pass_k, self.rollouts.temperature
+            return decoder.pass_at_k(rows, *options, on_rows=bar.update)
+
+        rollouts = self.decoded(decode, total=len(rows), desc="roll out", unit="prompt")
         threshold = self.teaching.score_threshold if self.teaching.correct_only else 0.0
         kept = [index for index, rollout in enumerate(rollouts) if rollout.score >= threshold]
         lessons = lessons_of(self.objective, [rollouts[index] for index in kept], self.decoder, seeds[kept].tolist())
@@ -174,12 +209,7 @@ class Trainer(transformers.Trainer):
     def batches(self, lessons: Sequence[Lesson]) -> Iterator[StepBatch]:
         """Every state of ``lessons``, with reuse, or without for those that drift by more than ``drift_limit``."""
         teaching, network = self.teaching, self.decoder.model
-        size, limit = teaching.states_per_forward, teaching.drift_limit
-        options: dict[str, Any] = {
-            "mask_id": self.decoder.mask_id,
-            "pad_id": self.decoder.eos_id,
-            "device": device_of(network),
-        }
+        size, limit, options = self.sizes.states_per_forward, teaching.drift_limit, self.collation()
         if not lessons or teaching.reuse == "none" or not teaching.drift_samples:
             return step_batches(lessons, size, reuse=teaching.reuse, **options)
         with self.accelerator.autocast():
@@ -190,7 +220,8 @@ class Trainer(transformers.Trainer):
                 lessons,
                 samples=teaching.drift_samples,
                 seed=int(mix_seeds(self.args.seed, self.state.global_step, DRIFT)),
-                size=size,
+                # Whole states without a gradient take what decoding does.
+                size=min(size, self.sizes.sequences_per_forward),
                 **options,
             )
         self.update_metrics.append({"drift": float(drifts.mean())})
@@ -205,6 +236,11 @@ class Trainer(transformers.Trainer):
         reused = [lesson for lesson, is_far in zip(lessons, far, strict=True) if not is_far]
         return chain(step_batches(reused, size, reuse=teaching.reuse, **options), step_batches(exact, size, **options))
 
+    def collation(self) -> dict[str, Any]:
+        """Options of :func:`~dopsd.step_batch.collate`, but for reuse."""
+        decoder = self.decoder
+        return {"mask_id": decoder.mask_id, "pad_id": decoder.eos_id, "device": device_of(decoder.model)}
+
     def sum_gradients(self, model: Any) -> None:
         """Add the ranks' gradients; a parameter without one on some rank counts as zero there."""
         if self.accelerator.num_processes == 1:
@@ -214,6 +250,70 @@ class Trainer(transformers.Trainer):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
+
+    # ---- memory ----
+
+    def keep_to(self, budget: str) -> None:
+        """Choose the sizes that are predicted to keep to ``budget``, by probes that change nothing else.
+
+        Raises:
+            UsageError: not even the smallest do, or peaks can't be measured here.
+        """
+        device = self.args.device.type
+        self.meter = meter_of(self.args.device, budget)
+        limit = read_bytes("memory_budget", budget, self.meter.total())
+        self.resize(replace(self.sizes, workspace_bytes=workspace_for(limit, device)))
+        probe = RunProbe(self, self.meter)
+        planner = Planner(probe, limit, probe.states, self.sizes.sequences_per_forward, workspace_for(limit, device))
+        plan = planner.plan()
+        if plan is None:
+            raise too_little("memory_budget", budget, planner.least(), self.remedies)
+        self.planner = planner
+        self.resize(plan.sizes)
+
+    def resize(self, sizes: Sizes) -> None:
+        """Compute with these sizes from now on; a plan goes along."""
+        network = self.decoder.model
+        if sizes.checkpointing != self.sizes.checkpointing and network.supports_gradient_checkpointing:
+            checkpoint_activations(network, sizes.checkpointing)
+        self.sizes = sizes
+        self.decoder = replace(self.decoder, batch_size=sizes.sequences_per_forward)
+        self.objective = replace(self.objective, workspace_bytes=sizes.workspace_bytes)
+        if self.planner is not None:
+            self.plan = self.planner.at(sizes)
+
+    def take_less(self, states: int) -> None:
+        """After memory ran out over ``states`` states: half a micro-batch, or at one state checkpointing."""
+        size = min(self.sizes.states_per_forward, states)
+        if size > 1:
+            self.resize(replace(self.sizes, states_per_forward=size // 2))
+            change = f"states_per_forward is {size // 2} from now on"
+        elif not self.sizes.checkpointing and self.decoder.model.supports_gradient_checkpointing:
+            self.resize(replace(self.sizes, checkpointing=True))
+            change = "activations are checkpointed from now on"
+        else:
+            raise RunError(
+                f"out of memory at update {self.state.global_step + 1} with one state at a time; {self.remedies}"
+            )
+        tqdm.write(f"update {self.state.global_step + 1}: out of memory in training; {change}")
+
+    def decoded(self, decode: Callable[[Decoder, tqdm], list[Rollout]], **bar: Any) -> list[Rollout]:
+        """What ``decode`` makes of the decoder, which has half as many sequences whenever memory runs out.
+
+        A response does not depend on what it is batched with. ``bar`` are the options of the progress bar.
+        """
+
+        def run() -> list[Rollout]:
+            with tqdm(**bar, **self.bar.inner()) as shown, self.accelerator.autocast():
+                return decode(self.decoder, shown)
+
+        while (rollouts := attempt(run)) is None:
+            size = self.sizes.sequences_per_forward
+            if size == 1:
+                raise RunError(f"out of memory in decoding with one sequence at a time; {self.remedies}")
+            self.resize(replace(self.sizes, sequences_per_forward=size // 2))
+            tqdm.write(f"out of memory in decoding; sequences_per_forward is {size // 2} from now on")
+        return rollouts
 
     # ---- evaluation ----
 
@@ -235,11 +335,12 @@ class Trainer(transformers.Trainer):
         """Decode rows once each, shared out among the ranks; every rank gets all of them, in order."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         seeds = mix_seeds(self.args.seed, EVALUATION, torch.arange(len(rows)))
-        with (
-            tqdm(total=len(rows[rank::world]), desc=description, unit="problem", **self.bar.inner()) as bar,
-            self.accelerator.autocast(),
-        ):
-            mine = self.decoder.once(rows[rank::world], decoding, seeds[rank::world], on_rows=bar.update)
+        mine = self.decoded(
+            lambda decoder, bar: decoder.once(rows[rank::world], decoding, seeds[rank::world], on_rows=bar.update),
+            total=len(rows[rank::world]),
+            desc=description,
+            unit="problem",
+        )
         if world == 1:
             return mine
         parts = gather_object([mine])
@@ -274,6 +375,7 @@ class Trainer(transformers.Trainer):
         pending = {
             "accepted_count": self.accepted_count,
             "slices": [[lesson.to_json() for lesson in lessons] for lessons in self.pending],
+            "sizes": asdict(self.sizes),
         }
         (folder / self.pending_name()).write_text(json.dumps(pending))
         super()._save_checkpoint(model, trial)
@@ -283,6 +385,7 @@ class Trainer(transformers.Trainer):
         pending = json.loads((Path(resume_from_checkpoint) / self.pending_name()).read_text())
         self.accepted_count = pending["accepted_count"]
         self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
+        self.resize(Sizes(**pending["sizes"]))  # the same sums, and so the same bits
 
     def pending_name(self) -> str:
         """The checkpoint file that holds this rank's slices still to be trained on."""
@@ -299,6 +402,13 @@ def with_adapter(base: DiffusionModel, arguments: ModelArguments) -> PeftModel:
     if arguments.adapter is not None:
         return load_adapter(base, arguments.adapter, trainable=True)
     return add_lora(base, arguments.lora_targets, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
+
+
+def require_optimizer(optim: str) -> None:
+    """Raise UsageError for an optimiser of bitsandbytes where that is not installed."""
+    theirs = optim.startswith(("adamw_8bit", "adamw_bnb", "paged_", "lion_", "ademamix", "rmsprop_bnb"))
+    hint = "it needs bitsandbytes: pip install 'dopsd[quant]'"
+    require(not theirs or importlib.util.find_spec("bitsandbytes") is not None, "optim", optim, hint)
 
 
 class PromptSampler(Sampler[int]):

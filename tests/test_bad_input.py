@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -251,6 +252,8 @@ def test_bad_rows_name_the_file(
         (["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
         (["--recipe", "nano"], ["recipe='nano'", "tiny"]),
         (["--load_best_model_at_end", "true", "--eval_strategy", "no"], ["load_best_model_at_end"]),
+        (["--memory_budget", "24x"], ["memory_budget='24x'", "24GiB", "80%"]),
+        (["--memory_budget", "120%"], ["memory_budget='120%'", "share"]),
         (["--resume_from_checkpoint", "true"], ["resume_from_checkpoint='true'", "holds no run"]),
     ],
     ids=lambda part: part[0].removeprefix("--") if part[0].startswith("--") else "",
@@ -263,6 +266,39 @@ def test_an_unusable_option_exits_with_2(
     code, _, err = command(train.main, *small_run, "--output_dir", str(output), *argv)
     assert code == 2
     for word in said:
+        assert word in the_error(err)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("9999GiB", ["memory_budget='9999GiB'", "the device has"]),
+        ("0.01GiB", ["memory_budget='0.01GiB'", "weights 0.0", "--reuse block", "--optim adamw_8bit"]),
+    ],
+)
+def test_a_budget_that_does_not_do_is_said_before_the_run(
+    budget: str, said: list[str], command: Command, small_run: list[str], tmp_path: Path
+) -> None:
+    """What is needed, what for and what would help; nothing is decoded or written."""
+    output = tmp_path / "output"
+    code, out, err = command(train.main, *small_run, "--output_dir", str(output), "--memory_budget", budget)
+    assert code == 2 and "held-out" not in out
+    for word in said:
+        assert word in the_error(err)
+    assert not output.exists() or not list(output.iterdir())
+
+
+def test_an_optimiser_that_is_not_installed_is_said_before_the_run(
+    command: Command, small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra that brings it is named, and nothing is decoded or written."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+    output = tmp_path / "output"
+    code, _, err = command(train.main, *small_run, "--output_dir", str(output), "--optim", "adamw_8bit")
+    assert code == 2
+    for word in ("optim='adamw_8bit'", "dopsd[quant]"):
         assert word in the_error(err)
     assert not output.exists()
 

@@ -85,8 +85,9 @@ def test_two_processes_give_the_adapter_of_one(
     assert len(accepted) == UPDATES and accepted[:3] == [0.5, 0.0, 1.0]
     for row, other in zip(log, metrics(two), strict=True):
         assert row.keys() == other.keys()
-        # Means over K weigh processes alike, however many rows each has, and states are those of a process.
-        for name in row.keys() - {"kl", "overlap_top20", "clip_fraction", "states"}:
+        # Means over K weigh processes alike, however many rows each has, and states, tokens and times are a process's.
+        apart = {"kl", "overlap_top20", "clip_fraction", "states", "tokens", "rollout_seconds", "distill_seconds"}
+        for name in row.keys() - apart:
             assert other[name] == pytest.approx(row[name], rel=1e-4), name
     for name in ("held_out_before.json", "held_out_after.json"):
         responses = json.loads((one / name).read_text())

@@ -176,7 +176,7 @@ def gradients(trainer: Trainer, *numbers: int) -> tuple[float, dict[str, Tensor]
 def test_accumulation_over_micro_batches_is_one_big_batch(exact_trainer: Trainer) -> None:
     """Three states at a time or all of them: the same loss and gradients, to fp64 rounding."""
     loss, grads = gradients(exact_trainer, 0, 1, 2)
-    exact_trainer.teaching.states_per_forward = 3
+    exact_trainer.resize(replace(exact_trainer.sizes, states_per_forward=3))
     other_loss, other_grads = gradients(exact_trainer, 0, 1, 2)
     assert other_loss == pytest.approx(loss, rel=1e-12)
     for name, grad in grads.items():

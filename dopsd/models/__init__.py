@@ -196,6 +196,14 @@ def require_layers(model: Any, argument: str, given: str, exact: str) -> None:
     require(given == exact or isinstance(model, BidirectionalModel), argument, given, accepted)
 
 
+def checkpoint_activations(model: Any, on: bool) -> None:
+    """Whether activations inside a layer are dropped, and computed again in the backward pass."""
+    if on:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
 def device_of(model: Any) -> torch.device:
     """Where the model's LM head lies."""
     return model.lm_head_weight.device
