@@ -37,6 +37,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What a peak consists of, as it is called in tables and errors.
+PARTS = {
+    "weights": "weights",
+    "trained": "trained parameters",
+    "gradients": "gradients",
+    "optimizer": "optimiser state",
+    "runtime": "runtime (CUDA, or interpreter and libraries)",
+    "activations": "activations",
+    "workspace": "workspace",
+}
+
 GIB = 1 << 30
 
 # Tokens a forward from which on products are bound by arithmetic on today's GPUs, and no longer by reading the weights:
@@ -203,7 +214,7 @@ class Standing:
         trained: the adapter's parameters.
         gradients: theirs.
         optimizer: what the optimiser remembers of them.
-        outside: on a CPU the interpreter and its libraries; on a GPU an allowance for CUDA's context and
+        runtime: on a CPU the interpreter and its libraries; on a GPU an allowance for CUDA's context and
             fragmentation, which is an assumption.
     """
 
@@ -211,7 +222,7 @@ class Standing:
     trained: int
     gradients: int
     optimizer: int
-    outside: int
+    runtime: int
 
     @property
     def total(self) -> int:
@@ -268,17 +279,8 @@ class Plan:
         table = Table(title="memory: predicted, not measured")
         table.add_column("")
         table.add_column("GiB", justify="right")
-        names = {
-            "weights": "weights",
-            "trained": "trained parameters",
-            "gradients": "gradients",
-            "optimizer": "optimiser state",
-            "outside": "outside",
-            "activations": "activations",
-            "workspace": "workspace",
-        }
         for part, size in self.parts().items():
-            table.add_row(f"  {names[part]}", gib(size))
+            table.add_row(f"  {PARTS[part]}", gib(size))
         for name, size in (("training", self.training), ("decoding", self.decoding), ("budget", self.budget)):
             table.add_row(name, gib(size))
         return table
@@ -422,7 +424,7 @@ def optimizer_bytes(optim: str) -> int:
 
 def too_little(argument: str, text: str, least: Plan, remedies: str) -> UsageError:
     """The error of a budget that does not do: what would be needed, what for, and what takes less."""
-    parts = ", ".join(f"{name} {gib(size)}" for name, size in least.parts().items())
+    parts = ", ".join(f"{PARTS[part]} {gib(size)}" for part, size in least.parts().items())
     bound = "" if least.peak > least.standing.total else "more than "
     return UsageError(
         f"{argument}={text!r} can't be used: {gib(least.budget)} GiB, and one state at a time with checkpointing takes "
@@ -505,8 +507,8 @@ class RunProbe:
         trained = sum(p.nbytes for p in self.trained)
         weights = sum(p.nbytes for p in held) - trained
         optimizer = optimizer_bytes(self.trainer.args.optim) * sum(p.numel() for p in self.trained)
-        outside = max(0, used - weights - trained) + self.meter.allowance
-        return Standing(weights, trained, gradients=trained, optimizer=optimizer, outside=outside)
+        runtime = max(0, used - weights - trained) + self.meter.allowance
+        return Standing(weights, trained, gradients=trained, optimizer=optimizer, runtime=runtime)
 
     @property
     def states(self) -> int:

@@ -195,7 +195,7 @@ class DryRun:
             held += sum(int(p.numel() * QUANTIZED[quantize]) - p.nbytes for p in self.linear())
         optimizer = optimizer_bytes(self.args.optim) * sum(p.numel() for p in trained)
         size = sum(p.nbytes for p in trained)
-        return Standing(held, size, gradients=size, optimizer=optimizer, outside=CUDA_ALLOWANCE)
+        return Standing(held, size, gradients=size, optimizer=optimizer, runtime=CUDA_ALLOWANCE)
 
     def linear(self) -> list[Tensor]:
         """The weights that quantisation stores in fewer bits."""
@@ -306,6 +306,7 @@ def read_architecture(path: str) -> Any:
         RunError: it can't be read, or asks for what is not implemented.
     """
     found = Path(SHIPPED.get(path, path))
+    require(found.is_file() or found.suffix != ".json", "model_config", path, "there is no such file")
     fields = read_json(found) if found.is_file() else read_config(path, str(found), SHIPPED)
     network: Any = class_of(path, fields)
     accepted = f"only {', '.join(MODELS)} are planned without weights; a run's --memory_budget plans for any model"

@@ -160,6 +160,7 @@ def test_what_would_help() -> None:
     ("argv", "said"),
     [
         (["--gpu", "10GiB"], ["gpu='10GiB'", "weights 14.93", "takes 2", "--quantize nf4", "--reuse block"]),
+        (["--model-config", "nowhere/config.json"], ["model_config='nowhere/config.json'", "no such file"]),
         (["--gpu", "80%"], ["gpu='80%'", "GiB"]),
         (["--gpu", "much"], ["gpu='much'", "24GiB"]),
         (["--gpu", "0"], ["gpu='0'"]),
