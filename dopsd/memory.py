@@ -19,7 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import psutil
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -143,7 +142,7 @@ class ResidentMeter(Meter):
             mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
     def total(self) -> int:
-        return psutil.virtual_memory().total
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def lap(self) -> int:
         found = re.search(r"VmHWM:\s*(\d+) kB", self.status.read_text())

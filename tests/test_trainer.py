@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 
 import dopsd.rollout
 import dopsd.trainer
+from dopsd import sampler
+from dopsd.cache import BlockCache
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.teacher import STUDENT, TEACHER, adapter_parameters
 from dopsd.trainer import PromptSampler, Trainer
@@ -229,6 +231,27 @@ def test_slices_are_updates_of_their_own(
             assert first[prompt] + second[prompt] == list(range(12))
     assert all(changed(before, after) for before, after in pairwise(seen))
     assert rollouts[0] != rollouts[1]
+
+
+@pytest.mark.parametrize("kind", ["off", "prefix", "dual"])
+def test_rollouts_and_evaluations_use_the_cache(
+    make_trainer: Make, random_model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block of each decoding has one of the kind that is asked for."""
+    used: list[str] = []
+
+    class Noted(BlockCache):
+        def __init__(self, model: Any, kind: Any, *args: Any) -> None:
+            used.append(kind)
+            super().__init__(model, kind, *args)
+
+    monkeypatch.setattr(sampler, "BlockCache", Noted)
+    trainer = make_trainer("--model", str(random_model), "--cache", kind, "--pass_k", "1", task=Graded(1.0))
+    trainer.roll_out([(0, trainer.train_dataset[0][1])])
+    rolled_out = len(used)
+    trainer.evaluate()
+    assert set(used) == (set() if kind == "off" else {kind})
+    assert kind == "off" or (0 < rolled_out < len(used))
 
 
 @pytest.mark.parametrize("reuse", ["prompt", "block"])
