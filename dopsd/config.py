@@ -265,6 +265,9 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
         super().__post_init__()
+        kwargs = self.gradient_checkpointing_kwargs
+        accepted = "none: layers are checkpointed one by one, without re-entry"
+        require(kwargs in (None, {"use_reentrant": False}), "gradient_checkpointing_kwargs", kwargs, accepted)
         self.remove_unused_columns = False
         self.label_names = []
         self.logging_nan_inf_filter = False

@@ -152,7 +152,8 @@ def sentence(args: EvaluationArguments) -> str:
     """What was evaluated, in a line."""
     adapter = "" if args.adapter is None else f" with adapter {args.adapter}"
     source = "" if args.test_file is None else f", problems of {args.test_file}"
-    return f"Model {args.model}{adapter}, seed {args.seed}{source}."
+    cache = "" if args.cache == "off" else f", decoded with cache={args.cache}"
+    return f"Model {args.model}{adapter}, seed {args.seed}{source}{cache}."
 
 
 def measures(args: EvaluationArguments) -> list[str]:

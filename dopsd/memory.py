@@ -189,7 +189,7 @@ def attempt(action: Callable[[], T]) -> T | None:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run can change without changing what it computes, but for rounding.
+    """What a run can change without changing what it computes, but for rounding and for which inputs dropout drops.
 
     Args:
         states_per_forward: states of a micro-batch.
@@ -211,7 +211,7 @@ class Standing:
     Args:
         weights: of all that is not trained: the base, an averaged teacher.
         trained: the adapter's parameters.
-        gradients: theirs.
+        gradients: theirs; with several processes also the buckets in which DistributedDataParallel has them.
         optimizer: what the optimiser remembers of them.
         runtime: on a CPU the interpreter and its libraries; on a GPU an allowance for CUDA's context and
             fragmentation, which is an assumption.
@@ -414,11 +414,12 @@ def workspace_for(budget: int, device: str) -> int:
 
 
 def optimizer_bytes(optim: str) -> int:
-    """Bytes that an optimiser remembers of a parameter: AdamW's two moments, in 8 bits or in fp32.
+    """Bytes that an optimiser remembers of a parameter: two moments or three, in 8 bits or in fp32.
 
-    Nothing that transformers offers takes more; what takes less is counted like AdamW.
+    What remembers less than AdamW is counted like AdamW.
     """
-    return 2 if "8bit" in optim else 8
+    moments = 3 if optim == "grokadamw" or "ademamix" in optim else 2
+    return moments * (1 if "8bit" in optim else 4)
 
 
 def too_little(argument: str, text: str, least: Plan, remedies: str) -> UsageError:
@@ -431,11 +432,12 @@ def too_little(argument: str, text: str, least: Plan, remedies: str) -> UsageErr
     )
 
 
-def remedies(model: Any, rollouts: Any, teaching: Any, args: Any, device: str) -> str:
-    """What of the options would take less memory, as a clause; only what is not in use yet."""
+def remedies(model: Any, rollouts: Any, teaching: Any, args: Any, device: str, reusable: bool = True) -> str:
+    """What of the options would take less memory, as a clause; only what is not in use yet, and can be used."""
     options = {
         "--quantize nf4": device == "cuda" and model.quantize != "nf4",
-        "--reuse block": teaching.reuse != "block",
+        # With a limit to the drift, all trajectories may have to be computed without reuse.
+        "--reuse block": teaching.reuse != "block" and teaching.drift_limit is None and reusable,
         "--optim adamw_8bit": "8bit" not in args.optim,
         f"a --gen_length below {rollouts.gen_length}": rollouts.gen_length > rollouts.block_length,
         f"a --lora_r below {model.lora_r}": model.lora_r > 1,
@@ -495,6 +497,7 @@ class RunProbe:
         # Trajectories that drift too far are computed without reuse, and all of them may.
         self.reuse = trainer.teaching.reuse if trainer.teaching.drift_limit is None else "none"
         self.trained = [p for p in trainer.student.parameters() if p.requires_grad]
+        self.buckets = sum(p.nbytes for p in self.trained) if trainer.accelerator.num_processes > 1 else 0
         self.standing = self.at_rest()
 
     def at_rest(self) -> Standing:
@@ -507,7 +510,7 @@ class RunProbe:
         weights = sum(p.nbytes for p in held) - trained
         optimizer = optimizer_bytes(self.trainer.args.optim) * sum(p.numel() for p in self.trained)
         runtime = max(0, used - weights - trained) + self.meter.allowance
-        return Standing(weights, trained, gradients=trained, optimizer=optimizer, runtime=runtime)
+        return Standing(weights, trained, trained + self.buckets, optimizer, runtime)
 
     @property
     def states(self) -> int:
@@ -559,4 +562,5 @@ class RunProbe:
             self.meter.lap()
             done = attempt(action)
             peak = self.meter.lap()
-        return None if done is None else peak + self.standing.optimizer + self.meter.allowance
+        later = self.standing.optimizer + self.buckets
+        return None if done is None else peak + later + self.meter.allowance

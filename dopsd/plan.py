@@ -200,7 +200,8 @@ class DryRun:
     def linear(self) -> list[Tensor]:
         """The weights that quantisation stores in fewer bits."""
         head = self.network.lm_head_weight
-        layers = [module for module in self.network.modules() if type(module) is nn.Linear]
+        modules = self.network.named_modules()
+        layers = [module for name, module in modules if type(module) is nn.Linear and ".lora_" not in name]
         return [layer.weight for layer in layers if layer.weight is not head and not layer.weight.requires_grad]
 
     def lessons(self, reuse: Reuse) -> tuple[Lesson, Lesson]:

@@ -208,7 +208,15 @@ def finish(
         return
     rates = {rate: compare(before[rate], after[rate]) for rate in before}
     own = next(iter(rates.values()))
-    memory = None if trainer.plan is None else {**trainer.plan.to_json(), "measured": trainer.highest}
+    memory = (
+        None
+        if trainer.plan is None
+        else {
+            **trainer.plan.to_json(),
+            "predicted_peak": trainer.predicted_peak,
+            "measured_peak": trainer.highest,
+        }
+    )
     history = trainer.state.log_history
     write_json(
         output / "report.json",
@@ -250,7 +258,7 @@ def finish(
     console = Console()
     console.print(table)
     if memory is not None:
-        peaks = gib(memory["predicted"]["whole"]), gib(memory["measured"])
+        peaks = gib(trainer.predicted_peak), gib(trainer.highest)
         console.print(f"memory: {peaks[0]} GiB predicted, {peaks[1]} measured in updates")
     console.print(f"{seconds:.0f} s; adapter, report.json, metrics.csv, curves.png and trajectory.png are in {output}")
 

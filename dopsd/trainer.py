@@ -42,7 +42,7 @@ from dopsd.memory import (
     workspace_for,
 )
 from dopsd.models import STUDENT, add_lora, checkpoint_activations, device_of, load_adapter, require_layers
-from dopsd.models.bidirectional import DiffusionModel
+from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
@@ -60,7 +60,7 @@ class Trainer(transformers.Trainer):
 
     Everything drawn is a function of the seed, the update and the row, so a resumed run goes on with the same bits.
     Gradients are summed over ranks by one explicit reduction, because ranks accept different numbers of trajectories.
-    Whenever memory runs out, what was being computed is computed again with smaller sizes, and the run goes on.
+    When memory runs out in decoding or in a slice's passes, these are done again with smaller sizes.
 
     Args:
         model: the student with its adapter.
@@ -115,7 +115,13 @@ class Trainer(transformers.Trainer):
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
         self.add_callback(self.bar)
         self.add_callback(TeacherFollows(self))
-        self.remedies = remedies(model_arguments, rollouts, teaching, args, self.args.device.type)
+        # transformers would switch checkpointing on when training starts, whatever has been planned by then.
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            setattr(args, name, False)
+        if self.sizes.checkpointing:
+            checkpoint_activations(decoder.model, True)
+        reusable = isinstance(decoder.model, BidirectionalModel)
+        self.remedies = remedies(model_arguments, rollouts, teaching, args, self.args.device.type, reusable)
         if teaching.memory_budget is not None:
             self.keep_to(teaching.memory_budget)
 
@@ -137,6 +143,8 @@ class Trainer(transformers.Trainer):
             model.zero_grad()  # the slice is done again as a whole
             del self.update_metrics[logged:]
             self.take_less(states)
+            if self.meter is not None:
+                self.meter.lap()  # nor is what did not fit
         outputs, loss, tokens = done
         self.sum_gradients(model)
         if self.accelerator.num_processes > 1:
@@ -149,10 +157,10 @@ class Trainer(transformers.Trainer):
         if outputs:
             work = {"states": states, "tokens": tokens, "distill_seconds": time.monotonic() - start}
             self.update_metrics.append({**mean_metrics(outputs), **work})
-        if self.meter is not None and self.plan is not None:
-            peaks = {"peak_gib": self.meter.lap(), "predicted_peak_gib": self.plan.peak}
-            self.highest = max(self.highest, peaks["peak_gib"])
-            self.update_metrics.append({name: size / GIB for name, size in peaks.items()})
+        if self.meter is not None:
+            peak = self.meter.lap()
+            self.highest = max(self.highest, peak)
+            self.update_metrics.append({"peak_gib": peak / GIB, "predicted_peak_gib": self.predicted_peak / GIB})
         return loss
 
     def distil(
@@ -271,6 +279,11 @@ class Trainer(transformers.Trainer):
         self.planner = planner
         self.resize(plan.sizes)
 
+    @property
+    def predicted_peak(self) -> int:
+        """What the meter is predicted to show, in bytes; 0 without a budget."""
+        return 0 if self.plan is None or self.meter is None else self.plan.peak - self.meter.allowance
+
     def resize(self, sizes: Sizes) -> None:
         """Compute with these sizes from now on; a plan goes along."""
         network = self.decoder.model
@@ -308,7 +321,8 @@ class Trainer(transformers.Trainer):
                 return decode(self.decoder, shown)
 
         while (rollouts := attempt(run)) is None:
-            size = self.sizes.sequences_per_forward
+            # No batch was larger than all tries at all rows.
+            size = min(self.sizes.sequences_per_forward, bar["total"] * self.rollouts.pass_k)
             if size == 1:
                 raise RunError(f"out of memory in decoding with one sequence at a time; {self.remedies}")
             self.resize(replace(self.sizes, sequences_per_forward=size // 2))
@@ -385,7 +399,10 @@ class Trainer(transformers.Trainer):
         pending = json.loads((Path(resume_from_checkpoint) / self.pending_name()).read_text())
         self.accepted_count = pending["accepted_count"]
         self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
-        self.resize(Sizes(**pending["sizes"]))  # the same sums, and so the same bits
+        sizes = Sizes(**pending["sizes"])
+        if self.plan is not None and sizes != self.sizes:
+            tqdm.write(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
+        self.resize(sizes)  # the same sums, and so the same bits
 
     def pending_name(self) -> str:
         """The checkpoint file that holds this rank's slices still to be trained on."""

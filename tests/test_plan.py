@@ -88,7 +88,7 @@ def test_few_layers_say_what_many_take(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {**LLADA_8B, "n_layers": 6, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 256}
     _, model, _, rollouts, teaching, args = parse_plan(["--lora_r", "8", "--steps", "32"])
     run = DryRun(LLaDAConfig(**config), model, rollouts, teaching, args, 50, 1 << 20)
-    lines = {pair: run.training(*pair) for pair in (("none", False), ("none", True), ("block", True))}
+    lines = {pair: run.training(*pair) for pair in (("none", False), ("block", True))}
     whole = DryRun(LLaDAConfig(**config), model, rollouts, teaching, args, 50, 1 << 20)
     whole.ghosts = [plan.Ghost(LLaDAConfig(**config), 6, model)]
     monkeypatch.setattr(plan, "PROBED", (16, 48))
@@ -107,6 +107,7 @@ def test_what_stands(llada_8b: tuple[Path, DryRun]) -> None:
     stored, nf4 = run.standing("none"), run.standing("nf4")
     assert (stored.weights, stored.trained, stored.gradients) == (2 * whole, 4 * adapter, 4 * adapter)
     assert stored.optimizer == 8 * adapter and optimizer_bytes("paged_adamw_8bit") == 2
+    assert (optimizer_bytes("paged_ademamix_32bit"), optimizer_bytes("ademamix_8bit")) == (12, 3)
     linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 12288)
     assert nf4.weights == pytest.approx(2 * (whole - linear) + 0.516 * linear, rel=1e-6)
     assert DryProbe(run, "none", "nf4").transient == 2 * 4096 * 12288
@@ -154,6 +155,23 @@ def test_what_would_help() -> None:
         "less is taken by --quantize nf4, a --gen_length below 256, a --lora_r below 128"
     )
     assert "nf4" not in remedies(model, rollouts, teaching, args, "cpu")
+    _, model, _, rollouts, teaching, args = parse_plan([])
+    assert "--reuse block" in remedies(model, rollouts, teaching, args, "cuda")
+    assert "--reuse" not in remedies(model, rollouts, teaching, args, "cuda", reusable=False)
+    _, model, _, rollouts, teaching, args = parse_plan(["--reuse", "prompt", "--drift_limit", "1"])
+    assert "--reuse" not in remedies(model, rollouts, teaching, args, "cuda")
+
+
+def test_an_averaged_teacher_is_not_quantised() -> None:
+    """Its adapter is fp32 beside nf4 weights too."""
+    more = {}
+    for quantize in ("none", "nf4"):
+        weights = [
+            dry_run(TINY / "config.json", "--lora_r", "32", "--teacher", kind).standing(quantize).weights
+            for kind in ("live", "ema")
+        ]
+        more[quantize] = weights[1] - weights[0]
+    assert more["none"] == more["nf4"] > 0
 
 
 @pytest.mark.parametrize(

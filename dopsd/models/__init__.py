@@ -200,6 +200,8 @@ def checkpoint_activations(model: Any, on: bool) -> None:
     """Whether activations inside a layer are dropped, and computed again in the backward pass."""
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Which makes embeddings require a gradient, as re-entrant checkpointing needs it: a useless backward pass here.
+        model.disable_input_require_grads()
     else:
         model.gradient_checkpointing_disable()
 
