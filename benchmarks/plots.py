@@ -135,7 +135,8 @@ def draw_reuse(rows: list[dict[str, Any]], folder: Path) -> None:
         (tokens, "student tokens per update (thousands)", lambda row: row["update_means"]["tokens"] / 1000),
         (seconds, "seconds per update to distil", lambda row: row["update_means"]["distill_seconds"]),
     ):
-        means = [statistics.mean(quantity(row) for row in rows if row["reuse"] == kind) for kind in kinds]
+        middle = statistics.median if axes is seconds else statistics.mean
+        means = [middle(quantity(row) for row in rows if row["reuse"] == kind) for kind in kinds]
         if axes is accuracy:
             axes.plot(kinds, means, "_", color="black", markersize=24, label="mean")
             before = 100 * rows[0]["accuracy_before"]

@@ -64,9 +64,12 @@ def reuse() -> str:
         after = [100 * row["accuracy_after"] for row in of_kind]
         paired = {row["seed"]: 100 * row["accuracy_after"] for row in exact}
         differences = [value - paired[row["seed"]] for value, row in zip(after, of_kind, strict=True)]
-        means = {
-            name: statistics.mean(row["update_means"][name] for row in of_kind) for name in of_kind[0]["update_means"]
-        }
+        updates = [row["update_means"] for row in of_kind]
+        means = {name: statistics.mean(update[name] for update in updates) for name in updates[0]}
+        # What else a machine does makes runs slower, never faster.
+        distil, roll_out = (
+            statistics.median(update[f"{phase}_seconds"] for update in updates) for phase in ("distill", "rollout")
+        )
         lines.append(
             [
                 kind,
@@ -74,9 +77,9 @@ def reuse() -> str:
                 f"{statistics.mean(after):.1f} ± {deviation(after):.1f}",
                 "" if kind == "none" else f"{statistics.mean(differences):+.1f} ± {deviation(differences):.1f}",
                 f"{means['tokens'] / 1000:.1f}k",
-                f"{means['distill_seconds']:.2f}",
-                f"{means['rollout_seconds']:.2f}",
-                f"{statistics.mean(row['seconds'] for row in of_kind):.0f}",
+                f"{distil:.1f}",
+                f"{roll_out:.1f}",
+                f"{statistics.median(row['seconds'] for row in of_kind):.0f}",
                 f"{means['kl']:.3f}",
                 f"{means['drift']:.3f}" if "drift" in means else "",
             ]
@@ -87,7 +90,7 @@ def reuse() -> str:
     about = (
         f"{first['eval_problems']} held-out problems, {100 * first['accuracy_before']:.1f} before; seeds "
         f"{', '.join(str(row['seed']) for row in exact)}; ± is the standard error over seeds. Tokens that the student "
-        f"computes, and seconds, are per update of 32 prompts, at {first['threads']} CPU thread(s), torch "
+        f"computes, and median seconds, are per update of 32 prompts, at {first['threads']} CPU thread(s), torch "
         f"{first['versions']['torch']}."
     )
     return "\n".join([table(head, lines), "", about, "", f"![{plots.CAPTIONS['reuse']}](reuse.png)"])
