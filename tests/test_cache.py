@@ -160,3 +160,17 @@ def test_waits(small_llada: Callable[..., LLaDAModelLM], monkeypatch: pytest.Mon
         found = run(model, prompts, decoding, torch.arange(8), on_step=going.append)
     assert all(map(same, found, expected))
     assert len(going) == 6 and waits.count == 2 * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["off", *KINDS])
+@pytest.mark.parametrize("name", ["llada", "dream"])
+def test_a_gpu_decodes_the_same(small_llada: Callable[..., LLaDAModelLM], name: str, kind: cache.Cache) -> None:
+    """In fp64, tries at one prompt and padding included."""
+    model, prompts = models(small_llada, name), make_prompts(5, 2, 9)
+    prompts, seeds = [*prompts, prompts[0]], torch.arange(4)
+    decoding = Decoding(12, 4, temperature=0.9, cache=kind)
+    expected = run(model, prompts, decoding, seeds)
+    found = run(model.cuda(), [prompt.cuda() for prompt in prompts], decoding, seeds)
+    assert all(map(same, found, expected))
