@@ -1,4 +1,7 @@
-"""Every kernel compiles for every architecture as `python -m benchmarks.compile_table` wants it, without a GPU."""
+"""Every kernel compiles for a GPU of each vendor as `python -m benchmarks.compile_table` wants it, without a GPU.
+
+That command does the same for all architectures, in minutes.
+"""
 
 import ast
 import importlib.util
@@ -13,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "dopsd_kernels" / "triton"
-ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
+ARCHITECTURES = {"sm_90", "gfx942"}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -27,7 +30,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("compiled") / "table.json"
-    done = run("-m", "benchmarks.compile_table", "--json", str(path))
+    done = run("-m", "benchmarks.compile_table", "--arch", *ARCHITECTURES, "--json", str(path))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "Warning" not in done.stderr, done.stderr  # a user would see it at the first launch
     rows: list[dict[str, Any]] = json.loads(path.read_text())
@@ -44,7 +47,7 @@ def launched() -> set[str]:
     }
 
 
-def test_every_kernel_is_compiled_for_every_architecture(table: list[dict[str, Any]]) -> None:
+def test_every_kernel_is_compiled(table: list[dict[str, Any]]) -> None:
     kernels = launched()
     assert {"confidence._confidence", "step_kl._row_sums"} <= kernels
     assert {(row["kernel"], row["arch"]) for row in table} == {
@@ -55,9 +58,9 @@ def test_every_kernel_is_compiled_for_every_architecture(table: list[dict[str, A
 def test_every_shipped_configuration_is_compiled(table: list[dict[str, Any]]) -> None:
     compiled = [(row["arch"], row["config"]) for row in table]
     for entries in json.loads((KERNELS / "configs.json").read_text()).values():
-        assert {arch for entry in entries for arch in entry["arch"]} > ARCHITECTURES
+        assert {arch for entry in entries for arch in entry["arch"]} > {*ARCHITECTURES, "sm_80", "sm_100", "sm_120"}
         for entry in entries:
-            for arch in set(entry["arch"]) - {"interpret"}:
+            for arch in ARCHITECTURES.intersection(entry["arch"]):
                 assert (arch, entry["config"]) in compiled
 
 
