@@ -30,7 +30,6 @@ class BlockCache:
     def __init__(self, model: BidirectionalModel, kind: Cache, start: int, stop: int, count: int) -> None:
         self.model, self.kind, self.start, self.stop = model, kind, start, stop
         self.place = torch.zeros(count, dtype=torch.int64, device=model.lm_head_weight.device)  # as in Packed
-        self.slots = 0
         self.kept: KVCache | None = None
 
     def hidden_states(
@@ -48,35 +47,26 @@ class BlockCache:
         """
         if self.kept is None:
             return self._first(input_ids, attention_mask, read, sequences)
-        end = self.stop if self.kind == "dual" else input_ids.shape[1]
-        anchors, _, width, _ = self.kept.layers[0][0].shape
-        column = torch.arange(width, device=input_ids.device)
-        seen = ((column < self.start) | (column >= end)).expand(anchors, -1)
-        if self.kept.attention_mask is not None:
-            seen = seen & self.kept.attention_mask[:, :width]
         packed = Packed(
-            input_ids=input_ids[:, self.start : end],
-            start=read.new_full((anchors,), self.start),
+            input_ids=input_ids[:, self.start : self.stop],
+            start=self.starts,
             place=self.place[sequences],
             slots=self.slots,
-            prefix_mask=seen,
+            prefix_mask=self.prefix_mask,
         )
         return self.model.packed_hidden_states(self.kept, packed, read)
 
     def _first(self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor, sequences: Tensor) -> Tensor:
-        count, length = input_ids.shape
+        count, width = input_ids.shape
         shown = input_ids if attention_mask is None else torch.cat((input_ids, attention_mask.long()), dim=1)
         unique, anchor = shown.unique(dim=0, return_inverse=True)
-        number = (anchor[:, None] == anchor).tril(-1).sum(-1)  # among those of the same anchor
-        self.slots = int(number.max()) + 1
-        self.place[sequences] = anchor * self.slots + number
+        self.place[sequences], self.slots = Packed.places(anchor)
         row = torch.arange(count, device=anchor.device)
         first = anchor.new_full((len(unique),), count).scatter_reduce(0, anchor, row, "amin")
-        states, self.kept = self.model.anchor_hidden_states(
-            input_ids[first],
-            None if attention_mask is None else attention_mask[first],
-            read[first],
-            read.new_full((len(unique),), self.start),
-            length if self.kind == "dual" else self.start,
-        )
+        mask = None if attention_mask is None else attention_mask[first]
+        self.starts = read.new_full((len(unique),), self.start)
+        if self.kind == "prefix":
+            self.stop, width = width, self.start
+        self.prefix_mask = Packed.prefix(self.starts, self.stop - self.start, width, mask)
+        states, self.kept = self.model.anchor_hidden_states(input_ids[first], mask, read[first], self.starts, width)
         return states.index_select(0, anchor)

@@ -24,6 +24,7 @@ from dopsd.memory import read_bytes
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
 from dopsd.sampler import Decoding
+from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
 
 RECIPES = files("dopsd") / "recipes"
@@ -203,7 +204,7 @@ class TeachingArguments:
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
     score_threshold: float = option(1.0, "Least grade of a response that trains.")
     update_per_slice: int = option(1, "Optimiser updates per batch: its states are cut into so many slices.")
-    reuse: Literal["none", "prompt", "block"] = option(
+    reuse: Reuse = option(
         "none",
         "What a block's other states take from its first: nothing (exact), the prompt's keys and values, or those of "
         "all but their block, whose reveal is then drawn once.",

@@ -292,23 +292,18 @@ def pack(
     """The S states with these ``responses``: those that are not anchors compute the positions ``computed`` only."""
     device, groups = inputs.input_ids.device, len(anchors.numbers)
     others = (~anchors.itself).nonzero()[:, 0]
-    anchor = anchors.anchor[others]
-    number = (anchor[:, None] == anchor).tril(-1).sum(-1)  # among those of the same anchor
-    slots = max(number.tolist(), default=0) + 1
+    place, slots = Packed.places(anchors.anchor[others])
     row = torch.where(anchors.itself, anchors.anchor, groups + (~anchors.itself).cumsum(0) - 1)
     start = inputs.offset + torch.zeros(groups, dtype=torch.int64).scatter(0, anchors.anchor, computed[:, 0])
+    start = start.to(device)
     # Without the columns behind the prompt where nothing attends to them.
     whole = computed.shape[1] == responses.shape[1]
-    column = torch.arange(inputs.offset if whole else inputs.input_ids.shape[1])
-    seen = (column < start[:, None]) | (column >= start[:, None] + computed.shape[1])
-    seen = seen.to(device)
-    if inputs.attention_mask is not None:
-        seen &= inputs.attention_mask[:, : len(column)]
+    width = inputs.offset if whole else inputs.input_ids.shape[1]
     packed = Packed(
         input_ids=responses.gather(1, computed)[others].to(device),
-        start=start.to(device),
-        place=(anchor * slots + number).to(device),
+        start=start,
+        place=place.to(device),
         slots=slots,
-        prefix_mask=seen,
+        prefix_mask=Packed.prefix(start, computed.shape[1], width, inputs.attention_mask),
     )
     return PackedInputs(inputs, packed, row.to(device))

@@ -267,12 +267,12 @@ class Trainer(transformers.Trainer):
         Raises:
             UsageError: not even the smallest do, or peaks can't be measured here.
         """
-        device = self.args.device.type
         self.meter = meter_of(self.args.device, budget)
         limit = read_bytes("memory_budget", budget, self.meter.total())
-        self.resize(replace(self.sizes, workspace_bytes=workspace_for(limit, device)))
+        workspace = workspace_for(limit, self.args.device.type)
+        self.resize(replace(self.sizes, workspace_bytes=workspace))
         probe = RunProbe(self, self.meter)
-        planner = Planner(probe, limit, probe.states, self.sizes.sequences_per_forward, workspace_for(limit, device))
+        planner = Planner(probe, limit, probe.states, self.sizes.sequences_per_forward, workspace)
         plan = planner.plan()
         if plan is None:
             raise too_little("memory_budget", budget, planner.least(), self.remedies)

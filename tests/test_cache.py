@@ -10,15 +10,13 @@ import pytest
 import torch
 from test_dream import small_dream
 from test_reuse import BlockCausal, concatenated
-from test_sampler import EOS, MASK, Waits, eager_to_stop, loop_decode, make_prompts, run, same, unwatched
+from test_sampler import EOS, MASK, eager_to_stop, loop_decode, make_prompts, run, run_unread, same
 from torch import Tensor
 
-from dopsd import cache, confidence, sampler
+from dopsd import cache
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.sampler import Decoding
-from dopsd.trajectory import Trajectory
-from dopsd_kernels import fused_confidence
 
 KINDS: tuple[cache.Cache, ...] = ("prefix", "dual")
 
@@ -152,14 +150,9 @@ def test_waits(small_llada: Callable[..., LLaDAModelLM], monkeypatch: pytest.Mon
     model, prompts = eager_to_stop(small_llada()), make_prompts(5, 7) * 4
     decoding = Decoding(12, 4, temperature=0.9, cache=kind)
     expected = run(model, prompts, decoding, torch.arange(8))
-    monkeypatch.setattr(sampler, "reading_is_free", lambda device: False)
-    monkeypatch.setattr(confidence, "fused_confidence", unwatched(fused_confidence))
-    monkeypatch.setattr(sampler, "Trajectory", unwatched(Trajectory))
-    going: list[int] = []
-    with Waits() as waits:
-        found = run(model, prompts, decoding, torch.arange(8), on_step=going.append)
+    found, waits, going = run_unread(model, prompts, decoding, torch.arange(8), monkeypatch)
     assert all(map(same, found, expected))
-    assert len(going) == 6 and waits.count == 2 * 3
+    assert len(going) == 6 and waits == 2 * 3
 
 
 @pytest.mark.gpu

@@ -36,12 +36,14 @@ def test_a_rehearsal_runs_every_part_and_is_never_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The children see the tests' own environment; nothing of it may be needed.
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "pytest_benchmark" else name)
     assert gpu.main(["--rehearse", "--out", str(tmp_path / "partly"), "--only", "kernels"]) == 0
     assert "kernels: pip install pytest-benchmark" in capsys.readouterr().out
     monkeypatch.undo()
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):
+        monkeypatch.delenv(name, raising=False)
 
     out = tmp_path / "out"
     status = gpu.main(["--rehearse", "--out", str(out), "--minutes", "10"])

@@ -88,13 +88,14 @@ def test_few_layers_say_what_many_take(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {**LLADA_8B, "n_layers": 6, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 256}
     _, model, _, rollouts, teaching, args = parse_plan(["--lora_r", "8", "--steps", "32"])
     run = DryRun(LLaDAConfig(**config), model, rollouts, teaching, args, 50, 1 << 20)
-    line = run.training("block", True)
+    lines = {pair: run.training(*pair) for pair in (("none", False), ("block", True))}
     whole = DryRun(LLaDAConfig(**config), model, rollouts, teaching, args, 50, 1 << 20)
     whole.ghosts = [plan.Ghost(LLaDAConfig(**config), 6, model)]
     monkeypatch.setattr(plan, "PROBED", (16, 48))
-    for states in (16, 48):
-        tokens = run.batch("block", states).student.tokens
-        assert line.at(tokens) == pytest.approx(whole.training("block", True).at(tokens), rel=0.05)
+    for (reuse, on), line in lines.items():
+        for states in (16, 48):
+            tokens = run.batch(reuse, states).student.tokens
+            assert line.at(tokens) == pytest.approx(whole.training(reuse, on).at(tokens), rel=0.05), (reuse, on)
 
 
 def test_what_stands(llada_8b: tuple[Path, DryRun]) -> None:

@@ -340,6 +340,20 @@ def unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def run_unread(
+    model: Any, prompts: list[Tensor], decoding: Decoding, seeds: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Trajectory], int, list[int]]:
+    """Decode where reading is not free; also how often it was waited, and what ``on_step`` was told."""
+    monkeypatch.setattr(sampler, "reading_is_free", lambda device: False)
+    # On a GPU the first is kernels that wait for nothing, and the second is made of what has been brought to the host.
+    monkeypatch.setattr(confidence, "fused_confidence", unwatched(fused_confidence))
+    monkeypatch.setattr(sampler, "Trajectory", unwatched(Trajectory))
+    going: list[int] = []
+    with Waits() as waits:
+        found = run(model, prompts, decoding, seeds, on_step=going.append)
+    return found, waits.count, going
+
+
 def test_waits_are_counted() -> None:
     """The instrument works."""
     x = torch.arange(3)
@@ -360,16 +374,9 @@ def test_a_gpu_is_waited_for_once_a_block(
     decoding, prompts = Decoding(12, 4, temperature=0.9, remasking=remasking), make_prompts(5, 7) * 4
     expected = run(model, prompts, decoding, torch.arange(8))
     assert len({trajectory.num_steps for trajectory in expected}) > 1
-    monkeypatch.setattr(sampler, "reading_is_free", lambda device: False)
-
-    # On a GPU the first is kernels that wait for nothing, and the second is made of what has been brought to the host.
-    monkeypatch.setattr(confidence, "fused_confidence", unwatched(fused_confidence))
-    monkeypatch.setattr(sampler, "Trajectory", unwatched(Trajectory))
-    going: list[int] = []
-    with Waits() as waits:
-        found = run(model, prompts, decoding, torch.arange(8), on_step=going.append)
+    found, waits, going = run_unread(model, prompts, decoding, torch.arange(8), monkeypatch)
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
-    assert waits.count == len(going) // 2  # two steps a block
+    assert waits == len(going) // 2  # two steps a block
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

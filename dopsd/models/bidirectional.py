@@ -144,6 +144,20 @@ class Packed(NamedTuple):
         """(N,) int64, each one's anchor."""
         return self.place // self.slots
 
+    @staticmethod
+    def places(anchor: Tensor) -> tuple[Tensor, int]:
+        """``place`` and ``slots`` of sequences whose anchors are ``anchor`` (N,); waits for a GPU."""
+        number = (anchor[:, None] == anchor).tril(-1).sum(-1)  # among those of the same anchor
+        slots = int(number.max()) + 1 if len(number) else 1
+        return anchor * slots + number, slots
+
+    @staticmethod
+    def prefix(start: Tensor, length: int, width: int, attention_mask: Tensor | None) -> Tensor:
+        """``prefix_mask`` (G, ``width``): the anchors' columns but for ``length`` from ``start`` (G,), and padding."""
+        column = torch.arange(width, device=start.device)
+        seen = (column < start[:, None]) | (column >= start[:, None] + length)
+        return seen if attention_mask is None else seen & attention_mask[:, :width]
+
     def columns(self) -> Tensor:
         """(N, T) int64, where the tokens stand in their anchors."""
         own = torch.arange(self.input_ids.shape[1], device=self.start.device)
