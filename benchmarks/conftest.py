@@ -1,56 +1,57 @@
-"""`pytest --benchmark-only` runs the benchmarks and nothing else; any other run skips them."""
+"""`pytest --benchmark-only` runs the benchmarks and nothing else; any other run leaves them out."""
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import measure, results
-from benchmarks.problems import DEVICE
+from benchmarks import results
+from benchmarks.results import Row
+
+ROWS = pytest.StashKey[results.Recorder]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", action="store_true", help="write the benchmarks' figures")
-    parser.addoption("--results", type=Path, help="file that --record adds to (default: a new one, benchmarks/results)")
     parser.addoption("--rehearse", action="store_true", help="small sizes and few rounds: figures that mean nothing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--rehearse"):
-        torch.compiler.set_stance("force_eager")  # a rehearsal has no time for compilers
+    if config.getoption("benchmark_only", False):
+        if config.getoption("--rehearse"):
+            torch.compiler.set_stance("force_eager")  # a rehearsal has no time for compilers
+        # In brackets are multiples of a column's least, which is mostly the floor's; a mean over few rounds says less.
+        if not any(argument.startswith("--benchmark-columns") for argument in config.invocation_params.args):
+            config.option.benchmark_columns = ["median", "min", "max", "rounds"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("benchmark_only"):
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason="a benchmark: run pytest --benchmark-only"))
+    if not config.getoption("benchmark_only", False):
+        ours = [item for item in items if Path(__file__).parent in item.path.parents]
+        config.hook.pytest_deselected(items=ours)
+        items[:] = [item for item in items if item not in ours]
 
 
 @pytest.fixture(scope="session")
 def recorder(request: pytest.FixtureRequest) -> results.Recorder:
-    """Writes rows if asked to."""
-    option = request.config.getoption
-    path = None
-    if option("--record"):
-        path = option("--results") or results.new_path(results.FOLDER, results.machine(DEVICE))
-    return results.Recorder(path, DEVICE, rehearsal=option("--rehearse"))
+    """Holds the rows, and writes them if asked to."""
+    path = results.new_path(results.FOLDER) if request.config.getoption("--record") else None
+    recorder = results.Recorder(path, rehearsal=request.config.getoption("--rehearse"))
+    request.config.stash[ROWS] = recorder
+    return recorder
 
 
-@pytest.fixture(scope="session")
-def fresh_process(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any] | None]:
-    """Calls a function in a process whose resident memory is what is in use; None where that can't be measured."""
-    if DEVICE.type != "cpu" or sys.platform != "linux" or request.config.getoption("--rehearse"):
-        yield None
-        return
-    fresh = multiprocessing.get_context("spawn")
-    threads = (torch.get_num_threads(),)
-    with ProcessPoolExecutor(1, fresh, measure.prepare_memory_process, threads) as process:
-        yield lambda function, *args: process.submit(function, *args).result()
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Ours against the others, and who is missing."""
+    from benchmarks.report import absent, ratios
+
+    if lines := ratios(config.stash.get(ROWS, [])):
+        terminalreporter.section("our time, and over the others' (plain: eager or concatenated)")
+        widths = [max(map(len, column)) for column in zip(lines[0], *(line.values() for line in lines), strict=True)]
+        for line in (list(lines[0]), *(list(line.values()) for line in lines)):
+            cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+            terminalreporter.write_line("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+        for reason in absent(config.stash[ROWS]):
+            terminalreporter.write_line(f"not run: {reason}")

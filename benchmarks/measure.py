@@ -1,26 +1,82 @@
-"""Time and peak memory of a provider's run, on a GPU and on a CPU."""
+"""One timer and one measure of memory for everything that is compared here.
+
+What is compared runs in rounds, each of which runs everything once: what else the machine does then hits all alike.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks import providers
-from benchmarks.problems import Case, Problem, make_problem
-from benchmarks.providers import Provider
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_CYCLES = 2e9  # of a GPU in a second, about
 
-# Something to time, which may call what it is given to mark a time on the way.
-Run = Callable[[Callable[[], None]], object]
+
+class Unusable(RuntimeError):
+    """The GPU's context is lost: whatever this process runs on it from now on fails."""
+
+    rows: Sequence[dict[str, object]] = ()  # of what has lost it
+
+
+class Times(NamedTuple):
+    """Seconds of one run.
+
+    Args:
+        device: what the GPU needed for it, or on a CPU the wall clock.
+        host: what it took to issue it, on a GPU.
+    """
+
+    device: float
+    host: float | None
+
+
+@dataclass
+class Trial:
+    """Something to run, and what became of it."""
+
+    run: Callable[[], object]
+    status: str = "ok"
+    times: list[Times] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Do something unless it has failed before: one that fails must not end what is measured after it.
+
+        Raises:
+            Unusable: nothing can run after it in this process.
+        """
+        if self.status != "ok":
+            return
+        try:
+            action()
+            return
+        except torch.OutOfMemoryError:
+            self.status = "out of memory"
+        except Exception as error:
+            self.status = failure(error)
+            if unusable(error):
+                raise Unusable(self.status) from error
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 class Clock:
-    """Times runs: by CUDA events with a cold L2 cache on a GPU, else by the wall clock."""
+    """Times runs: by the wall clock on a CPU; by events on a GPU, with a cold L2 cache and without launches.
+
+    A GPU is given enough work before the run that all of it has been issued when it starts.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -28,57 +84,58 @@ class Clock:
             cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
             self.flush = torch.empty(2 * max(cache_bytes, 64 << 20), dtype=torch.int8, device=device)
 
-    def seconds(self, run: Run) -> list[float]:
-        """Return the seconds from the start of a run to each mark that it makes, and to its end."""
+    def time(self, run: Callable[[], object], host: float = 0.002) -> Times:
+        """Time a run whose issuing takes about ``host`` seconds."""
         if not self.cuda:
-            times = [time.perf_counter()]
-            run(lambda: times.append(time.perf_counter()))
-            times.append(time.perf_counter())
-            return [mark - times[0] for mark in times[1:]]
-        events: list[torch.cuda.Event] = []
-
-        def record() -> None:
-            events.append(torch.cuda.Event(enable_timing=True))
-            events[-1].record()
-
+            start = time.perf_counter()
+            run()
+            return Times(time.perf_counter() - start, None)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        self.flush.zero_()  # while it runs, the host gets ahead: launches are not what is timed
-        record()
-        run(record)
-        record()
+        self.flush.zero_()
+        torch.cuda._sleep(int(_CYCLES * min(2 * host + 0.001, 0.1)))
+        first.record()
+        start = time.perf_counter()
+        run()
+        host = time.perf_counter() - start
+        last.record()
         torch.cuda.synchronize()
-        return [events[0].elapsed_time(event) / 1000 for event in events[1:]]
-
-    def time(self, provider: Provider, problem: Problem, phase: str) -> dict[str, float]:
-        """Return the seconds of a run by phase: of "both", the part after the forward is "backward"."""
-        marks = self.seconds(lambda mark: providers.run(provider, problem, phase, mark))
-        seconds = {phase: marks[-1]}
-        if phase == "both":
-            seconds["backward"] = marks[-1] - marks[0]
-        return seconds
+        return Times(first.elapsed_time(last) / 1000, host)
 
 
-def attempt(action: Callable[[], None]) -> str:
-    """Do something and return what became of it: one that fails must not end what is measured after it."""
-    status = "ok"
+def interleave(trials: Sequence[Trial], clock: Clock, seconds: float, low: int, high: int) -> None:
+    """Time trials in rounds: for so many seconds, but ``low`` rounds at least and ``high`` at most."""
+    begin = time.perf_counter()
+    for number in range(high):
+        for trial in trials:
+            # Whoever takes this long is not measured any better by more rounds.
+            if len(trial.times) < 2 or sum(times.device for times in trial.times) < seconds / 2:
+                host = trial.times[-1].host or 0.002 if trial.times else 0.002
+                trial.attempt(lambda: trial.times.append(clock.time(trial.run, host)))  # noqa: B023
+        spent = time.perf_counter() - begin
+        if number + 1 >= low and spent * (number + 2) / (number + 1) > seconds:
+            break
+
+
+def failure(error: BaseException) -> str:
+    """A failed row's status, in a line."""
+    return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def unusable(error: BaseException | None = None) -> bool:
+    """Whether the GPU's context is lost, after this error if it is known."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
     try:
-        action()
-    except torch.OutOfMemoryError:
-        status = "out of memory"
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        status = f"failed: {type(error).__name__}: {first_line}"
-    if status != "ok":
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return status
+        torch.cuda.synchronize() if DEVICE.type == "cuda" else None
+    except RuntimeError:
+        return True
+    return False
 
 
-def gpu_peak_memory(provider: Provider, problem: Problem, phase: str) -> int:
-    """Return the bytes that a run allocates at most, beyond what exists before."""
-    problem.student.grad = None
-    return gpu_peak(lambda: providers.run(provider, problem, phase))
+# ------------------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------------------
 
 
 def gpu_peak(run: Callable[[], object]) -> int:
@@ -92,41 +149,32 @@ def gpu_peak(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-# On a CPU, peak memory is read from the kernel in a process of its own, whose resident memory is what is in use:
-# malloc gives every larger block back when it is freed.
-
-_M_MMAP_THRESHOLD = -3
-_last_problem: list[Problem] = []
-_warm: set[tuple[str, str, str]] = set()
-
-
-def prepare_memory_process(threads: int) -> None:
-    """Set up a process that `cpu_peak_memory` is to be called in."""
-    torch.set_num_threads(threads)
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-
-
-def cpu_peak_memory(case: Case, label: str, phase: str) -> int:
-    """Return how far resident memory rises in a run, when one-time costs are paid (Linux only)."""
-    if not _last_problem or _last_problem[0].case != case:
-        _last_problem[:] = [make_problem(case, torch.device("cpu"))]
-    problem = _last_problem[0]
-    (provider,) = (provider for provider in providers.providers(case) if provider.label == label)
-    kind = (case.setting, label, phase)
-    if kind not in _warm:
-        _warm.add(kind)
-        providers.run(provider, problem, phase)
-    problem.student.grad = None
-    return cpu_peak(lambda: providers.run(provider, problem, phase))
-
-
 def cpu_peak(run: Callable[[], object]) -> int:
-    """Return how far resident memory rises while something runs (Linux only)."""
+    """Return how far resident memory rises while something runs (Linux only, in a process of `fresh_process`)."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before
+
+
+@contextmanager
+def fresh_process() -> Iterator[ProcessPoolExecutor | None]:
+    """A process whose resident memory is what is in use: malloc gives every larger block back when it is freed.
+
+    None where that can't be measured (elsewhere than on Linux), or need not be (on a GPU).
+    """
+    if DEVICE.type != "cpu" or sys.platform != "linux":
+        yield None
+        return
+    fresh, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    with ProcessPoolExecutor(1, fresh, _give_back_memory, (threads,)) as process:
+        yield process
+
+
+def _give_back_memory(threads: int) -> None:
+    torch.set_num_threads(threads)
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
 
 
 def _status(field: str) -> int:

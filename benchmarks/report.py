@@ -19,243 +19,152 @@ import re
 import statistics
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots, results
-from benchmarks.results import ROOT, Content, Row
+from benchmarks import results
+from benchmarks.results import ABOUT, COLUMNS, FOLDER, ROOT, Content, Row
+from dopsd.results import markdown_table, percent
 
-RESULTS = results.FOLDER
 # Written by `benchmarks.tiny_recipe` and `benchmarks.reuse`, in their own form.
-RECIPE = "tiny_recipe.json"
-REUSE = "reuse.json"
-README = ROOT / "README.md"
-PERFORMANCE = ROOT / "docs" / "performance.md"
+RECIPE, REUSE = "tiny_recipe.json", "reuse.json"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+NOT_MEASURED = "Not measured."
 
 
-def tiny_recipe() -> str:
-    """Gain of the tiny recipe by seed, and of its variants."""
-    rows = json.loads((RESULTS / RECIPE).read_text())
-    shipped = [row for row in rows if row["name"] == "tiny"]
-    lines = ["| seed | tokens per step | before | after | gain | seconds |", "|---|---|---|---|---|---|"]
-    for row in shipped:
-        for rate, at_rate in row["tokens_per_step"].items():
-            cells = [str(row["seed"]), rate, percent(at_rate, "before"), percent(at_rate, "after")]
-            cells.append(f"{100 * at_rate['accuracy_gain']:+.1f} ± {100 * at_rate['standard_error_gain']:.1f}")
-            lines.append(f"| {' | '.join(cells)} | {row['seconds']:.0f} |")
-    gains = [100 * row["accuracy_gain"] for row in shipped]
-    versions = shipped[0]["versions"]
-    lines.append("")
-    lines.append(
-        f"{shipped[0]['eval_problems']} held-out problems, {shipped[0]['threads']} CPU threads, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}. Mean gain over {len(gains)} seeds: "
-        f"{statistics.mean(gains):+.1f} points, between {min(gains):+.1f} and {max(gains):+.1f}."
-    )
-    return "\n".join(lines)
+# ------------------------------------------------------------------------------------------------------------
+# Ops
+# ------------------------------------------------------------------------------------------------------------
 
 
-def reuse() -> str:
-    """What the tiny recipe reaches with each kind of reuse, and what it computes for it."""
-    rows = [row for row in json.loads((RESULTS / REUSE).read_text()) if "reuse" in row]
-    exact = [row for row in rows if row["reuse"] == "none"]
+def cases(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by case: those that differ in the provider alone."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        names = [name for name in ABOUT[row["part"]] if name not in ("provider", "variant")]
+        found.setdefault((row["part"], *(row[name] for name in names)), []).append(row)
+    return list(found.values())
+
+
+def name_of(row: Row) -> str:
+    """A case, in a few words."""
+    if row["part"] == "attention":
+        return f"attention {row['phase']}, T = {row['length']}, P = {row['prefix']}"
+    peaked = ", peaked" if row["data"] == "peaked" else ""
+    return f"{row['op']} {row['setting'].replace('_', ' ')}{peaked}, N = {row['rows']}"
+
+
+def ours_of(case: Sequence[Row]) -> Row | None:
+    """The Triton backend's row where it ran, else the PyTorch backend's."""
+    ran = {row["provider"]: row for row in case if "ms" in row}
+    return ran.get("ours triton", ran.get("ours torch"))
+
+
+def ratios(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """A line for every case: our time, and the times of the others that it is a multiple of; memory and error."""
+    shown = [(case, ours) for case in cases(rows) if (ours := ours_of(case)) is not None]
+    others = dict.fromkeys(name for _, ours in shown for name in ours.get("over", ()) if not name.startswith("ours"))
     lines = []
-    for kind in dict.fromkeys(row["reuse"] for row in rows):
-        of_kind = [row for row in rows if row["reuse"] == kind]
-        after = [100 * row["accuracy_after"] for row in of_kind]
-        paired = {row["seed"]: 100 * row["accuracy_after"] for row in exact}
-        differences = [value - paired[row["seed"]] for value, row in zip(after, of_kind, strict=True)]
-        updates = [row["update_means"] for row in of_kind]
-        means = {name: statistics.mean(update[name] for update in updates) for name in updates[0]}
-        # What else a machine does makes runs slower, never faster.
-        distil, roll_out = (
-            statistics.median(update[f"{phase}_seconds"] for update in updates) for phase in ("distill", "rollout")
-        )
-        lines.append(
-            [
-                kind,
-                ", ".join(f"{value:.1f}" for value in after),
-                f"{statistics.mean(after):.1f} ± {deviation(after):.1f}",
-                "" if kind == "none" else f"{statistics.mean(differences):+.1f} ± {deviation(differences):.1f}",
-                f"{means['tokens'] / 1000:.1f}k",
-                f"{distil:.1f}",
-                f"{roll_out:.1f}",
-                f"{statistics.median(row['seconds'] for row in of_kind):.0f}",
-                f"{means['kl']:.3f}",
-                f"{means['drift']:.3f}" if "drift" in means else "",
-            ]
-        )
-    head = ["reuse", "accuracy after, by seed", "mean", "against none", "tokens", "distil (s)", "roll out (s)"]
-    head += ["run (s)", "KL taught", "drift"]
-    first = rows[0]
-    about = (
-        f"{first['eval_problems']} held-out problems, {100 * first['accuracy_before']:.1f} before; seeds "
-        f"{', '.join(str(row['seed']) for row in exact)}; ± is the standard error over seeds. Tokens that the student "
-        f"computes, and median seconds, are per update of 32 prompts, at {first['threads']} CPU thread(s), torch "
-        f"{first['versions']['torch']}."
-    )
-    return "\n".join([table(head, lines), "", about, "", f"![{plots.CAPTIONS['reuse']}](reuse.png)"])
+    for case, ours in shown:
+        base = next((row for row in case if row["provider"] in ("eager", "concatenated") and "ms" in row), {})
+        line = {"op": name_of(ours), "ms": f"{ours['ms']:.3g}"}
+        line |= {f"/ {name}": f"{ours['over'][name]:.2f}" if name in ours["over"] else "" for name in others}
+        line |= {"memory": mebibytes(ours), "/ plain": ""}
+        if ours["peak_bytes"] is not None and base.get("peak_bytes"):
+            line["/ plain"] = f"{ours['peak_bytes'] / base['peak_bytes']:.2f}"
+        lines.append({**line, "error": f"{ours['error']:.0e}" if "error" in ours else ""})
+    return lines
 
 
-def deviation(values: list[float]) -> float:
-    """Standard error of a mean over seeds; 0 for one."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def caches() -> str:
-    """What the model as shipped reaches with each cache."""
-    rows = [row for row in json.loads((RESULTS / REUSE).read_text()) if "cache" in row]
-    lines = [
-        [
-            row["cache"],
-            str(row["tokens_per_step"]),
-            f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}",
-            f"{row['seconds']:.0f}",
-        ]
-        for row in sorted(rows, key=lambda row: -row["tokens_per_step"])
-    ]
-    about = f"{rows[0]['problems']} held-out problems, greedy."
-    return "\n".join([table(["cache", "tokens per step", "accuracy", "seconds"], lines), "", about])
-
-
-def percent(row: dict[str, float], moment: str) -> str:
-    """An accuracy with its standard error, in percent."""
-    return f"{100 * row[f'accuracy_{moment}']:.1f} ± {100 * row[f'standard_error_{moment}']:.1f}"
-
-
-# What the README shows of the result files: setting, rows' kind, and the variant of ours.
-SHOWN = (
-    ("reverse KL", "reverse_kl", "diffuse", ""),
-    ("reverse KL, clipped", "clipped", "diffuse", ""),
-    ("reverse KL, peaked rows", "reverse_kl", "peaked", "grad_threshold"),
-    ("confidence", "confidence", "diffuse", ""),
-    ("confidence, sampled", "confidence", "diffuse", "temperature"),
-)
-PEERS = ("floor", "eager", "compile", "liger", "liger chunked", "trl")
+def absent(rows: Sequence[Row]) -> list[str]:
+    """Who did not run and why, once each."""
+    reasons: dict[str, None] = {}
+    for row in rows:
+        kind, _, reason = row["status"].partition(": ")
+        if row["status"] != "ok":
+            who = row["provider"] if kind == "skipped" else f"{row['provider']}, {name_of(row)}"
+            reasons[f"{who}: {reason or kind}"] = None
+    return list(reasons)
 
 
 def kernels() -> str:
     """Time and memory of the ops, on every kind of machine that they were measured on."""
-    return "\n\n".join(kernel_table(kind) for kind in ("cpu", "gpu"))
+    return "\n\n".join(op_table(kind, "kernels", "attention") for kind in ("cpu", "gpu"))
 
 
-def kernel_table(kind: str) -> str:
+def op_table(kind: str, *parts: str) -> str:
     """One machine's table: ours (Triton where it ran) against every other provider."""
-    content = newest(kind, "kernels")
+    content = newest(kind, parts[0])
     if content is None:
         return f"On a {kind.upper()}: not measured."
-    timed = [row for row in content["rows"] if row["part"] == "kernels" and "ms" in row]
-    ran = {row["provider"] for row in timed}
-    peers = [peer for peer in PEERS if peer in ran]
-    lines = [
-        f"| op | rows | ms | {' | '.join(f'/ {peer}' for peer in peers)} | memory | / eager |",
-        "|---" * (len(peers) + 5) + "|",
-    ]
-    for name, setting, data, variant in SHOWN:
-        # A loss is timed forward and backward.
-        phase = "forward" if setting == "confidence" else "both"
-        rows = [row for row in timed if (row["setting"], row["data"], row["phase"]) == (setting, data, phase)]
-        for count in sorted({row["rows"] for row in rows}):
-            here = {label(row): row for row in rows if row["rows"] == count}
-            ours = best_of_ours(here, variant)
-            if ours is None:
-                continue
-            option = f", {ours['variant']}" if variant == "grad_threshold" else ""
-            ratios = [f"{ours['over'][peer]:.2f}" if peer in ours["over"] else "" for peer in peers]
-            cells = [f"{name}{option}", f"{count}", f"{ours['ms']:.3g}", *ratios, mebibytes(ours)]
-            peaks = [row["peak_bytes"] for row in (ours, here.get("eager")) if row and row["peak_bytes"]]
-            saved = f"{peaks[0] / peaks[1]:.3f}" if len(peaks) == 2 else ""
-            lines.append(f"| {' | '.join([*cells, saved])} |")
-    return "\n".join([*lines, "", kernel_footnote(content)])
-
-
-def best_of_ours(rows: dict[str, dict[str, Any]], variant: str) -> dict[str, Any] | None:
-    """The Triton backend's row if there is one, else the PyTorch backend's, of the variant that starts so."""
-    for backend in ("triton", "torch"):
-        for row in rows.values():
-            if row["provider"] == f"ours {backend}" and row["variant"].partition("=")[0] == variant:
-                return row
-    return None
-
-
-def kernel_footnote(content: Content) -> str:
-    """Where and how a table was measured, who is missing, and what the rounding of logits costs."""
-    machine, rows = content["machine"], [row for row in content["rows"] if row["part"] == "kernels"]
-    timed = [row for row in rows if "ms" in row]
+    rows = [row for row in content["rows"] if row["part"] in parts]
+    timed = [row for row in rows if row["part"] == "kernels" and "ms" in row]
     sizes = dict.fromkeys(f"{row['op']}: {row['dtype']}, d = {row['width']}, V = {row['vocab']}" for row in timed)
-    sentences = [
-        f"{machine['device']}, {machine['threads']} CPU thread(s)"
-        + "".join(f", {name} {version}" for name, version in machine["versions"].items() if version)
-        + f", {machine['date']}",
-        f"Times are medians of interleaved rounds ({'; '.join(sizes)})",
-    ]
-    errors = {
-        label(row): row["gradient_error"]
-        for row in rows
-        if (row["setting"], row["data"]) == ("reverse_kl", "peaked") and "gradient_error" in row
-    }
-    if errors:
-        listed = ", ".join(f"{name} {error:.1g}" for name, error in errors.items())
-        sentences.append(f"Relative error of the gradient of peaked rows: {listed}")
-    peaks = {label(row): row for row in rows if "peak_bytes" in row and "ms" not in row}
-    if peaks:
-        size = next(iter(peaks.values()))
-        listed = ", ".join(f"{name} {mebibytes(row)}" for name, row in peaks.items())
-        sentences.append(f"Memory for N = {size['rows']}, V = {size['vocab']}: {listed}")
-    reasons = {}
-    for row in rows:
-        kind, _, reason = row["status"].partition(": ")
-        if kind == "skipped" and not row["variant"]:
-            reasons[label(row)] = reason
-        elif kind not in ("ok", "skipped"):
-            reasons[f"{label(row)}, {row['setting']}, N = {row['rows']}"] = row["status"]
-    if reasons:
-        sentences.append("Not run: " + "; ".join(f"{name} ({reason.rstrip('.')})" for name, reason in reasons.items()))
-    return ". ".join(sentences) + "."
+    about = [f"{where(content)} Medians of interleaved rounds ({'; '.join(sizes)})."]
+    if missing := absent(rows):
+        about.append(f"Not run: {'; '.join(missing)}.")
+    return "\n".join([markdown_table(ratios(rows)), " ".join(about)])
 
 
-def mebibytes(row: dict[str, Any]) -> str:
+def details() -> str:
+    """Every timed row of the ops, by kind of machine: its spread, its share of the ceiling, its host time."""
+    texts = []
+    for kind in ("cpu", "gpu"):
+        content = newest(kind, "kernels")
+        if content is None:
+            texts.append(f"On a {kind.upper()}: not measured.")
+            continue
+        lines = [
+            {
+                "case": name_of(row),
+                "provider": row["provider"],
+                "ms (20 to 80 %)": spread(row),
+                "host ms": f"{row['host_ms']:.3g}" if "host_ms" in row else "",
+                "TFLOP/s": f"{row['flops'] / row['ms'] / 1e9:.3g}",
+                "of ceiling": share(row),
+                "memory": mebibytes(row),
+                "error": f"{row['error']:.0e}" if "error" in row else "",
+            }
+            for row in rows_of(content, "kernels") + rows_of(content, "attention")
+            if "flops" in row
+        ]
+        rates = [row["ceiling"] for row in content["rows"] if "ceiling" in row]
+        ends = {need: [f(rate[need] for rate in rates) for f in (min, max)] for need in ("flops", "bytes") if rates}
+        if rates:
+            (low, high), (slow, fast) = ([end / 1e9 for end in ends[need]] for need in ("flops", "bytes"))
+            ceiling = f"Ceilings, between rounds: {low:.4g} to {high:.4g} GFLOP/s, {slow:.4g} to {fast:.4g} GB/s."
+            texts.append("\n".join([markdown_table(lines), f"{where(content)} {ceiling}"]))
+    return "\n\n".join(texts)
+
+
+def mebibytes(row: Row) -> str:
     """A row's peak memory beyond its inputs."""
     return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
 
 
-def label(row: dict[str, Any]) -> str:
-    """A provider with its variant."""
-    return f"{row['provider']} {row['variant']}".strip()
+def share(row: Row) -> str:
+    """A row's share of the ceilings, in percent."""
+    return f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else ""
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What only a GPU shows
-# ------------------------------------------------------------------------------------------------------------
-
-NOT_MEASURED = "Not measured."
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+def spread(row: Row, scale: float = 1) -> str:
+    """A row's median time and its quantiles."""
+    low, middle, high = (f"{row[name] / scale:.3g}" for name in ("ms_q20", "ms", "ms_q80"))
+    return f"{middle} ({low} to {high})"
 
 
 def where(content: Content) -> str:
     """The machine of a run, in a sentence."""
     machine = content["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    driver = f", driver {machine['driver']}" if machine["driver"] else f", {machine['threads']} CPU thread(s)"
     return f"{machine['device']}{driver}, {versions}, revision {machine['revision']}, {machine['date']}."
 
 
-def ceilings() -> str:
-    """What the GPU can do at most, as measured in the newest run."""
-    content = newest("gpu", "ceilings")
-    if content is None:
-        return NOT_MEASURED
-    lines = []
-    for row in rows_of(content, "ceilings"):
-        need, unit, scale = ("bytes", "GB/s", 1e6) if "bytes" in row else ("flops", "TFLOP/s", 1e9)
-        rate = f"{row[need] / row['ms'] / scale:.4g} {unit}" if "ms" in row else row["status"]
-        clock = row.get("clocks", {}).get("clocks.sm", "")
-        lines.append([row["name"], row["dtype"], rate, clock])
-    return "\n".join([table(["what", "dtype", "rate", "SM clock"], lines), "", where(content)])
+# ------------------------------------------------------------------------------------------------------------
+# Steps, tests and training
+# ------------------------------------------------------------------------------------------------------------
 
 
 def tests() -> str:
@@ -270,78 +179,38 @@ def tests() -> str:
     return "\n".join(lines)
 
 
-def kernel_ceilings() -> str:
-    """Every timed row of the ops on a GPU, as a share of the ceilings."""
-    content = newest("gpu", "kernels")
-    if content is None:
-        return NOT_MEASURED
-    lines = [
-        [
-            f"{row['setting']}, {row['data']}",
-            str(row["rows"]),
-            row["phase"],
-            label(row),
-            f"{row['ms']:.3g}",
-            share(row),
-            mebibytes(row),
-        ]
-        for row in rows_of(content, "kernels")
-        if "ms" in row
-    ]
-    return table(["op", "rows", "phase", "provider", "ms", "of ceiling", "memory"], lines)
-
-
-def attention() -> str:
-    """Attention over shared prefixes on every kind of machine: time, memory, and ours relative to the others."""
-    parts = []
-    for kind in ("cpu", "gpu"):
-        content = newest(kind, "attention")
-        parts.append(f"On a {kind.upper()}: not measured." if content is None else attention_table(content))
-    return "\n\n".join([*parts, f"![{plots.CAPTIONS['attention']}](attention.png)"])
-
-
-def attention_table(content: Content) -> str:
-    """One machine's table."""
-    lines: list[list[str]] = []
-    sizes: dict[str, None] = {}
-    for row in rows_of(content, "attention"):
-        size = f"G = {row['groups']}, S = {row['sequences']}, H = {row['heads']}"
-        sizes[f"{size}, D = {row['width']}, {row['dtype']}"] = None
-        about = [f"{row['length']}", f"{row['prefix']}", row["phase"], row["provider"]]
-        measured = [row["status"], "", "", ""]
-        if "ms" in row:
-            ratio = row["over"].get("concatenated")
-            measured = [spread(row), "" if ratio is None else f"{ratio:.2f}", share(row), mebibytes(row)]
-        lines.append([*about, *measured])
-    head = ["T", "P", "phase", "provider", "ms (20 to 80 %)", "/ concatenated", "of ceiling", "memory"]
-    return "\n".join([table(head, lines), "", f"{'; '.join(sizes)}. {where(content)}"])
-
-
 def step() -> str:
     """An update of a model of LLaDA-8B's shape and its rollout: seconds, utilisation and memory, and the targets."""
     content = newest("gpu", "step")
     if content is None:
         return "\n".join([NOT_MEASURED, "", targets([])])
-    lines: list[list[str]] = []
-    sizes: dict[str, None] = {}
-    for row in rows_of(content, "step"):
-        sizes[f"P = {row['prefix']}, L = {row['length']}, {row['states']} steps, {row['dtype']}"] = None
-        about = [label(row), str(row["states_per_forward"]), row["phase"]]
-        measured = [row["status"], "", "", ""]
-        if "ms" in row:
-            used, total = share(row) if "flops" in row else "", row["total_bytes"]
-            memory = "" if total is None else f"{total / 2**30:.1f} GiB"
-            measured = [spread(row, 1000), f"{row['tokens']}", used, memory]
-        lines.append([*about, *measured])
-    head = ["who", "states per forward", "phase", "seconds (20 to 80 %)", "tokens", "FLOP utilisation", "peak memory"]
-    about_run = f"{'; '.join(sizes)}. {where(content)}"
-    return "\n".join([table(head, lines), "", about_run, "", targets(rows_of(content, "step")), *picture("step")])
+    rows = rows_of(content, "step")
+    lines = [
+        {
+            "who": f"{row['provider']} {row['variant']}".strip(),
+            "states per forward": str(row["states_per_forward"]),
+            "phase": row["phase"],
+            "seconds (20 to 80 %)": spread(row, 1000) if "ms" in row else row["status"],
+            "tokens": str(row.get("tokens", "")),
+            "of ceiling": share(row),
+            "peak memory": f"{row['total_bytes'] / 2**30:.1f} GiB" if row.get("total_bytes") else "",
+        }
+        for row in rows
+    ]
+    sizes = dict.fromkeys(
+        f"P = {row['prefix']}, L = {row['length']}, {row['states']} steps, {row['dtype']}" for row in rows
+    )
+    return "\n".join([markdown_table(lines), f"{'; '.join(sizes)}. {where(content)}", "", targets(rows)])
 
 
-def targets(rows: list[Row]) -> str:
+def targets(rows: Sequence[Row]) -> str:
     """What is aimed at for the step, beside what its rows say, at the micro-batch that plain code has too."""
     size = min((row["states_per_forward"] for row in rows if row["phase"] == "update"), default=0)
-    found = {(label(row), row["phase"]): row for row in rows if row["states_per_forward"] in (1, size)}
+    found = {
+        (f"{row['provider']} {row['variant']}".strip(), row["phase"]): row
+        for row in rows
+        if row["states_per_forward"] in (1, size)
+    }
 
     def of(column: str, who: str, phase: str = "update") -> float:
         value = found.get((who, phase), {}).get(column)
@@ -365,8 +234,8 @@ def targets(rows: list[Row]) -> str:
     ):
         met = value >= limit if sense == "at least" else value <= limit
         seen = ["not measured", ""] if math.isnan(value) else [f"{value:.3g}{unit}", "yes" if met else "no"]
-        lines.append([what, f"{sense} {limit:g}{unit}", *seen])
-    return table(["what", "target", "measured", "met"], lines)
+        lines.append({"what": what, "target": f"{sense} {limit:g}{unit}", "measured": seen[0], "met": seen[1]})
+    return markdown_table(lines)
 
 
 def train() -> str:
@@ -376,36 +245,107 @@ def train() -> str:
         return NOT_MEASURED
     lines = []
     for row in rows_of(content, "train"):
-        cells = [row["status"], "", "", "", ""]
+        line = {"seed": str(row["seed"]), "status": row["status"]}
         if row["status"] == "ok":
-            cells = [percent(row, "before"), percent(row, "after"), percent(row, "recorded")]
-            cells += ["yes" if row["agrees"] else "no", f"{row['seconds']:.0f}"]
-        lines.append([str(row["seed"]), *cells])
-    head = ["seed", "before", "after", "after, on CPUs", "within two standard errors", "seconds"]
-    return "\n".join([table(head, lines), "", where(content)])
+            for name, moment in (("before", "before"), ("after", "after"), ("after, on CPUs", "recorded")):
+                line[name] = percent(row[f"accuracy_{moment}"], row[f"standard_error_{moment}"])
+            line["within two standard errors"] = "yes" if row["agrees"] else "no"
+            line["seconds"] = f"{row['seconds']:.0f}"
+        lines.append(line)
+    return "\n".join([markdown_table(lines), where(content)])
+
+
+def tiny_recipe() -> str:
+    """Gain of the tiny recipe by seed."""
+    rows = [row for row in json.loads((FOLDER / RECIPE).read_text()) if row["name"] == "tiny"]
+    lines = [
+        {
+            "seed": str(row["seed"]),
+            "tokens per step": rate,
+            "before": percent(at_rate["accuracy_before"], at_rate["standard_error_before"]),
+            "after": percent(at_rate["accuracy_after"], at_rate["standard_error_after"]),
+            "gain": f"{100 * at_rate['accuracy_gain']:+.1f} ± {100 * at_rate['standard_error_gain']:.1f}",
+            "seconds": f"{row['seconds']:.0f}",
+        }
+        for row in rows
+        for rate, at_rate in row["tokens_per_step"].items()
+    ]
+    gains, first = [100 * row["accuracy_gain"] for row in rows], rows[0]
+    about = (
+        f"{first['eval_problems']} held-out problems, {first['threads']} CPU threads, torch "
+        f"{first['versions']['torch']}, transformers {first['versions']['transformers']}. Mean gain over {len(gains)} "
+        f"seeds: {statistics.mean(gains):+.1f} points, between {min(gains):+.1f} and {max(gains):+.1f}."
+    )
+    return "\n".join([markdown_table(lines), about])
+
+
+def reuse() -> str:
+    """What the tiny recipe reaches with each kind of reuse, and what it computes for it."""
+    rows = [row for row in json.loads((FOLDER / REUSE).read_text()) if "reuse" in row]
+    exact = [row for row in rows if row["reuse"] == "none"]
+    paired = {row["seed"]: 100 * row["accuracy_after"] for row in exact}
+    lines = []
+    for kind in dict.fromkeys(row["reuse"] for row in rows):
+        of_kind = [row for row in rows if row["reuse"] == kind]
+        after = [100 * row["accuracy_after"] for row in of_kind]
+        differences = [value - paired[row["seed"]] for value, row in zip(after, of_kind, strict=True)]
+        updates = [row["update_means"] for row in of_kind]
+        means = {name: statistics.mean(update[name] for update in updates) for name in updates[0]}
+        # What else a machine does makes runs slower, never faster.
+        distil, roll_out = (
+            statistics.median(update[f"{phase}_seconds"] for update in updates) for phase in ("distill", "rollout")
+        )
+        lines.append(
+            {
+                "reuse": kind,
+                "accuracy after, by seed": ", ".join(f"{value:.1f}" for value in after),
+                "mean": f"{statistics.mean(after):.1f} ± {deviation(after):.1f}",
+                "against none": ""
+                if kind == "none"
+                else f"{statistics.mean(differences):+.1f} ± {deviation(differences):.1f}",
+                "tokens": f"{means['tokens'] / 1000:.1f}k",
+                "distil (s)": f"{distil:.1f}",
+                "roll out (s)": f"{roll_out:.1f}",
+                "run (s)": f"{statistics.median(row['seconds'] for row in of_kind):.0f}",
+                "KL taught": f"{means['kl']:.3f}",
+                "drift": f"{means['drift']:.3f}" if "drift" in means else "",
+            }
+        )
+    first = rows[0]
+    about = (
+        f"{first['eval_problems']} held-out problems, {100 * first['accuracy_before']:.1f} before; seeds "
+        f"{', '.join(str(row['seed']) for row in exact)}; ± is the standard error over seeds. Tokens that the student "
+        f"computes, and median seconds, are per update of 32 prompts, at {first['threads']} CPU thread(s), torch "
+        f"{first['versions']['torch']}."
+    )
+    return "\n".join([markdown_table(lines), about])
+
+
+def deviation(values: list[float]) -> float:
+    """Standard error of a mean over seeds; 0 for one."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def caches() -> str:
+    """What the model as shipped reaches with each cache."""
+    rows = [row for row in json.loads((FOLDER / REUSE).read_text()) if "cache" in row]
+    lines = [
+        {
+            "cache": row["cache"],
+            "tokens per step": str(row["tokens_per_step"]),
+            "accuracy": percent(row["accuracy"], row["standard_error"]),
+            "seconds": f"{row['seconds']:.0f}",
+        }
+        for row in sorted(rows, key=lambda row: -row["tokens_per_step"])
+    ]
+    return "\n".join([markdown_table(lines), f"{rows[0]['problems']} held-out problems, greedy."])
 
 
 def schema() -> str:
     """The columns of a run's rows."""
-    lines = [[f"`{name}`", meaning] for name, (_, meaning) in results.COLUMNS.items()]
-    about = [f"- {part}: {', '.join(f'`{name}`' for name in columns)}" for part, columns in results.ABOUT.items()]
-    return "\n".join([table(["column", "meaning"], lines), "", "What names a row:", "", *about])
-
-
-def share(row: Row) -> str:
-    """A row's share of the ceilings, in percent."""
-    return f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else ""
-
-
-def spread(row: Row, scale: float = 1) -> str:
-    """A row's median time and its quantiles."""
-    low, middle, high = (f"{row[name] / scale:.3g}" for name in ("ms_q20", "ms", "ms_q80"))
-    return f"{middle} ({low} to {high})"
-
-
-def picture(name: str) -> list[str]:
-    """The line that shows a plot of this name."""
-    return ["", f"![{plots.CAPTIONS[name]}]({name}.png)"]
+    lines = [{"column": f"`{name}`", "meaning": meaning} for name, meaning in COLUMNS.items()]
+    about = [f"- {part}: {', '.join(f'`{name}`' for name in columns)}" for part, columns in ABOUT.items()]
+    return "\n".join([markdown_table(lines), "What names a row:", "", *about])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -415,7 +355,7 @@ def picture(name: str) -> list[str]:
 
 def runs(kind: str) -> list[tuple[Path, Content]]:
     """The files of a kind of machine, "cpu" or "gpu", oldest first; ValueError if one is no run, or a rehearsal."""
-    files = [(path, results.load(path)) for path in sorted(RESULTS.glob("*.json")) if path.name not in (RECIPE, REUSE)]
+    files = [(path, results.load(path)) for path in sorted(FOLDER.glob("*.json")) if path.name not in (RECIPE, REUSE)]
     of_kind = [(path, content) for path, content in files if content["machine"]["kind"] == kind]
     # On one day, the second file's name ends in _2.
     return sorted(of_kind, key=lambda file: (file[1]["machine"]["date"], len(file[0].stem), file[0].stem))
@@ -436,30 +376,14 @@ def rows_of(content: Content, part: str) -> list[Row]:
     return [row for row in content["rows"] if row["part"] == part]
 
 
-SECTIONS = {
-    section.__name__: section
-    for section in (
-        tiny_recipe,
-        reuse,
-        caches,
-        kernels,
-        ceilings,
-        tests,
-        kernel_ceilings,
-        attention,
-        step,
-        train,
-        schema,
-    )
-}
-DOCUMENTS = (README, PERFORMANCE)
+SECTIONS = {f.__name__: f for f in (tiny_recipe, reuse, caches, kernels, details, tests, step, train, schema)}
 
 
 def render(text: str) -> str:
     """``text`` with every section between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
 
     def section(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n{SECTIONS[match[1]]()}\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n{SECTIONS[match[1]]().rstrip()}\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", section, text, flags=re.DOTALL)
 
@@ -498,16 +422,11 @@ def sheet(content: Content) -> str:
     machine = content["machine"]
     about = {name: machine[name] for name in ("date", "device", "driver", "cuda", "threads", "python", "revision")}
     about |= machine["versions"]
-    rows = [
-        {
-            **{name: value for name, value in row.items() if not isinstance(value, dict)},
-            **{
-                f"{name} {key}": x for name, value in row.items() if isinstance(value, dict) for key, x in value.items()
-            },
-            **about,
-        }
-        for row in content["rows"]
-    ]
+    rows = []
+    for row in content["rows"]:
+        nested = {name: value for name, value in row.items() if isinstance(value, dict)}
+        flat = {f"{name} {key}": x for name, value in nested.items() for key, x in value.items()}
+        rows.append({**{name: value for name, value in row.items() if name not in nested}, **flat, **about})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -531,26 +450,23 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"there is no file to compare {old.name} with")
         print(compare(before, results.load(rest[0] if rest else others[-1])))
         return 0
-    stale = []
     wanted = {path: render(path.read_text()) for path in DOCUMENTS}
     wanted |= {path.with_suffix(".csv"): sheet(content) for kind in ("cpu", "gpu") for path, content in runs(kind)}
-    for path, made in wanted.items():
-        if not path.is_file() or path.read_text() != made:
-            stale.append(path.relative_to(ROOT))
-            if not args.check:
-                path.write_text(made)
+    stale = [path for path, made in wanted.items() if not path.is_file() or path.read_text() != made]
     if args.check:
-        for name in stale:
-            print(f"{name} is not what its files say: python -m benchmarks.report", file=sys.stderr)
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what its files say: python -m benchmarks.report", file=sys.stderr)
         return int(bool(stale))
+    for path in stale:
+        path.write_text(wanted[path])
+
+    from benchmarks import plots
+
     measured = {kind: content for kind in ("cpu", "gpu") if (content := newest(kind, "kernels"))}
-    plots.draw(measured, ROOT / "docs")
-    plots.draw_reuse(json.loads((RESULTS / REUSE).read_text()), ROOT / "docs")
-    attended = {kind: content for kind in ("cpu", "gpu") if (content := newest(kind, "attention"))}
-    if attended:
-        plots.draw_attention(attended, ROOT / "docs")
+    plots.draw_ops(measured, ROOT / "docs")
+    plots.draw_reuse(json.loads((FOLDER / REUSE).read_text()), ROOT / "docs")
     if (content := newest("gpu", "step")) is not None:
-        plots.draw_step(content, ROOT / "docs")
+        plots.draw_step(rows_of(content, "step"), ROOT / "docs")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' result files: one JSON file per run, its rows written as they are measured, and their schema.
+"""The benchmarks' result files: one JSON file per run, its rows written as they are measured.
 
 A run's file has three fields: ``rehearsal`` (whether sizes were small and figures mean nothing), ``machine`` (what the
 figures depend on beside the code) and ``rows``. `COLUMNS` says what a row's columns mean, `ABOUT` which of them name
@@ -8,120 +8,89 @@ what was measured: no two rows of a file agree in these. Files under ``benchmark
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
+import math
 import platform
 import re
 import shutil
 import statistics
 import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.problems import Case
-from benchmarks.providers import Provider
+from benchmarks.measure import DEVICE, Trial
+from dopsd.report import versions, write_text
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "accelerate",
-    "numpy",
-    "liger-kernel",
-    "trl",
-    "flash-attn",
-    "bitsandbytes",
-)
-# What nvidia-smi is asked for, at the start of a run and under load.
+PEERS = ("numpy", "triton", "liger-kernel", "trl", "flash-attn", "bitsandbytes")
+# What nvidia-smi is asked for.
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
 
 Row = dict[str, Any]
 Content = dict[str, Any]
 
-# ------------------------------------------------------------------------------------------------------------
-# Schema
-# ------------------------------------------------------------------------------------------------------------
-
-_NUMBER = (int, float)
-_MAYBE_INT = (int, type(None))
-
-# Column -> accepted types and meaning.
-COLUMNS: dict[str, tuple[tuple[type, ...], str]] = {
-    "part": ((str,), "ceilings, tests, kernels, attention, step or train"),
-    "status": ((str,), "ok, out of memory, out of time, or skipped: or failed: with the reason"),
-    # Of what is timed.
-    "rounds": ((int,), "how often it was timed"),
-    "ms": (_NUMBER, "median time in milliseconds"),
-    "ms_q20": (_NUMBER, "20 % quantile of the time"),
-    "ms_q80": (_NUMBER, "80 % quantile of the time"),
-    "peak_bytes": (
-        _MAYBE_INT,
-        "most memory beyond what existed before, of a step before all its phases; null where it was not measured",
-    ),
-    "total_bytes": (_MAYBE_INT, "most memory in use, weights and optimiser included; null where it was not measured"),
-    "flops": (_NUMBER, "arithmetic that the result needs, whatever was done; nothing that is computed again"),
-    "bytes": (_NUMBER, "memory traffic that it needs: every input and output once"),
-    "of_ceiling": (
-        _NUMBER,
-        "flops or bytes, over time, over what the same run measured as the ceiling; the larger",
-    ),
-    "over": ((dict,), "ratio of the time to that of every other provider of the same problem"),
-    # Of what it is about.
-    "name": ((str,), "of a ceiling (copy or matmul), or of a test"),
-    "clocks": ((dict,), "clocks, power and temperature right after it, as nvidia-smi has them"),
-    "seconds": (_NUMBER, "wall-clock time of a test or a training run"),
-    "op": ((str,), "step_kl or confidence"),
-    "setting": ((str,), "reverse_kl, clipped or confidence"),
-    "data": ((str,), "kind of rows: diffuse or peaked"),
-    "rows": ((int,), "N, rows of hidden states"),
-    "width": ((int,), "d, or the width of an attention head"),
-    "vocab": ((int,), "V"),
-    "dtype": ((str,), "of the operands"),
-    "phase": (
-        (str,),
-        "accuracy, forward, backward, both; of a step: rollout, teacher, student, optimiser, update (the last three)",
-    ),
-    "provider": ((str,), "who computed it"),
-    "variant": ((str,), "with which options"),
-    "gradient_in_forward": ((bool,), "whether its backward only multiplies"),
-    "loss_error": (_NUMBER, "relative error of the loss against fp64"),
-    "gradient_error": (_NUMBER, "relative error of the hidden states' gradient against fp64"),
-    "probability_error": (_NUMBER, "relative error of the confidence against fp64"),
-    "groups": ((int,), "G, prefixes"),
-    "sequences": ((int,), "S, sequences of a prefix"),
-    "heads": ((int,), "H"),
-    "prefix": ((int,), "P, keys that a group shares; of a step, tokens of the prompt"),
-    "length": ((int,), "T, tokens of a sequence; of a step, L, tokens of the response"),
-    "states": ((int,), "denoising states of the step; of a rollout, the steps that were decoded"),
-    "states_per_forward": ((int,), "states of a micro-batch; of a rollout, sequences"),
-    "tokens": ((int,), "tokens that the network was fed in this phase"),
-    "parameters": ((int,), "of the model without its adapter"),
-    "trained": ((int,), "parameters of the adapter"),
-    "seed": ((int,), "of a training run"),
-    "accuracy_before": (_NUMBER, "held-out accuracy before training"),
-    "accuracy_after": (_NUMBER, "held-out accuracy after training"),
-    "standard_error_before": (_NUMBER, "its standard error"),
-    "standard_error_after": (_NUMBER, "its standard error"),
-    "accuracy_recorded": (_NUMBER, "mean accuracy after training over the seeds of tiny_recipe.json"),
-    "standard_error_recorded": (_NUMBER, "standard error of one of those runs"),
-    "agrees": ((bool,), "whether the two differ by at most two standard errors of their difference"),
+COLUMNS = {
+    "part": "kernels, attention, step, tests or train",
+    "status": "ok, out of memory, out of time, or skipped: or failed: with the reason",
+    "rounds": "how often it was timed",
+    "ms": "median time in milliseconds: of the GPU alone where there is one, else by the wall clock",
+    "ms_q20": "20 % quantile of the time",
+    "ms_q80": "80 % quantile of the time",
+    "host_ms": "median time that the host needed to issue it to a GPU",
+    "over": "ratio of the time to that of each other provider in the same rounds",
+    "peak_bytes": "most memory beyond what existed before, of a step before all its phases; null where not measured",
+    "total_bytes": "most memory in use, weights and optimiser included; null where it was not measured",
+    "flops": "arithmetic that the result needs, whatever was done; nothing that is computed again",
+    "bytes": "memory traffic that it needs: every input and output once",
+    "ceiling": "flops and bytes per second of a large product and a large copy, timed in the same rounds",
+    "of_ceiling": "flops or bytes, over time, over the ceiling; the larger",
+    "clocks": "clocks, power and temperature right after it, as nvidia-smi has them",
+    "error": "relative error against fp64, the largest over loss and gradients, or of the probability",
+    "op": "step_kl, confidence or products",
+    "setting": "with which options",
+    "data": "kind of rows: diffuse or peaked",
+    "rows": "N, rows of hidden states",
+    "width": "d, or the width of an attention head",
+    "vocab": "V",
+    "dtype": "of the operands",
+    "phase": "forward or both; of a step: rollout, teacher, student, optimiser, update (the last three)",
+    "provider": "who computed it",
+    "variant": "of a step, with which options",
+    "groups": "G, prefixes",
+    "sequences": "S, sequences of a prefix",
+    "heads": "H",
+    "prefix": "P, keys that a group shares; of a step, tokens of the prompt",
+    "length": "T, tokens of a sequence; of a step, L, tokens of the response",
+    "states": "denoising states of the step; of a rollout, the steps that were decoded",
+    "states_per_forward": "states of a micro-batch; of a rollout, sequences",
+    "tokens": "tokens that the network was fed in this phase",
+    "parameters": "of the model without its adapter",
+    "trained": "parameters of the adapter",
+    "name": "of a test",
+    "seconds": "wall-clock time of a test or a training run",
+    "seed": "of a training run",
+    "accuracy_before": "held-out accuracy before training",
+    "accuracy_after": "held-out accuracy after training",
+    "standard_error_before": "its standard error",
+    "standard_error_after": "its standard error",
+    "accuracy_recorded": "mean accuracy after the same training on CPUs, over seeds",
+    "standard_error_recorded": "standard error of one of those runs",
+    "agrees": "whether the two differ by at most two standard errors of their difference",
 }
 # Part -> the columns that name a row; every row of the part has them all.
 ABOUT: dict[str, tuple[str, ...]] = {
-    "ceilings": ("name", "dtype"),
-    "tests": ("name",),
     "kernels": ("op", "setting", "data", "rows", "width", "vocab", "dtype", "phase", "provider", "variant"),
     "attention": ("groups", "sequences", "heads", "length", "prefix", "width", "dtype", "phase", "provider"),
     "step": ("provider", "variant", "states_per_forward", "phase", "prefix", "length", "states", "dtype"),
+    "tests": ("name",),
     "train": ("seed",),
 }
 _STATUS = re.compile(r"ok|out of memory|out of time|(skipped|failed): (?s:.+)")
-_MACHINE = ("kind", "device", "driver", "cuda", "threads", "python", "versions", "date", "revision")
 
 
 def identity(row: Row) -> tuple[Any, ...]:
@@ -129,88 +98,65 @@ def identity(row: Row) -> tuple[Any, ...]:
     return (row["part"], *(row[name] for name in ABOUT[row["part"]]))
 
 
-def validate(content: Content) -> None:
-    """Raise ValueError, with one sentence, for what is not a run's file."""
-    if not isinstance(content, dict) or content.keys() != {"rehearsal", "machine", "rows"}:
-        raise ValueError("a run's file has the fields rehearsal, machine and rows")
-    if not isinstance(content["rehearsal"], bool):
-        raise ValueError(f"rehearsal={content['rehearsal']!r} is neither true nor false")
-    missing = [name for name in _MACHINE if name not in content["machine"]]
-    if missing or content["machine"]["kind"] not in ("cpu", "gpu"):
-        raise ValueError(f"machine lacks {', '.join(missing) or 'a kind, cpu or gpu'}")
-    seen = set()
-    for number, row in enumerate(content["rows"]):
-        fault = _fault(row)
-        if fault is None and identity(row) in seen:
-            fault = f"is the second about {identity(row)}"
-        if fault is not None:
-            raise ValueError(f"row {number} {fault}")
-        seen.add(identity(row))
-
-
-def _fault(row: Row) -> str | None:
+def fault(row: Row) -> str | None:
+    """What is wrong with a row, or None."""
     if row.get("part") not in ABOUT:
         return f"has part={row.get('part')!r}, which is none of {', '.join(ABOUT)}"
     for name in ("status", *ABOUT[row["part"]]):
         if name not in row:
             return f"has no {name}"
-    for name, value in row.items():
-        if name not in COLUMNS:
-            return f"has a column {name}, which the schema does not know"
-        types = COLUMNS[name][0]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            return f"has {name}={value!r}"
     if not _STATUS.fullmatch(row["status"]):
         return f"has status={row['status']!r}"
-    if "ms" in row:
-        if any(name not in row for name in ("rounds", "ms_q20", "ms_q80")):
-            return "has a time without its spread"
-        if not 0 <= row["ms_q20"] <= row["ms"] <= row["ms_q80"]:
-            return "has a median outside its quantiles"
+    if "ms" in row and not 0 <= row["ms_q20"] <= row["ms"] <= row["ms_q80"]:
+        return "has a median outside its quantiles"
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
-
-
 def load(path: Path) -> Content:
-    """Return a run's file, which must be valid and no rehearsal: figures come from nowhere else."""
-    try:
-        content: Content = json.loads(path.read_text())
-        validate(content)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    """Return a run's file, which must be valid and no rehearsal: figures come from nowhere else.
+
+    Raises:
+        ValueError: naming the file, and what is wrong with it.
+    """
+    content: Content = json.loads(path.read_text())
+    if content.keys() != {"rehearsal", "machine", "rows"}:
+        raise ValueError(f"{path.name}: a run's file has the fields rehearsal, machine and rows")
     if content["rehearsal"]:
         raise ValueError(f"{path.name} is a rehearsal: its sizes are small and its figures mean nothing")
-    return content
+    rows = [row for row in content["rows"] if row["part"] != "ceilings"]  # of older files, in no row's rounds
+    faults = [f"row {number} {wrong}" for number, row in enumerate(rows) if (wrong := fault(row))]
+    if not faults and len({identity(row) for row in rows}) < len(rows):
+        faults = ["two rows are about the same"]
+    if faults:
+        raise ValueError(f"{path.name}: {faults[0]}")
+    return {**content, "rows": rows}
 
 
-def new_path(folder: Path, machine: dict[str, Any]) -> Path:
+def new_path(folder: Path) -> Path:
     """Return a path in ``folder`` that is not taken yet, named by device and date."""
-    device = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
-    name, number = f"{device}_{machine['date']}", 1
-    path = folder / f"{name}.json"
-    while path.exists():
+    about = machine()
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    name, number = f"{device}_{about['date']}", 1
+    while (path := folder / f"{name}{'' if number == 1 else f'_{number}'}.json").exists():
         number += 1
-        path = folder / f"{name}_{number}.json"
     return path
 
 
 class Recorder:
-    """A run's file: rows are written as they come, so that a kill loses nothing. A path of None writes nothing.
+    """A run's file, which one process at a time adds to: rows are written as they come. A path of None writes nothing.
 
-    A file that is there already is added to, by one process at a time.
+    What is about to be measured is announced. If the process ends before the figures, that is what its rows say, and
+    whoever goes on with the file knows what not to try again.
     """
 
-    def __init__(self, path: Path | None, device: torch.device, rehearsal: bool = False) -> None:
+    def __init__(self, path: Path | None, rehearsal: bool = False) -> None:
         self.path = path
         if path is not None and path.is_file():
             self.content: Content = json.loads(path.read_text())
         else:
-            self.content = {"rehearsal": rehearsal, "machine": machine(device), "rows": []}
+            self.content = {"rehearsal": rehearsal, "machine": machine(), "rows": []}
             self._write()
+        self.place = {identity(row): number for number, row in enumerate(self.content["rows"])}
 
     @property
     def rows(self) -> list[Row]:
@@ -218,22 +164,39 @@ class Recorder:
         rows: list[Row] = self.content["rows"]
         return rows
 
-    def add(self, rows: list[Row]) -> None:
-        """Write rows, those with a need for arithmetic or traffic with their share of this run's ceilings."""
-        for row in rows:
-            needs = [row[need] / ceiling for need, ceiling in self.ceilings().items() if need in row]
-            share = {"of_ceiling": 1000 * max(needs) / row["ms"]} if needs and "ms" in row else {}
-            self.rows.append({name: _rounded(value) for name, value in {**row, **share}.items()})
+    def row(self, about: Row) -> Row | None:
+        """What the file has about the same, or None."""
+        number = self.place.get(identity(about))
+        return None if number is None else self.rows[number]
+
+    def announce(self, rows: Sequence[Row]) -> list[Row]:
+        """Write that these are being measured; return those that the file did not have yet."""
+        new = [row for row in rows if self.row(row) is None]
+        ended = {"status": "failed: the process ended in it"}
+        self.add([{**row, **(ended if row["status"] == "ok" else {})} for row in new])
+        return new
+
+    def withdraw(self, rows: Sequence[Row]) -> None:
+        """Forget what was announced: it can be tried again."""
+        gone = {identity(row) for row in rows}
+        self.content["rows"] = [row for row in self.rows if identity(row) not in gone]
+        self.place = {identity(row): number for number, row in enumerate(self.rows)}
         self._write()
 
-    def ceilings(self) -> dict[str, float]:
-        """Return the most ``flops`` and ``bytes`` per second that this run has measured."""
-        found = {}
-        for row in self.rows:
-            if row["part"] == "ceilings" and "ms" in row:
-                need = "bytes" if "bytes" in row else "flops"
-                found[need] = 1000 * row[need] / row["ms"]
-        return found
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write rows, in place of what was announced.
+
+        Raises:
+            ValueError: a row has a column that `COLUMNS` lacks, or is not one that `load` accepts.
+        """
+        for row in rows:
+            wrong = next((f"has a column {name}, which is unknown" for name in row if name not in COLUMNS), fault(row))
+            if wrong is not None:
+                raise ValueError(f"a row {wrong}: {row}")
+            row = {name: _rounded(value) for name, value in row.items()}
+            number = self.place.setdefault(identity(row), len(self.rows))
+            self.rows[number : number + 1] = [row]
+        self._write()
 
     def _write(self) -> None:
         if self.path is None:
@@ -243,9 +206,7 @@ class Recorder:
         lines = ",\n  ".join(json.dumps(row) for row in self.rows)
         head = ",\n ".join(f'"{name}": {json.dumps(self.content[name])}' for name in ("rehearsal", "machine"))
         rows = f"[\n  {lines}\n ]" if lines else "[]"
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        partial.write_text(f'{{\n {head},\n "rows": {rows}\n}}\n')
-        partial.replace(self.path)
+        write_text(self.path, f'{{\n {head},\n "rows": {rows}\n}}\n')
 
 
 def _rounded(value: Any) -> Any:
@@ -255,64 +216,19 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows
-# ------------------------------------------------------------------------------------------------------------
+def figures(trial: Trial) -> Row:
+    """Return a trial's measured columns: median times, the 20 % and 80 % quantiles, and peak extra memory."""
+    times = [1000 * one.device for one in trial.times]
+    low, *_, high = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 2
+    row: Row = {"rounds": len(times), "ms_q20": low, "ms": statistics.median(times), "ms_q80": high}
+    host = [1000 * one.host for one in trial.times if one.host is not None]
+    return {**row, **({"host_ms": statistics.median(host)} if host else {}), "peak_bytes": trial.peak_bytes}
 
 
-def describe(case: Case, provider: Provider, phase: str, status: str) -> Row:
-    """Return the columns that say what a kernel's row is about."""
-    return {
-        "part": "kernels",
-        "op": case.op,
-        "setting": case.setting,
-        "data": case.data,
-        "rows": case.rows,
-        "width": case.width,
-        "vocab": case.vocab,
-        "dtype": dtype_name(case.dtype),
-        "phase": phase,
-        "provider": provider.name,
-        "variant": provider.variant,
-        "gradient_in_forward": provider.gradient_in_forward,
-        "status": status,
-    }
-
-
-def needs(case: Case, phase: str) -> Row:
-    """Return what a phase of a kernel needs: its products of all rows with the weight, which is read once."""
-    products = {"confidence": {"forward": 1}, "step_kl": {"forward": 2, "backward": 1, "both": 3}}[case.op][phase]
-    one = 2 * case.rows * case.width * case.vocab
-    operands = (case.vocab + products * case.rows) * case.width * case.dtype.itemsize
-    return {"flops": products * one, "bytes": operands}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return a dtype's name without the module's."""
-    return str(dtype).removeprefix("torch.")
-
-
-def figures(seconds: list[float], peak_bytes: int | None) -> Row:
-    """Return a row's measured columns: median time with the 20 % and 80 % quantiles, and peak extra memory."""
-    low, *_, high = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 2
-    return {
-        "rounds": len(seconds),
-        "ms_q20": 1000 * low,
-        "ms": 1000 * statistics.median(seconds),
-        "ms_q80": 1000 * high,
-        "peak_bytes": peak_bytes,
-    }
-
-
-def compare(rows: list[Row]) -> None:
-    """Add to the rows of one case ``over``: the ratio of their time to every other provider's in the same phase."""
-    for row in rows:
-        if "ms" in row:
-            row["over"] = {
-                f"{other['provider']} {other.get('variant', '')}".strip(): row["ms"] / other["ms"]
-                for other in rows
-                if other is not row and other["phase"] == row["phase"] and "ms" in other
-            }
+def of_ceiling(row: Row) -> Row:
+    """Return the share of its ceiling that a row's time makes."""
+    shares = [row[need] / row["ceiling"].get(need, math.inf) for need in ("flops", "bytes") if need in row]
+    return {"of_ceiling": 1000 * max(shares) / row["ms"]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -320,18 +236,18 @@ def compare(rows: list[Row]) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Return what the figures depend on beside the code: hardware and versions, with the date and the revision."""
-    cuda = device.type == "cuda"
+    cuda = DEVICE.type == "cuda"
     return {
         "kind": "gpu" if cuda else "cpu",
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "device": torch.cuda.get_device_name(DEVICE) if cuda else _cpu_name(),
         "driver": query_gpu("driver_version").get("driver_version") if cuda else None,
         "clocks": query_gpu(*CLOCKS) if cuda else {},
         "cuda": torch.version.cuda or torch.version.hip,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {**versions(), **{name: _version(name) for name in PEERS}},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "revision": _output("git", "describe", "--always", "--dirty"),
     }
@@ -346,8 +262,8 @@ def query_gpu(*fields: str) -> dict[str, str]:
 
 def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return None
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 
-from benchmarks.measure import attempt
-from benchmarks.problems import DEVICE
-from benchmarks.results import Recorder, Row, dtype_name, figures
+from benchmarks import kernels
+from benchmarks.measure import DEVICE, Times, Trial
+from benchmarks.ops import dtype_name
+from benchmarks.results import Recorder, Row, figures, of_ceiling
 from dopsd.cache import Cache
 from dopsd.confidence import most_confident
 from dopsd.config import ModelArguments, TeachingArguments
@@ -375,7 +376,7 @@ def objective(reuse: Reuse = "none") -> Objective:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Way:
     """One way to do the update, or the rollout before it.
 
     Args:
@@ -410,101 +411,95 @@ class Trial:
             return {"rollout": rollout_needs(student, self.cache)}
         return update_needs(student, list(student.batches(objective(self.reuse), self.size)))
 
-    def about(self, student: Student | None, setting: Setting, phase: str, status: str) -> Row:
-        """The columns that say what a row is about."""
+    def about(self, setting: Setting, status: str = "ok") -> Row:
+        """The columns that say what its row is about."""
         options = {"quantize": self.quantize, "reuse": self.reuse, "cache": self.cache}
-        sizes = {}
-        if student is not None:
-            sizes = {"parameters": student.parameters, "trained": sum(p.numel() for p in student.trained)}
         return {
             "part": "step",
             "provider": self.provider,
             "variant": ", ".join(f"{name}={kind}" for name, kind in options.items() if kind not in ("none", "off")),
             "states_per_forward": self.size,
-            "phase": phase,
+            "phase": self.phase,
             "prefix": setting.prompt,
             "length": setting.response,
             "states": setting.decoding.total_steps,
             "dtype": dtype_name(setting.dtype),
             "status": status,
-            **sizes,
         }
 
 
-def trials(setting: Setting) -> list[Trial]:
+def ways(setting: Setting) -> list[Way]:
     """What tells most comes first: ours and plain code at equal micro-batches, rollouts, NF4, then the rest."""
     size, *larger = setting.sizes
     caches: tuple[Cache, ...] = ("dual", "off", "prefix")
     return [
-        Trial("ours", size),
-        Trial("plain", size),
-        Trial("ours", size, reuse="block"),
-        Trial("plain", 1, "rollout"),
-        *(Trial("ours", 1, "rollout", cache=cache) for cache in caches),
-        Trial("ours", size, quantize="nf4"),
-        Trial("ours", size, reuse="block", quantize="nf4"),
-        Trial("ours", size, reuse="prompt"),
-        *(Trial("ours", size, reuse=reuse) for size in larger for reuse in get_args(Reuse)),
+        Way("ours", size),
+        Way("plain", size),
+        Way("ours", size, reuse="block"),
+        Way("plain", 1, "rollout"),
+        *(Way("ours", 1, "rollout", cache=cache) for cache in caches),
+        Way("ours", size, quantize="nf4"),
+        Way("ours", size, reuse="block", quantize="nf4"),
+        Way("ours", size, reuse="prompt"),
+        *(Way("ours", size, reuse=reuse) for size in larger for reuse in get_args(Reuse)),
     ]
 
 
 def measure(recorder: Recorder, until: float, rehearsal: bool) -> bool:
-    """Write a row per trial and phase; return whether all of ours ran, or had no time or memory to."""
-    setting, fine = REHEARSED if rehearsal else LLADA_8B, True
-    wanted = trials(setting)
-    left = len(wanted)
-    for quantize, group in groupby(wanted, lambda trial: trial.quantize):
-        part = list(group)
-        fine &= measure_student(recorder, setting, quantize, part, left, until)
-        left -= len(part)
+    """Write a row per way and phase; return whether all of ours ran, or had no time or memory to."""
+    setting = REHEARSED if rehearsal else LLADA_8B
+    left = [way for way in ways(setting) if recorder.row(way.about(setting)) is None]
+    for quantize, group in groupby(list(left), lambda way: way.quantize):
+        student, built = None, Trial(lambda: None)
+        if quantize == "nf4" and not is_bitsandbytes_available():
+            built.status = "skipped: bitsandbytes is not installed: pip install 'dopsd[quant]'"
+        for way in group:
+            recorder.announce([way.about(setting, built.status)])
+            if built.status == "ok" and time.time() > until:
+                built.status = "out of time"
+            if student is None and built.status == "ok":
+                made: list[Student] = []
+                built.attempt(lambda: made.append(Student(setting, DEVICE, quantize)))  # noqa: B023
+                student = made[0] if made else None
+            # Each has an equal share of the time that is left: further rounds of one must not cost another its first.
+            enough = time.time() + (until - time.time()) / len(left)
+            left.remove(way)
+            if student is None or built.status != "ok":
+                recorder.add([way.about(setting, built.status)])
+            else:
+                recorder.add(measure_way(student, way, enough, rehearsal))
         # Before the next student is built, this one goes.
+        del student
         gc.collect()
         torch.cuda.empty_cache()
-    return fine
+    ours = [row["status"] for row in recorder.rows if (row["part"], row["provider"]) == ("step", "ours")]
+    return not any(status.startswith("failed") for status in ours)
 
 
-def measure_student(
-    recorder: Recorder, setting: Setting, quantize: Quantize, part: Sequence[Trial], left: int, until: float
-) -> bool:
-    """Build a student and measure its part of the trials that are left; as `measure`."""
-    built: list[Student] = []
-    if time.time() >= until:
-        status = "out of time"
-    elif quantize == "nf4" and not is_bitsandbytes_available():
-        status = "skipped: bitsandbytes is not installed: pip install 'dopsd[quant]'"
-    else:
-        status = attempt(lambda: built.append(Student(setting, DEVICE, quantize)))
-    if not built:
-        recorder.add([trial.about(None, setting, trial.phase, status) for trial in part])
-        return not status.startswith("failed")
-    fine = True
-    for number, trial in enumerate(part):
-        # Each has an equal share of the time that is left: further rounds of one must not cost another its first.
-        share = max(0.0, until - time.time()) / (left - number)
-        fine &= measure_trial(recorder, built[0], trial, time.time() + share, until)
-    return fine
-
-
-def measure_trial(recorder: Recorder, student: Student, trial: Trial, enough: float, until: float) -> bool:
-    """Time a trial: one round, and further ones that will have ended when it is ``enough``; as `measure`."""
+def measure_way(student: Student, way: Way, enough: float, rehearsal: bool) -> list[Row]:
+    """Time a way: one round, and further ones that will have ended when it is ``enough``. A row for every phase."""
     found: list[Stopwatch] = []
-    before = 0
+    before, ceiling, about = 0, {}, way.about(student.setting)
 
-    def action() -> None:
-        nonlocal before
-        trial.run(student, short=True)
+    def rounds() -> None:
+        nonlocal before, ceiling
+        way.run(student, short=True)
         before = torch.cuda.memory_allocated()
-        while len(found) < ROUNDS and not (found and time.time() + found[-1].seconds[trial.phase] > enough):
-            found.append(trial.run(student))
+        while len(found) < ROUNDS and not (found and time.time() + found[-1].seconds[way.phase] > enough):
+            found.append(way.run(student))
+            ceiling = kernels.ceiling(rehearsal)
 
-    status = attempt(action) if time.time() < until else "out of time"
-    if status != "ok":
+    trial = Trial(rounds)
+    trial.attempt(rounds)
+    if trial.status != "ok":
         student.optimizer.zero_grad()
-        recorder.add([trial.about(student, student.setting, trial.phase, status)])
-        return not (status.startswith("failed") and trial.provider == "ours")
-    for phase, needs in trial.needs(student).items():
+        return [{**about, "status": trial.status}]
+    sizes = {"parameters": student.parameters, "trained": sum(p.numel() for p in student.trained)}
+    rows = []
+    for phase, needs in way.needs(student).items():
         total = max((stopwatch.peaks[phase] for stopwatch in found if stopwatch.cuda), default=None)
-        seconds = [stopwatch.seconds[phase] for stopwatch in found]
-        row = {**figures(seconds, None if total is None else total - before), **needs, "total_bytes": total}
-        recorder.add([{**trial.about(student, student.setting, phase, status), **row}])
-    return True
+        times = [Times(stopwatch.seconds[phase], None) for stopwatch in found]
+        measured = figures(Trial(rounds, "ok", times, None if total is None else total - before))
+        row = {**about, "phase": phase, **sizes, **measured, **needs, "total_bytes": total, "ceiling": ceiling}
+        rows.append({**row, **of_ceiling(row)})
+    return rows

@@ -1,10 +1,11 @@
-"""Finds a kernel's best launch configuration on this GPU and writes it where the kernels look.
+"""Finds the kernels' best launch configurations on this GPU and writes them where the kernels look.
 
-    python -m benchmarks.tune confidence --rows 256
-    python -m benchmarks.tune step_kl_rows --rows 2048 --width 4096 --vocab 126464 --out configs.json
+    python -m benchmarks.tune --minutes 8 --out configs.json          # all kernels, at LLaDA-8B's sizes
+    python -m benchmarks.tune --only step_kl_rows --rows 512 --width 3584 --vocab 152064
 
 One parameter at a time is varied, from the present configuration on, while that helps. Times are those of the public
-op at the given sizes. The entry that is written applies up to these sizes, on this architecture and its relatives.
+op. Every improvement is written when it is found, as an entry that applies up to these sizes, on this architecture and
+its relatives; without ``--out`` that is the package's own file.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import Clock
-from benchmarks.problems import DEVICE, Case, make_problem
-from benchmarks.providers import GRAD_THRESHOLD, errors, providers
+from benchmarks import kernels
+from benchmarks.measure import DEVICE, Clock, Trial
+from benchmarks.ops import Attention, Case, Confidence, StepKL
 from dopsd_kernels.triton import configs
 
 Config = dict[str, int]
@@ -32,33 +34,35 @@ Entry = dict[str, Any]
 # Values that are tried for a parameter of this name.
 CANDIDATES = {
     "BLOCK": (512, 1024, 2048, 4096),
+    "BLOCK_M": (16, 32, 64, 128),
     "BLOCK_N": (16, 32, 64, 128),
-    "BLOCK_R": (16, 32, 64, 128),
     "BLOCK_V": (64, 128, 256),
-    "BLOCK_D": (64, 128, 256),
     "ROW_BYTES": (64, 128),
     "GROUP": (1, 4, 8, 16),
     "PROGRAMS": (1, 2, 4),
-    "SPLITS": (2, 4, 8, 16),
-    "CACHE_MIB": (12, 24, 48, 96),
+    "SPLITS": (1, 2, 4, 8, 16),
+    "CACHE_MIB": (16, 32, 64, 96, 128, 256),
     "num_warps": (4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5),
 }
-# The public op that runs a kernel, on which kind of rows, and in which variant.
-KERNELS = {
-    "confidence_argmax": ("confidence", "diffuse", ""),
-    "confidence": ("confidence", "diffuse", "top_k=20"),
-    "step_kl_rows": ("step_kl", "diffuse", ""),
-    "step_kl_hidden_gradient": ("step_kl", "peaked", f"grad_threshold={GRAD_THRESHOLD:g}"),
+_HEAD = (4096, 126464, torch.bfloat16)
+# Kernel -> the case whose time its configuration decides.
+CASES: dict[str, Case] = {
+    "step_kl_rows": StepKL("reverse_kl", 2048, *_HEAD),
+    "confidence_argmax": Confidence("argmax", 256, *_HEAD),
+    "confidence": Confidence("sampled", 256, *_HEAD, "peaked"),
+    "prefix_attention": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "forward"),
+    "prefix_attention_backward": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "both"),
 }
-SIXTEEN_BITS = ("confidence_argmax", "step_kl_hidden_gradient")  # run for 16-bit operands alone
 WORTHWHILE = 0.99  # a smaller gain than 1 % is noise
 ERROR = 0.02  # of bf16 results; a configuration with more is wrong
 
 
-def search(start: Config, seconds: Callable[[Config], float]) -> tuple[Config, float]:
-    """Return the fastest configuration found and its time; ``seconds`` is infinite for one that cannot run."""
+def search(start: Config, seconds: Callable[[Config], float], until: float) -> Iterator[tuple[Config, float]]:
+    """Yield the present configuration and each that is faster than all before; ``seconds`` is infinite for one that
+    cannot run. None is tried after ``until``, in Unix time."""
     best, fastest = start, seconds(start)
+    yield best, fastest
     tried = [start]
     improved = True
     while improved:
@@ -66,14 +70,14 @@ def search(start: Config, seconds: Callable[[Config], float]) -> tuple[Config, f
         for name in start:
             for value in CANDIDATES.get(name, ()):
                 candidate = {**best, name: value}
-                if candidate in tried:
+                if candidate in tried or time.time() > until:
                     continue
                 tried.append(candidate)
                 taken = seconds(candidate)
                 print(f"{1e3 * taken:9.3f} ms  {json.dumps(candidate)}", flush=True)
                 if taken < WORTHWHILE * fastest:
                     best, fastest, improved = candidate, taken, True
-    return best, fastest
+                    yield best, fastest
 
 
 def insert(entries: list[Entry], entry: Entry) -> list[Entry]:
@@ -95,67 +99,77 @@ def insert(entries: list[Entry], entry: Entry) -> list[Entry]:
 
 def write(entries: dict[str, list[Entry]], path: Path) -> None:
     """Write a configuration file, an entry per line."""
-    kernels = (
+    of_kernels = (
         f" {json.dumps(kernel)}: [\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in of_kernel) + "\n ]"
         for kernel, of_kernel in entries.items()
     )
-    path.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(of_kernels) + "\n}\n")
 
 
-def timer(kernel: str, case: Case, arch: str) -> Callable[[Config], float]:
+def timer(kernel: str, case: Case, arch: str, entries: dict[str, list[Entry]]) -> Callable[[Config], float]:
     """Return a function that times the public op on this GPU with a configuration of one of its kernels."""
-    variant = KERNELS[kernel][2]
-    (provider,) = (p for p in providers(case) if p.name == "ours triton" and p.variant == variant)
-    problem, clock = make_problem(case, DEVICE), Clock(DEVICE)
-    small = make_problem(replace(case, rows=min(case.rows, 64)), DEVICE)
-    phase = "forward" if case.op == "confidence" else "both"
-    entries = configs.read()
+    (provider,) = (provider for provider in case.providers() if provider.name == "ours triton")
+    tensors, clock = case.tensors(DEVICE), Clock(DEVICE)
 
     def seconds(config: Config) -> float:
-        candidate = {**entries, kernel: [{"arch": [arch], "config": config}, *entries[kernel]]}
-        try:
-            with configs.use(candidate):
-                # Compiles, too. A configuration may be impossible: too much shared memory, or a block too small.
-                if max(errors(provider, small).values()) > ERROR:
-                    return math.inf
-                clock.time(provider, problem, phase)
-                return statistics.median(clock.time(provider, problem, phase)[phase] for _ in range(9))
-        except Exception as error:
-            print(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        trial = Trial(lambda: provider.run(case, tensors))
+
+        def run() -> None:
+            # Compiles, too. A configuration may be impossible: too much shared memory, or a block too small.
+            if kernels.error(case, provider)["error"] > ERROR:
+                raise ValueError("wrong results")
+            clock.time(trial.run)
+            trial.times += [clock.time(trial.run) for _ in range(9)]
+
+        with configs.use({**entries, kernel: [{"arch": [arch], "config": config}, *entries[kernel]]}):
+            trial.attempt(run)
+        if trial.status != "ok":
+            print(trial.status, flush=True)
             return math.inf
+        return statistics.median(times.device for times in trial.times)
 
     return seconds
 
 
+def tune(kernel: str, case: Case, arch: str, until: float, out: Path) -> bool:
+    """Search one kernel's best configuration and write each that is found; return whether any ran."""
+    entries = configs.read(out if out.is_file() else configs.PATH)
+    limits = {name: getattr(case, name) for name in ("rows", "width", "vocab") if isinstance(case, StepKL | Confidence)}
+    start = configs.choose(kernel, DEVICE, **limits)
+    found = [(start, math.inf)]
+    for config, seconds in search(start, timer(kernel, case, arch, entries), until):
+        found.append((config, seconds))
+        if config != start:
+            entries[kernel] = insert(entries[kernel], {"arch": [arch], **limits, "config": config})
+            write(entries, out)
+    print(f"{kernel}: {1e3 * found[-1][1]:.3f} ms", flush=True)
+    return not math.isinf(found[-1][1])
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Tune one kernel for one problem size."""
+    """Tune kernels, as long as there is time; exit status 1 if a kernel ran in no configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", choices=KERNELS)
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--vocab", type=int, default=126464)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--out", type=Path, default=configs.PATH, help="the data file (default: the package's)")
+    parser.add_argument(
+        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="KERNEL", help=", ".join(CASES)
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="when to have stopped")
+    parser.add_argument("--out", type=Path, default=configs.PATH, help="the file (default: the package's)")
+    for name in ("rows", "width", "vocab"):
+        parser.add_argument(f"--{name}", type=int, help="of the loss and the confidence, instead of LLaDA-8B's")
     args = parser.parse_args(argv)
-    if args.kernel in SIXTEEN_BITS and args.dtype == "float32":
-        parser.error(f"{args.kernel} runs for 16-bit operands alone")
     arch = configs.family(DEVICE)
     if arch is None:
         print(f"There are no Triton kernels for this device: {DEVICE}.", file=sys.stderr)
         return 2
-    op, data, _ = KERNELS[args.kernel]
-    case = Case(op, args.rows, args.width, args.vocab, getattr(torch, args.dtype), data)
-    start = configs.choose(args.kernel, DEVICE, args.rows, args.width, args.vocab)
-    config, fastest = search(start, timer(args.kernel, case, arch))
-    if math.isinf(fastest):
-        print("No configuration ran.", file=sys.stderr)
-        return 1
-    print(f"{1e3 * fastest:.3f} ms with {config}")
-    entries = configs.read()
-    limits = {"rows": args.rows, "width": args.width, "vocab": args.vocab}
-    entries[args.kernel] = insert(entries[args.kernel], {"arch": [arch], **limits, "config": config})
-    write(entries, args.out)
-    return 0
+    sizes = {name: size for name in ("rows", "width", "vocab") if (size := getattr(args, name)) is not None}
+    begin, fine = time.time(), True
+    for number, kernel in enumerate(args.only, 1):
+        case = CASES[kernel]
+        if isinstance(case, StepKL | Confidence):
+            case = replace(case, **sizes)
+        # Each kernel has an equal share of the time.
+        fine &= tune(kernel, case, arch, begin + 60 * args.minutes * number / len(args.only), args.out)
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":

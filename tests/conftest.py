@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from dopsd.trainer import Trainer
 
 
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """`pytest --benchmark-only` is about the benchmarks."""
+    return True if config.getoption("benchmark_only", False) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Small tensors: more threads only cost, and results are then the same bits everywhere."""
