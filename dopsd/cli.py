@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import datasets
 import transformers
 
 from dopsd.config import TaskArguments
@@ -26,7 +25,6 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     debug = "--debug" in argv
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         main([word for word in argv if word != "--debug"])

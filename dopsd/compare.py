@@ -10,7 +10,8 @@ from typing import Any
 from dopsd.accuracy import difference, mcnemar
 from dopsd.errors import UsageError, require
 from dopsd.report import write_json, write_text
-from dopsd.results import GRADED, SETTING, interval, label, markdown_table, percent, show
+from dopsd.results import GRADED, SETTING, interval, label, percent
+from dopsd.tables import markdown_table, show
 
 NEEDED = {*SETTING, "accuracy", "standard_error", "responses"}
 

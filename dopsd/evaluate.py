@@ -23,9 +23,10 @@ from dopsd.config import EvaluationArguments, parse_evaluate
 from dopsd.errors import require
 from dopsd.journal import Journal
 from dopsd.models import load_adapter, load_model, require_layers
-from dopsd.results import Setting, columns, label, markdown, result, show
+from dopsd.results import Setting, columns, label, markdown, result
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
+from dopsd.tables import show
 from dopsd.tasks import Task, load_task
 from dopsd.trajectory import Trajectory
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from dopsd.errors import UsageError, require
@@ -29,6 +28,7 @@ from dopsd.objective import Objective
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding, decode
 from dopsd.step_batch import Lesson, StepBatch, collate
+from dopsd.tables import show
 from dopsd.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -273,16 +273,11 @@ class Plan:
             f"{(sizes.workspace_bytes or 0) >> 20} MiB"
         )
 
-    def table(self) -> Table:
-        """The prediction and its parts, for a terminal."""
-        table = Table(title="memory: predicted, not measured")
-        table.add_column("")
-        table.add_column("GiB", justify="right")
-        for part, size in self.parts().items():
-            table.add_row(f"  {PARTS[part]}", gib(size))
-        for name, size in (("training", self.training), ("decoding", self.decoding), ("budget", self.budget)):
-            table.add_row(name, gib(size))
-        return table
+    def show(self) -> None:
+        """Print the prediction and its parts."""
+        sizes = {f"  {PARTS[part]}": size for part, size in self.parts().items()}
+        sizes |= {"training": self.training, "decoding": self.decoding, "budget": self.budget}
+        show([{"": name, "GiB": gib(size)} for name, size in sizes.items()], "memory: predicted, not measured")
 
 
 def gib(size: float) -> str:

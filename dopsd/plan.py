@@ -17,8 +17,6 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,6 +45,7 @@ from dopsd.models.checkpoint import first_line, read_config, read_json
 from dopsd.rollout import Decoder
 from dopsd.sampler import inference
 from dopsd.step_batch import Lesson, Reuse, StepBatch
+from dopsd.tables import show
 from dopsd.teacher import TeacherWeights
 
 # Bytes of a parameter of a quantised linear layer: nf4 has 4 bits and its constants, themselves quantised, 0.127 more.
@@ -318,24 +317,26 @@ def read_architecture(path: str) -> Any:
         raise RunError(f"model_config={path!r} can't be used: {first_line(error)}") from error
 
 
-def option_table(run: DryRun, limit: int, sequences: int) -> Table:
-    """The states that fit, and their peak, for each reuse, weights and with and without checkpointing."""
-    table = Table(title=f"what fits in {gib(limit)} GiB: predicted, not measured")
-    for name in ("reuse", "weights", "checkpointing"):
-        table.add_column(name)
-    for name in ("states", "tokens", "peak GiB"):
-        table.add_column(name, justify="right")
+def options(run: DryRun, limit: int, sequences: int) -> list[dict[str, str]]:
+    """Rows with the states that fit, and their peak, for each reuse, weights and with and without checkpointing."""
+    rows = []
     for reuse in get_args(Reuse):
         for quantize in ("none", "nf4"):
             probe = DryProbe(run, reuse, quantize)
             planner = Planner(probe, limit, run.states(), sequences, run.workspace_bytes)
             for checkpointing in (False, True):
                 states = planner.most(checkpointing)
-                fits = (str(states), str(probe.tokens(states))) if states else ("-", "-")
-                weights = "as stored" if quantize == "none" else quantize
-                peak = gib(probe.training(states or 1, checkpointing))
-                table.add_row(reuse, weights, "yes" if checkpointing else "no", *fits, peak)
-    return table
+                rows.append(
+                    {
+                        "reuse": reuse,
+                        "weights": "as stored" if quantize == "none" else quantize,
+                        "checkpointing": "yes" if checkpointing else "no",
+                        "states": str(states) if states else "-",
+                        "tokens": str(probe.tokens(states)) if states else "-",
+                        "peak GiB": gib(probe.training(states or 1, checkpointing)),
+                    }
+                )
+    return rows
 
 
 def main(argv: Sequence[str]) -> None:
@@ -356,9 +357,9 @@ def main(argv: Sequence[str]) -> None:
     trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
     print(f"{base:,} parameters, and {trained:,} that are trained; {run.states()} states an update")
     print(f"predicted, not measured: {plan}")
-    console = Console()
-    console.print(plan.table())
-    console.print(option_table(run, limit, rollouts.sequences_per_forward))
+    plan.show()
+    rows = options(run, limit, rollouts.sequences_per_forward)
+    show(rows, f"what fits in {gib(limit)} GiB: predicted, not measured")
 
 
 AttentionInterface.register(ATTENTION, attention)

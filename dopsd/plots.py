@@ -5,24 +5,21 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.legend_handler import HandlerTuple
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dopsd.trajectory import NEVER, Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies. Every figure is laid out at
 # its print size, so FONT is what a reader sees.
@@ -31,6 +28,11 @@ FONT, TITLE_FONT, DPI = 8.0, 9.0, 300
 LEGEND: dict[str, Any] = {"fontsize": FONT, "frameon": False, "borderaxespad": 0.2, "handletextpad": 0.5}
 
 Array = NDArray[np.float64]
+
+
+def why_no_picture() -> str | None:
+    """Why no figure can be drawn here; None if one can. Nothing else of a run needs what draws."""
+    return None if find_spec("matplotlib") else "matplotlib is not installed (pip install matplotlib)"
 
 
 # Training curves. One panel per group of series that share a unit; shares are drawn as percentages. The two series of
@@ -97,6 +99,13 @@ def plot_curves(
     Raises:
         ValueError: if no row has a finite value that could be drawn.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
     keys = [key for panel in _PANELS for key, _ in panel.series]
     curves = {key: curve for key in keys if (curve := _curve(history, key)) is not None}
     if not curves:
@@ -295,6 +304,10 @@ def plot_trajectory(trace: TrajectoryTrace, path: Path) -> None:
         trace: what to draw.
         path: file to write; its suffix is the format.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     trajectory, steps = trace.trajectory, trace.steps.tolist()
     length, count, block = len(trajectory.tokens), len(steps), trajectory.block_length
     labelled = length <= _LABELLED_UP_TO
@@ -353,6 +366,9 @@ def plot_trajectory(trace: TrajectoryTrace, path: Path) -> None:
 
 def _cells(axes: Axes, trace: TrajectoryTrace, grid: bool) -> None:
     """Colour every cell. The image has two rows per step, for cells that are two things at once."""
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
     reveal_step, count, length = trace.trajectory.reveal_step, len(trace.steps), len(trace.labels)
     committed, known = trace.trajectory.commits(trace.steps), reveal_step < trace.steps[:, None]
     never = reveal_step == NEVER
@@ -403,6 +419,10 @@ def _label(text: str) -> str:
 
 def _trajectory_legend(figure: Figure, trace: TrajectoryTrace, ring: dict[str, Any], x: float, y: float) -> None:
     """Put the legend above the panels, its lower left corner at (x, y) of the figure, and the title above it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     entries: list[tuple[Any, str]] = [
         (Patch(facecolor=MASKED, edgecolor=GRAY, linewidth=0.5), "masked"),
         (Patch(facecolor=KNOWN), "revealed earlier"),

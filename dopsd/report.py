@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import TrainerCallback
 
 from dopsd.accuracy import difference, summary
 from dopsd.errors import RunError, require
 from dopsd.memory import gib
-from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory
+from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.rollout import Rollout, Row
 from dopsd.step_batch import step_batches
+from dopsd.tables import show
 from dopsd.trainer import Trainer
 
 RUN_FILE = "run.json"
+PICTURES = ("curves.png", "trajectory.png")
 PACKAGES = ("dopsd", "torch", "transformers", "peft", "accelerate", "triton", "numpy")
 
 # transformers options that may differ between a run and its continuation.
@@ -127,7 +127,9 @@ def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
         )
         if trainer.plan is not None:
             print(f"{trainer.plan}")
-            Console().print(trainer.plan.table())
+            trainer.plan.show()
+        if (reason := why_no_picture()) is not None:
+            print(f"{' and '.join(PICTURES)} are left out: {reason}")
 
 
 def held_out(trainer: Trainer, rows: Sequence[Row], moment: str, output: Path) -> dict[str, list[float]]:
@@ -149,7 +151,7 @@ def held_out(trainer: Trainer, rows: Sequence[Row], moment: str, output: Path) -
     if trainer.is_world_process_zero():
         eos_id = trainer.decoder.eos_id
         write_json(path, {rate: [response(one, eos_id) for one in ones] for rate, ones in results.items()})
-        if moment == "before":
+        if moment == "before" and why_no_picture() is None:
             draw_trajectory(trainer, next(iter(results.values())), output / "trajectory.png")
     return {rate: [one.score for one in ones] for rate, ones in results.items()}
 
@@ -203,7 +205,10 @@ def finish(
     after: Mapping[str, list[float]],
     seconds: float,
 ) -> None:
-    """Write ``report.json`` and ``curves.png`` and print the result."""
+    """Write ``report.json`` and ``curves.png`` and print the result.
+
+    Pictures that can't be drawn here are left out; the report says which and why.
+    """
     if not trainer.is_world_process_zero():
         return
     rates = {rate: compare(before[rate], after[rate]) for rate in before}
@@ -217,7 +222,8 @@ def finish(
             "measured_peak": trainer.highest,
         }
     )
-    history = trainer.state.log_history
+    reason = why_no_picture()
+    left_out = {} if reason is None else {name: reason for name in PICTURES if not (output / name).exists()}
     write_json(
         output / "report.json",
         {
@@ -232,35 +238,37 @@ def finish(
             "threads": torch.get_num_threads(),
             "versions": versions(),
             "memory": memory,
+            "left_out": left_out,
             "config": config,
         },
     )
-    plot_curves(
-        history,
-        output / "curves.png",
-        before=own["accuracy_before"],
-        after=own["accuracy_after"],
-        before_error=own["standard_error_before"],
-        after_error=own["standard_error_after"],
-    )
-    table = Table(title=f"held-out accuracy, {len(next(iter(before.values())))} problems")
-    for name in ("tokens per step", "before", "after", "gain"):
-        table.add_column(name, justify="right")
-    for rate, row in rates.items():
-        table.add_row(
-            rate,
-            *(
-                f"{100 * row[f'accuracy_{moment}']:.1f} ± {100 * row[f'standard_error_{moment}']:.1f}"
-                for moment in ("before", "after")
-            ),
-            f"{100 * row['accuracy_gain']:+.1f} ± {100 * row['standard_error_gain']:.1f}",
+    if reason is None:
+        plot_curves(
+            trainer.state.log_history,
+            output / "curves.png",
+            before=own["accuracy_before"],
+            after=own["accuracy_after"],
+            before_error=own["standard_error_before"],
+            after_error=own["standard_error_after"],
         )
-    console = Console()
-    console.print(table)
+    rows = [
+        {
+            "tokens per step": rate,
+            **{
+                moment: f"{100 * row[f'accuracy_{moment}']:{sign}.1f} ± {100 * row[f'standard_error_{moment}']:.1f}"
+                for moment, sign in (("before", ""), ("after", ""), ("gain", "+"))
+            },
+        }
+        for rate, row in rates.items()
+    ]
+    notes = []
     if memory is not None:
         peaks = gib(trainer.predicted_peak), gib(trainer.highest)
-        console.print(f"memory: {peaks[0]} GiB predicted, {peaks[1]} measured in updates")
-    console.print(f"{seconds:.0f} s; adapter, report.json, metrics.csv, curves.png and trajectory.png are in {output}")
+        notes.append(f"memory: {peaks[0]} GiB predicted, {peaks[1]} measured in updates")
+    files = [name for name in ("report.json", "metrics.csv", *PICTURES) if name not in left_out]
+    notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
+    notes.append(f"{seconds:.0f} s; in {output}: the adapter, {', '.join(files)}")
+    show(rows, f"held-out accuracy, {len(next(iter(before.values())))} problems", notes)
 
 
 def compare(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

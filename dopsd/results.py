@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, JustifyMethod
-from rich.table import Table
 
 from dopsd.accuracy import mean, summary
 from dopsd.published import LABEL, METHODS, published
 from dopsd.report import response
 from dopsd.rollout import Rollout
+from dopsd.tables import markdown_table
 from dopsd.tasks import Task
 
 # What names a result among others, and what `response` adds to a row's own columns.
 SETTING = ("task", "gen_length", "tokens_per_step", "measure")
 GRADED = ("response", "score", "tokens", "steps", "tries")
 
-FILE_WIDTH = 120  # of tables that no terminal is there to bound
 INTERVALS = {"wilson": "Wilson's score interval", "normal": "mean ± 1.96 standard errors, within 0 and 100"}
 DEFINITIONS = (
     "Accuracy is the mean grade, ± its standard error. Tokens (before the first end-of-text) and denoising steps are "
@@ -111,26 +106,6 @@ def columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         for row in rows:
             del row["fully correct (%)"]
     return rows
-
-
-def show(rows: Sequence[Mapping[str, str]], title: str, notes: Sequence[str]) -> None:
-    """Print rows of cells as a table, words to the left and numbers to the right, and notes below it."""
-    drawn = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in rows[0]:
-        justify: JustifyMethod = "left" if name in ("task", "measure") else "right"
-        drawn.add_column(name, justify=justify, overflow="fold")
-    for row in rows:
-        drawn.add_row(*row.values())
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
-    console.print(drawn)
-    for note in notes:
-        console.print(note, highlight=False, markup=False)
-
-
-def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows of cells as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def markdown(results: Sequence[Mapping[str, Any]], about: Sequence[str]) -> str:

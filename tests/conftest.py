@@ -118,6 +118,13 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def bare_path() -> str:
+    """PYTHONPATH of processes in which nothing is installed that isn't needed to start."""
+    tests = Path(__file__).parent
+    return os.pathsep.join([str(tests / "without"), str(tests.parent)])
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs a command as ``python -m`` would, in this process: its exit status, standard output and standard error."""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,12 +34,6 @@ def the_error(err: str) -> str:
     assert "Traceback" not in err
     assert lines[-1].startswith("error: ") and sum(line.startswith("error: ") for line in lines) == 1, err
     return lines[-1]
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Task files are cached beside the test and not in the user's home."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture
@@ -205,14 +198,17 @@ def test_an_adapter_of_another_width_is_refused(
     ("name", "text", "said"),
     [
         ("empty.csv", "", ["no rows"]),
-        ("header.csv", "puzzle,solution\n", ["at least one row"]),
+        ("header.csv", "puzzle,solution\n", ["no rows"]),
         ("empty.jsonl", "\n", ["no rows"]),
         ("columns.csv", "puzzle,answer\n12,34\n", ["missing column solution", "puzzle, answer"]),
         ("columns.jsonl", '{"question": "1"}\n', ["missing column puzzle, solution", "question"]),
         ("value.csv", "puzzle,solution\n,1234341221434321\n", ["row 0", "puzzle"]),
         ("wrong.csv", "puzzle,solution\n1200341221434321,1111222233334444\n", ["row 0", "no solved grid"]),
         ("other.csv", "puzzle,solution\n4200341221434321,1234341221434321\n", ["row 0", "disagree"]),
+        ("more.csv", "puzzle,solution\n1200341221434321,1234341221434321,3\n", ["row 0 has more values"]),
+        ("quotes.csv", 'puzzle,solution\n"12"34,5\n', ["can't be read as csv"]),
         ("garbage.jsonl", "no json\n", ["can't be read as jsonl"]),
+        ("words.json", '["puzzle"]', ["row 0 is no object"]),
         ("garbage.parquet", "no parquet\n", ["can't be read as parquet"]),
         ("rows.txt", "x\n", [".csv", ".jsonl", ".parquet"]),
         ("absent.csv", None, ["no such file"]),

@@ -136,13 +136,8 @@ def test_decoding_is_what_the_options_say(shipped: Decoder, tmp_path: Path) -> N
     assert any(result["responses"][0]["response"])
 
 
-def test_a_file_of_problems(
-    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_of_problems(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     """The first so many rows of --test_file, whatever the case of its columns; the table goes to standard output."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     rows = Sudoku().problems("validation", 3)
     path, output = tmp_path / "rows.csv", tmp_path / "result.json"
     path.write_text("Puzzle,Solution\n" + "".join(f"{row['puzzle']},{row['solution']}\n" for row in rows))

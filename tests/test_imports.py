@@ -1,7 +1,8 @@
-"""What importing and running needs, and what it does not: Triton, transformers for the ops, the network."""
+"""What importing and running needs, and what it does not: Triton, transformers for the ops, the network, optionals."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,13 +13,12 @@ import dopsd_kernels
 ROOT = Path(dopsd_kernels.__file__).parents[1]
 
 
-def python(program: str, *argv: str) -> str:
-    """Standard output of a fresh interpreter."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def python(program: str, *argv: str, **changes: str) -> str:
+    """Standard output of a fresh interpreter, with ``changes`` of its environment."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
     environment.pop("HF_HUB_OFFLINE", None)
-    done = subprocess.run(
-        [sys.executable, "-c", program, *argv], env=environment, capture_output=True, text=True, timeout=180
-    )
+    command = [sys.executable, "-c", program, *argv]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -74,3 +74,44 @@ print("done")
     argv = [*small_run, "--max_steps", "1", "--steps", "6", "--eval_problems", "1", "--output_dir", str(output)]
     assert python(program, *argv).endswith("done\n")
     assert (output / "report.json").is_file()
+
+
+def test_what_is_not_installed_is_in_nobodys_way(bare_path: str, small_run: list[str], tmp_path: Path) -> None:
+    """Without what ``without/sitecustomize.py`` lists, every module is imported, every GPU test is collected, and a
+    run ends as usual: its report says which pictures are left out and why, and its tables are Markdown."""
+    program = """
+import importlib
+import pkgutil
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+assert "without" in sys.modules["sitecustomize"].__file__ and find_spec("datasets") is find_spec("rich") is None
+collected = pytest.main(["-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider", *sys.argv[1].split()])
+assert collected == 0, collected
+for package in ("dopsd_kernels", "dopsd", "benchmarks"):
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
+        if module.name not in ("benchmarks.plots", "benchmarks.report"):
+            importlib.import_module(module.name)
+from dopsd import cli, train
+
+try:
+    train.main(["--help"])
+except SystemExit as end:
+    assert not end.code
+del sys.argv[1]
+cli.run(train.main)
+"""
+    drawing = ("test_benchmarks.py", "test_gpu_command.py", "test_readme.py")  # they import what draws benchmarks
+    collect = " ".join(["tests", *(f"--ignore=tests/{name}" for name in drawing)])
+    output = tmp_path / "run"
+    argv = [*small_run, "--max_steps", "1", "--steps", "6", "--eval_problems", "1", "--output_dir", str(output)]
+    printed = python(program, collect, *argv, PYTHONPATH=bare_path)
+    assert "tests/test_memory.py::" in printed and "tests/kernels/test_step_kl_gpu.py::" in printed
+    assert "--lora_targets" in printed  # the help
+    assert "curves.png and trajectory.png are left out: matplotlib is not installed (pip install matplotlib)" in printed
+    assert "| tokens per step | before | after | gain |" in printed
+    report = json.loads((output / "report.json").read_text())
+    assert list(report["left_out"]) == ["curves.png", "trajectory.png"]
+    assert (output / "adapter_model.safetensors").is_file() and not list(output.glob("*.png"))

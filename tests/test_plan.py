@@ -144,7 +144,7 @@ def test_the_command_prints_a_plan_and_a_table(
     parameters = LLaDAModelLM(LLaDAConfig.from_pretrained(tmp_path)).num_parameters()
     assert f"{parameters:,} parameters" in out
     assert out.count("predicted, not measured") == 3
-    rows = [line for line in out.splitlines() if re.search(r"(none|prompt|block)\s+│ (as stored|nf4)", line)]
+    rows = [line for line in out.splitlines() if re.search(r"(none|prompt|block)\s+(as stored|nf4)", line)]
     assert len(rows) == 12 and len(set(rows)) > 6
 
 

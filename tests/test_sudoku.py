@@ -166,14 +166,6 @@ def test_unknown_tasks_are_named() -> None:
 # ---- files ----
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache that reading leaves behind goes with the test."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 ROWS = [
     {"puzzle": "0140432014020000", "solution": "2143432114323214"},
     {"puzzle": "3102200002100320", "solution": "3142243142131324"},

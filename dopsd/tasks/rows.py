@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dopsd.errors import RunError
 
-READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+def csv_rows(path: Path) -> list[Mapping[str, Any]]:
+    """Rows of text: a puzzle such as 0140432014020000 does not become a number."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows: list[Mapping[str, Any]] = list(csv.DictReader(file, strict=True))
+    for number, row in enumerate(rows):
+        if None in row:
+            raise ValueError(f"row {number} has more values than the {len(row) - 1} columns")
+    return rows
+
+
+def json_rows(path: Path) -> list[Mapping[str, Any]]:
+    """A list of objects, or an object a line."""
+    text = path.read_text(encoding="utf-8-sig")
+    is_list = text.lstrip().startswith("[")
+    rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no object")
+    return rows
+
+
+def parquet_rows(path: Path) -> list[Mapping[str, Any]]:
+    """Rows of a table."""
+    if find_spec("pyarrow") is None:
+        raise RunError(f"{path}: parquet files are read with pyarrow, which is not installed: pip install pyarrow")
+    import pyarrow.parquet
+
+    with path.open("rb") as file:  # by its path, the folders it lies in could be read as columns
+        return pyarrow.parquet.read_table(file).to_pylist()
+
+
+READERS = {".csv": csv_rows, ".json": json_rows, ".jsonl": json_rows, ".parquet": parquet_rows}
 
 
 def read_rows(
@@ -24,28 +59,17 @@ def read_rows(
     Raises:
         ValueError: unknown file type, missing column, empty value, unusable row or no rows; it names the file.
         FileNotFoundError: no such file.
+        RunError: what reads such files is not installed.
     """
-    import datasets
-    import pyarrow.csv
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.suffix not in READERS:
         raise ValueError(f"{path}: a task file ends in one of {', '.join(READERS)}")
-    if not path.read_bytes().strip():
-        raise ValueError(f"{path}: no rows")
-    features = None
     try:
-        if path.suffix == ".csv":
-            # Every column is read as text: a puzzle such as 0140432014020000 would otherwise become an integer.
-            lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            names = pyarrow.csv.open_csv(path, parse_options=lines).schema.names
-            features = datasets.Features({name: datasets.Value("string") for name in names})
-        table = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", features=features)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error)
-        raise ValueError(f"{path}: can't be read as {path.suffix[1:]} with at least one row: {reason}") from error
-    rows = text_rows(table, columns, str(path))
+        found = READERS[path.suffix](path)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: can't be read as {path.suffix[1:]}: {error}") from error
+    rows = text_rows(found, dict.fromkeys(name for row in found for name in row), columns, str(path))
     for number, row in enumerate(rows):
         try:
             if check is not None:
@@ -59,33 +83,42 @@ def hub_rows(dataset: str, name: str | None, split: str, columns: Sequence[str])
     """The rows of a split of a dataset on the hub, or in the local cache of it, as strings.
 
     Raises:
-        RunError: it can't be reached, or has no such split.
+        RunError: it can't be reached, has no such split, or what reads it is not installed.
         ValueError: missing column or empty value.
     """
+    instead = "local files are given by --train_file, --validation_file and --test_file"
+    if find_spec("datasets") is None:
+        missing = "is read with the datasets package, which is not installed: pip install datasets"
+        raise RunError(f"{dataset}, split {split}, on the hub, {missing}; {instead}")
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(dataset, name, split=split)
     except Exception as error:  # whatever the hub's client and its transport may raise
         raise RunError(
-            f"{dataset}, split {split}, can't be had from the hub ({type(error).__name__}: {error}); local files are "
-            "given by --train_file, --validation_file and --test_file"
+            f"{dataset}, split {split}, can't be had from the hub ({type(error).__name__}: {error}); {instead}"
         ) from error
-    return text_rows(table, columns, f"{dataset}, {split}")
+    return text_rows(table, table.column_names, columns, f"{dataset}, {split}")
 
 
-def text_rows(table: Any, columns: Sequence[str], source: str) -> list[Mapping[str, str]]:
-    """The rows of a ``datasets.Dataset`` as strings; errors name the ``source``."""
-    by_name = {name.lower(): name for name in table.column_names}
+def text_rows(
+    rows: Iterable[Mapping[str, Any]], names: Iterable[str], columns: Sequence[str], source: str
+) -> list[Mapping[str, str]]:
+    """The ``columns`` of rows that have such ``names``, as strings; errors name the ``source``."""
+    names = list(names)
+    if not names:
+        raise ValueError(f"{source}: no rows")
+    by_name = {name.lower(): name for name in names}
     missing = [name for name in columns if name not in by_name]
     if missing:
-        raise ValueError(f"{source}: missing column {', '.join(missing)}; it has {', '.join(table.column_names)}")
-    values = ({name: row[by_name[name]] for name in columns} for row in table)
-    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in values]
-    for number, row in enumerate(rows):
+        raise ValueError(f"{source}: missing column {', '.join(missing)}; it has {', '.join(names)}")
+    values = [{name: row.get(by_name[name]) for name in columns} for row in rows]
+    text = [{name: "" if value is None else str(value) for name, value in row.items()} for row in values]
+    for number, row in enumerate(text):
         for name, value in row.items():
             if not value:
                 raise ValueError(f"{source}: row {number} has no value for {name}")
-    if not rows:
+    if not text:
         raise ValueError(f"{source}: no rows")
-    return list(rows)
+    return list(text)

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dopsd_kernels import chunked_confidence, fused_confidence, reference
 from dopsd_kernels.topk import stable_topk

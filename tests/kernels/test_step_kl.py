@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dopsd_kernels import fused_step_kl, reference, step_mean_weights
 from dopsd_kernels.contracts import StepKLOptions
