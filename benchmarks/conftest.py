@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from benchmarks import results
-from benchmarks.results import Row
 
 ROWS = pytest.StashKey[results.Recorder]()
 
@@ -47,11 +46,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Ours against the others, and who is missing."""
     from benchmarks.report import absent, ratios
 
-    if lines := ratios(config.stash.get(ROWS, [])):
+    if ROWS in config.stash and (lines := ratios(config.stash[ROWS].rows)):
         terminalreporter.section("our time, and over the others' (plain: eager or concatenated)")
         widths = [max(map(len, column)) for column in zip(lines[0], *(line.values() for line in lines), strict=True)]
         for line in (list(lines[0]), *(list(line.values()) for line in lines)):
             cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
             terminalreporter.write_line("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
-        for reason in absent(config.stash[ROWS]):
+        for reason in absent(config.stash[ROWS].rows):
             terminalreporter.write_line(f"not run: {reason}")

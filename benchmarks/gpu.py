@@ -39,6 +39,7 @@ from benchmarks.ops import Attention, Case, Confidence, Products, Provider, Step
 from benchmarks.results import FOLDER, ROOT, Recorder, Row, machine, new_path
 
 _STOP_SECONDS = 10  # for a process to end by itself after its time
+COMMAND = [sys.executable, "-m", "benchmarks.gpu"]  # of a part's process
 _AGAIN = 75  # exit status of a part that has lost its GPU
 HEADLINE = ("floor", "eager", "ours triton")
 
@@ -210,7 +211,7 @@ def run_part(name: str, path: Path, out: Path, rehearse: bool, seconds: float) -
     end, fine = time.time() + seconds, True
     while True:
         until = end - min(_STOP_SECONDS, seconds / 4)
-        command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--out", str(path), "--until", str(until)]
+        command = [*COMMAND, "--part", name, "--out", str(path), "--until", str(until)]
         before = path.read_text()
         status = run([*command, *(["--rehearse"] if rehearse else [])], out / f"{name}.txt", end - time.time())
         if status in (0, 1, 2, "out of time"):

@@ -88,9 +88,9 @@ class Rows:
 
         Weight rows have norm 1, so that hidden entries of size x give logits of size x. "diffuse" rows have random
         logits of standard deviation 3, with nothing that stands out. "peaked" rows have an entropy of about 1 to 3
-        nats, as a language model where it must choose: one token, drawn by Zipf's law, has about the logsumexp of all
-        others, and these have a standard deviation of 2 around -2 log(id), as in a vocabulary sorted by frequency. The
-        teacher is a little surer of the leading one.
+        nats, as a language model where it must choose: one token, drawn by Zipf's law, has about a third of the mass,
+        and the others a standard deviation of 1 around -2 log(id), as in a vocabulary sorted by frequency. The teacher
+        is a little surer of the leading one.
         """
         generator = torch.Generator(device).manual_seed(0)
 
@@ -102,7 +102,7 @@ class Rows:
             teacher = 3 * normal(self.rows, self.width)
             student = teacher + 0.9 * normal(self.rows, self.width)
         else:
-            common, spread = 16.0, 2.0
+            common, spread = 16.0, 1.0
             falling = -2 * torch.arange(1, self.vocab + 1, device=device).float().log()
             weight[:, 0] = (falling / common).to(self.dtype)  # all hidden states have this entry in common
             token = (self.vocab ** torch.rand(self.rows, generator=generator, device=device)).long() - 1
@@ -111,7 +111,7 @@ class Rows:
             others = spread * normal(self.rows, self.width)
             # The others must not touch the leading token's own logit.
             others -= (others * direction).sum(-1, keepdim=True) * direction
-            lead = falling.logsumexp(0) + spread**2 / 2 + 0.5 * normal(self.rows, 1) - falling[token, None]
+            lead = falling.logsumexp(0) + spread**2 / 2 - 0.7 + 0.3 * normal(self.rows, 1) - falling[token, None]
             student = lead * direction + others
             teacher = student + 0.5 * direction + 0.3 * normal(self.rows, self.width)
             student[:, 0] = teacher[:, 0] = common

@@ -22,13 +22,12 @@ OUT_OF_TIME = "out of time"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--until", type=float, default=float("inf"), help="Unix time after which no test starts")
-    parser.addoption(
-        "--outcomes", type=Path, required=True, help="a run's file, to which a row is added for every test"
-    )
+    parser.addoption("--outcomes", type=Path, help="a run's file, to which a row is added for every test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Outcomes(config))
+    if config.getoption("--outcomes"):
+        config.pluginmanager.register(Outcomes(config))
 
 
 class Outcomes:
@@ -56,7 +55,9 @@ class Outcomes:
         self.done.add(report.nodeid)  # a test can fail and then its cleanup, too: the first says what was wrong
         row = {"part": "tests", "name": report.nodeid, "status": "ok", "seconds": report.duration}
         if report.failed:
-            row["status"] = f"failed: {(report.longreprtext or 'without a word').splitlines()[-1]}"
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = crash.message if crash is not None else report.longreprtext
+            row["status"] = f"failed: {(said or 'without a word').splitlines()[0]}"
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             reason = reason.removeprefix("Skipped: ")

@@ -5,10 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from typing import Any
 
 from benchmarks.report import cases, name_of
 from benchmarks.results import Content, Row
@@ -33,8 +30,10 @@ _LEAST_MEBIBYTES = 0.5  # the foot of a logarithmic axis
 
 def draw_ops(machines: dict[str, Content], folder: Path) -> None:
     """Draw ``kernel_time.png`` and ``kernel_memory.png``, with a panel for each kind of machine."""
+    from matplotlib.ticker import NullFormatter
+
     for name, unit in (("kernel_time.png", "time / the first provider's"), ("kernel_memory.png", "peak memory (MiB)")):
-        figure = Figure(figsize=(11, 4.2 * len(machines)), layout="constrained")
+        figure = _figure(11, 4.2 * len(machines))
         shown = {}
         for axes, content in zip(figure.subplots(len(machines), squeeze=False)[:, 0], machines.values(), strict=True):
             compared = [rows for rows in cases(content["rows"]) if "op" not in rows[0] or rows[0]["op"] != "products"]
@@ -70,7 +69,7 @@ def draw_step(rows: Sequence[Row], folder: Path) -> None:
         if row["phase"] in PHASES and "ms" in row:
             name = f"{row['provider']} {row['variant']}, {row['states_per_forward']} states".replace(" ,", ",")
             ways.setdefault(name, {})[row["phase"]] = row["ms"] / 1000
-    figure = Figure(figsize=(7, 1 + 0.35 * len(ways)), layout="constrained")
+    figure = _figure(7, 1 + 0.35 * len(ways))
     axes, left = figure.subplots(), [0.0] * len(ways)
     for phase, color in PHASES.items():
         widths = [seconds[phase] for seconds in ways.values()]
@@ -87,7 +86,7 @@ def draw_reuse(rows: Sequence[Row], folder: Path) -> None:
     """Draw ``reuse.png``: accuracy after training by kind and seed, tokens and seconds of an update by kind."""
     rows = [row for row in rows if "reuse" in row]
     kinds = list(dict.fromkeys(row["reuse"] for row in rows))
-    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    figure = _figure(9, 2.9)
     accuracy, tokens, seconds = figure.subplots(1, 3)
     for seed in dict.fromkeys(row["seed"] for row in rows):
         of_seed = {row["reuse"]: 100 * row["accuracy_after"] for row in rows if row["seed"] == seed}
@@ -112,6 +111,13 @@ def draw_reuse(rows: Sequence[Row], folder: Path) -> None:
     figure.savefig(folder / "reuse.png", dpi=150)
 
 
-def _plain(axes: Axes) -> None:
+def _figure(width: float, height: float) -> Any:
+    # Imported where something is drawn: nothing else needs it.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _plain(axes: Any) -> None:
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

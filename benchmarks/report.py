@@ -25,7 +25,8 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.results import ABOUT, COLUMNS, FOLDER, ROOT, Content, Row
-from dopsd.results import markdown_table, percent
+from dopsd.results import percent
+from dopsd.tables import markdown_table
 
 # Written by `benchmarks.tiny_recipe` and `benchmarks.reuse`, in their own form.
 RECIPE, REUSE = "tiny_recipe.json", "reuse.json"

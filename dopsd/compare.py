@@ -9,7 +9,7 @@ from typing import Any
 
 from dopsd.accuracy import difference, mcnemar
 from dopsd.errors import UsageError, require
-from dopsd.report import write_json, write_text
+from dopsd.files import write_json, write_text
 from dopsd.results import GRADED, SETTING, interval, label, percent
 from dopsd.tables import markdown_table, show
 

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dopsd import cli, compare, journal, report
+from dopsd import cli, compare, files, journal, report
 from dopsd.config import EvaluationArguments, parse_evaluate
 from dopsd.errors import require
 from dopsd.journal import Journal
@@ -97,8 +97,8 @@ def main(argv: Sequence[str]) -> None:
                 "processes": process.num_processes,
             }
             text = markdown(results, [sentence(args)])
-            report.write_text(output.with_suffix(".md"), text)
-            report.write_json(output, about)
+            files.write_text(output.with_suffix(".md"), text)
+            files.write_json(output, about)
         if folder is not None:
             journal.remove(folder)
         show(columns(results), "accuracy (%)", [f"{time.monotonic() - start:.0f} s"])

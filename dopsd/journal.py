@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.errors import RunError, UsageError
-from dopsd.report import plain, write_json
+from dopsd.files import plain, write_json
 
 SETTINGS = "settings.json"
 KEY = ("task", "gen_length", "tokens_per_step", "measure", "index")

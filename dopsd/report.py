@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 
 from dopsd.accuracy import difference, summary
 from dopsd.errors import RunError, require
+from dopsd.files import plain, write_json
 from dopsd.memory import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.rollout import Rollout, Row
@@ -30,29 +30,6 @@ PACKAGES = ("dopsd", "torch", "transformers", "peft", "accelerate", "triton", "n
 
 # transformers options that may differ between a run and its continuation.
 FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name"}
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON allows it: no infinities, no nan."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write atomically, so that a killed run leaves the old file or the new one."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, atomically."""
-    write_text(path, json.dumps(plain(content), indent=1) + "\n")
 
 
 def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any) -> dict[str, Any]:

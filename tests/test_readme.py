@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import DOCUMENTS, README, SECTIONS, main, render
+from benchmarks.report import DOCUMENTS, SECTIONS, main, render
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +31,7 @@ def test_every_section_is_in_a_document() -> None:
 
 
 def test_both_commands_are_where_ci_looks_for_them() -> None:
-    text = README.read_text()
+    text = (ROOT / "README.md").read_text()
     for heading, end in (("## Run it", "-m dopsd.train"), ("## Test it", "-m pytest")):
         block = text.partition(f"{heading}\n")[2].partition("```bash\n")[2].partition("\n```")[0]
         assert block.startswith("python3 -m venv") and block.endswith(end)

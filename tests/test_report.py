@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd import report
+from dopsd import files, report
 from dopsd.config import parse_train
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
@@ -22,19 +22,19 @@ from dopsd.trainer import Trainer
 def test_plain_is_strict_json() -> None:
     """Infinities and nans become null at any depth; tuples and keys become what JSON has; the rest stays."""
     value = {"a": math.nan, 2: [math.inf, -math.inf, 1.5, (0, "x", None, True)], "b": {"c": {"d": math.nan}}}
-    text = json.dumps(report.plain(value), allow_nan=False)
+    text = json.dumps(files.plain(value), allow_nan=False)
     assert json.loads(text) == {"a": None, "2": [None, None, 1.5, [0, "x", None, True]], "b": {"c": {"d": None}}}
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     """Content that can't be written leaves the old file as it was; after success no partial file remains."""
     path = tmp_path / "report.json"
-    report.write_json(path, {"x": 1})
+    files.write_json(path, {"x": 1})
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        report.write_json(path, {"x": object()})
+        files.write_json(path, {"x": object()})
     assert path.read_bytes() == before
-    report.write_json(path, {"x": 2})
+    files.write_json(path, {"x": 2})
     assert json.loads(path.read_text()) == {"x": 2}
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
 
@@ -86,7 +86,7 @@ def test_the_configuration_is_every_option_as_json(tmp_path: Path) -> None:
     for name, group in zip(config, groups, strict=True):
         assert config[name].keys() >= {field for field in vars(group) if name != "training"}
     assert (config["training"]["seed"], config["teaching"]["clip"]) == (3, 0.1)
-    assert json.loads(json.dumps(report.plain(config), allow_nan=False)) == report.plain(config)
+    assert json.loads(json.dumps(files.plain(config), allow_nan=False)) == files.plain(config)
 
 
 def test_versions_name_what_is_missing() -> None:
