@@ -142,17 +142,16 @@ def confidence(arch: str) -> Iterator[Variant]:
 
 
 def step_kl(arch: str) -> Iterator[Variant]:
-    """The passes of fused_step_kl: without a top-k, and with a bucket, which keeps most. Its product in 16 bits."""
+    """The passes of fused_step_kl: without a top-k, and with a bucket, which keeps most."""
     from dopsd_kernels.triton import step_kl as kernels
     from dopsd_kernels.triton.topk import LOWEST_KEY
 
     signature = {
-        **dict.fromkeys(("bias_s", "bias_t", "normalizers", "sums", "scale", "partial"), "*fp32"),
-        **dict.fromkeys(("threshold", "keys", "tiles", "counts"), "*i64"),
-        "active": "*i32",
-        **dict.fromkeys(("stride_s", "stride_t", "stride_gradient", "stride", "weight_stride"), "i32:16"),
-        **dict.fromkeys(("vocab", "width", "split_columns"), "i32:16"),
-        **dict.fromkeys(("rows", "first_row", "first_column", "column_tiles"), "i32"),
+        **dict.fromkeys(("bias_s", "bias_t", "normalizers", "sums", "scale"), "*fp32"),
+        **dict.fromkeys(("threshold", "keys"), "*i64"),
+        **dict.fromkeys(("stride_s", "stride_t", "stride_gradient"), "i32:16"),
+        **dict.fromkeys(("vocab", "split_columns"), "i32:16"),
+        **dict.fromkeys(("rows", "first_row", "first_column"), "i32"),
         **dict.fromkeys(("inverse_temperature", "beta", "clip"), "fp32"),
     }
 
@@ -198,19 +197,6 @@ def step_kl(arch: str) -> Iterator[Variant]:
                         {"z_s": logits, "z_t": logits, "gradient": "*bf16"},
                         options={"num_warps": config["num_warps"]},
                     )
-    for config in _configs("step_kl_hidden_gradient", arch):
-        for dtype in ("bf16", "fp16"):
-            types = {"gradient": f"*{dtype}", "weight": f"*{dtype}", "threshold": "fp32"}
-            yield variant("_tile_peaks", dtype, config, {}, types, options={"num_warps": 4})
-            yield variant(
-                "_hidden_gradient",
-                dtype,
-                config,
-                {"weight_step": 1, "UPCAST": False},
-                types,
-                options={name: config[name] for name in ("num_warps", "num_stages")},
-                tensor_cores=True,
-            )
 
 
 def prefix_attention(arch: str) -> Iterator[Variant]:

@@ -28,8 +28,6 @@ from dopsd_kernels import divergence, products
 from dopsd_kernels.contracts import StepKLOptions
 from dopsd_kernels.vocab_group import VocabGroup
 
-# Columns that `grad_threshold` keeps or skips together.
-_SKIP_COLUMNS = 256
 # fp16 knows nothing below 6e-8, and a gradient with respect to logits has many such entries, which a loss scale comes
 # too late for. This factor leaves room for entries of 255, a divergence of that many nats.
 _FP16_BOOST = 256
@@ -76,7 +74,6 @@ def plan_workspace(
     teacher: Head,
     needs: tuple[bool, bool, bool],
     options: StepKLOptions,
-    grad_threshold: float,
     workspace_bytes: int,
     backend: str,
     vocab: int,
@@ -92,8 +89,6 @@ def plan_workspace(
     # again for the weight's gradient, their own gradient, before and after its rounding.
     gathered = max(operand.itemsize, student.hidden.itemsize) * (width + teacher.weight.shape[1])
     differentiated = (compute.itemsize + gradient_dtype(student.hidden).itemsize) * width if needs[0] else 0
-    if grad_threshold > 0 and backend == "triton":
-        differentiated += _triton().partial_bytes(width, student.hidden.device)
     if needs[1]:
         gathered += operand.itemsize * width + differentiated
     row_bytes = compute.itemsize * 2 * vocab + max(gathered, differentiated)
@@ -143,13 +138,12 @@ def step_kl(
     row_scale: Tensor | None,  # (A,) upstream gradient of each computed row's loss; None for ones
     needs: tuple[bool, bool, bool],  # whether hidden, weight and bias need a gradient
     options: StepKLOptions,
-    grad_threshold: float,
     workspace_bytes: int,
     backend: str,
     group: VocabGroup,
 ) -> tuple[Tensor, Gradients]:
     """Return (row_loss, row_kl, row_clip_fraction) stacked as (3, N), and the gradients."""
-    plan = plan_workspace(student, teacher, needs, options, grad_threshold, workspace_bytes, backend, group.widest)
+    plan = plan_workspace(student, teacher, needs, options, workspace_bytes, backend, group.widest)
     passes = _triton().rows if backend == "triton" else divergence.rows
     dtype = products.compute_dtype(student.hidden)
     count = student.hidden.shape[0]
@@ -181,7 +175,7 @@ def step_kl(
             # dz is the gradient of each row's own loss; the row's scale enters on the narrow side.
             scale = (row_scale[chunk] / (options.temperature * boost))[:, None]
             if grads.hidden is not None:
-                dh = _hidden_gradient(dz, student.weight, boost * grad_threshold, plan.tile_columns, backend)
+                dh = products.hidden_gradient(dz, student.weight, plan.tile_columns)
                 grads.hidden[places] = group.sum(dh).mul_(scale).to(grads.hidden.dtype)
             if grads.weight is not None:
                 assert hidden is not None
@@ -306,26 +300,3 @@ def _logits(
     seen = teacher.hidden[places].to(teacher.weight.dtype if sixteen else z.dtype)
     products.logits(seen, teacher.weight, tile_columns, out=z[1])
     return hidden if keep else None
-
-
-def _hidden_gradient(dz: Tensor, weight: Tensor, threshold: float, tile_columns: int, backend: str) -> Tensor:
-    """Return dz @ weight (R, d), without the blocks that `grad_threshold` leaves out."""
-    if weight.dtype == dz.dtype:
-        if threshold == 0:
-            return products.matmul(dz, weight)
-        if backend == "triton" and dz.dtype.itemsize == 2:
-            return _triton().hidden_gradient(dz, weight, threshold)
-    return products.hidden_gradient(dz, weight, _column_runs(dz, threshold, tile_columns))
-
-
-def _column_runs(dz: Tensor, threshold: float, tile_columns: int) -> list[slice]:
-    """Return the column ranges whose gradient enters the product: all of them when the threshold is 0."""
-    vocab = dz.shape[1]
-    if threshold == 0:
-        return products.tiles(vocab, tile_columns)
-    width = min(_SKIP_COLUMNS, tile_columns)
-    low, high = dz.aminmax(dim=0)
-    peaks = torch.split(torch.maximum(high, -low), width)
-    # NaN is not below the threshold: it must reach the gradient.
-    kept = torch.stack([~(peak < threshold).all() for peak in peaks]).tolist()
-    return [slice(i * width, min((i + 1) * width, vocab)) for i, keep in enumerate(kept) if keep]

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dopsd_kernels.arguments import check_choice, check_number
+from dopsd_kernels.arguments import check_choice
 from dopsd_kernels.contracts import StepKLOutput
 from dopsd_kernels.step_kl import check_options, check_settings, fused_step_kl
 
@@ -29,7 +29,6 @@ class StepKLLoss(nn.Module):
         tail: str = "renormalize",
         temperature: float = 1.0,
         reduction: str = "mean",
-        grad_threshold: float = 0.0,
         workspace_bytes: int | None = None,
         vocab_group: dist.ProcessGroup | None = None,
         check_finite: bool = False,
@@ -39,7 +38,6 @@ class StepKLLoss(nn.Module):
         check_options(divergence, beta, clip, clip_form, top_k, tail, temperature, 1 << 62, vocab_group)
         check_settings(workspace_bytes, vocab_group, check_finite, backend, torch.device("cpu"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
-        check_number("grad_threshold", grad_threshold, 0)
         self.options: dict[str, Any] = {
             "divergence": divergence,
             "beta": beta,
@@ -49,7 +47,6 @@ class StepKLLoss(nn.Module):
             "tail": tail,
             "temperature": temperature,
             "reduction": reduction,
-            "grad_threshold": grad_threshold,
             "workspace_bytes": workspace_bytes,
             "vocab_group": vocab_group,
             "check_finite": check_finite,

@@ -41,14 +41,13 @@ def logits(hidden: Tensor, weight: Tensor, tile_columns: int, out: Tensor) -> No
             torch.mm(hidden, weight[columns].to(hidden.dtype).T, out=out[:, columns])
 
 
-def hidden_gradient(dz: Tensor, weight: Tensor, runs: list[slice]) -> Tensor:
-    """Return dz @ weight (R, d) over runs of columns; `dz` (R, V) has the operands' dtype."""
-    dh = dz.new_zeros((dz.shape[0], weight.shape[1]), dtype=compute_dtype(dz))
-    for columns in runs:
-        if dz.dtype.itemsize == 2:
-            dh += matmul(dz[:, columns], weight[columns])
-        else:
-            dh.addmm_(dz[:, columns], weight[columns].to(dz.dtype))
+def hidden_gradient(dz: Tensor, weight: Tensor, tile_columns: int) -> Tensor:
+    """Return dz @ weight (R, d); `dz` (R, V) has the operands' dtype."""
+    if weight.dtype == dz.dtype:
+        return matmul(dz, weight)
+    dh = dz.new_zeros((dz.shape[0], weight.shape[1]))
+    for columns in tiles(weight.shape[0], tile_columns):
+        dh.addmm_(dz[:, columns], weight[columns].to(dz.dtype))
     return dh
 
 

@@ -42,7 +42,6 @@ def fused_step_kl(
     tail: str = "renormalize",
     temperature: float = 1.0,
     reduction: str = "mean",
-    grad_threshold: float = 0.0,
     workspace_bytes: int | None = None,
     vocab_group: dist.ProcessGroup | None = None,
     check_finite: bool = False,
@@ -97,11 +96,6 @@ def fused_step_kl(
         temperature: divides both sides' logits, > 0. The loss is not multiplied by its square.
         reduction: "mean" divides the weighted sum of row losses by the number of rows of non-zero weight,
             "sum" is the weighted sum, "none" is the weighted loss of every row.
-        grad_threshold: 0 is exact. Else, blocks of 256 vocabulary columns (fewer if the workspace is small)
-            where no row of the chunk has a gradient entry of that size with respect to its own logits are
-            left out of the gradients of `student_hidden` and `weight`. That changes entry i of a row's
-            gradient by less than grad_threshold * scale / temperature * sum of |weight[v, i]| over the
-            columns left out, where scale is the row's weight, divided by the number of rows for "mean".
         workspace_bytes: limit of the tensors that exist at once beside inputs, outputs and gradients. Buffers
             of the allocator and of the matrix products come on top. None: 64 MiB, on a GPU 256 MiB.
         vocab_group: a process group over which the vocabulary is sharded, as in tensor parallelism: each process
@@ -149,7 +143,6 @@ def fused_step_kl(
     options = check_options(divergence, beta, clip, clip_form, top_k, tail, temperature, vocab, vocab_group)
     settings = check_settings(workspace_bytes, vocab_group, check_finite, backend, device)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_number("grad_threshold", grad_threshold, 0)
     if row_weight is not None:
         row_weight = _check_row_weight(row_weight, leading, device)
     if teacher_weight is None and teacher_bias is None and bias is not None:
@@ -171,7 +164,7 @@ def fused_step_kl(
         reduction,
         needs,
         options,
-        (grad_threshold, *settings),
+        settings,
     )
     return StepKLOutput(*(x.reshape(leading) if x.dim() else x for x in outputs))
 

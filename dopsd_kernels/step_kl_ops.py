@@ -42,7 +42,6 @@ def _step_kl(
     tail: str,
     temperature: float,
     mean: bool,  # divide the gradients by the number of rows of non-zero weight
-    grad_threshold: float,
     workspace_bytes: int,
     vocab_group: str | None,
     check_finite: bool,
@@ -70,7 +69,6 @@ def _step_kl(
             scale,
             (needs[0], needs[1], needs[2]),
             StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature),
-            grad_threshold,
             workspace_bytes,
             choose_backend(backend, (*student, *teacher), _beyond_triton(top_k)),
             group,

@@ -1,4 +1,4 @@
-"""fused_step_kl: the passes over a block of logits, and the product with a mostly negligible gradient.
+"""fused_step_kl: the passes over a block of logits.
 
 The logits of a block of rows lie in memory (library products put them there). Per row and split of the vocabulary
 one program reads them
@@ -40,7 +40,7 @@ _FORWARD_KL = tl.constexpr(1)
 _NORMALIZERS = tl.constexpr(8)  # m and l of the student, of the teacher; with a bucket, of what lies outside
 _SUMS = tl.constexpr(4)  # loss, kl, clipped entries, S
 # Arguments whose divisors no memory access depends on: a kernel is not compiled again for them.
-_VARYING = ("rows", "first_row", "first_column", "column_tiles")
+_VARYING = ("rows", "first_row", "first_column")
 
 
 @triton.jit
@@ -478,132 +478,10 @@ def rows(
     return stats
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The product of a mostly negligible gradient with the weight
-#
-# Rows at which the student is sure have a gradient of a few columns. Tiles of BLOCK_R rows and BLOCK_V columns in
-# which no entry reaches the threshold are left out of the product; which are left is decided and listed on the
-# device, so that the host never waits. The programs of a row tile share its list, and each sums a part of it.
-# ------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def _tile_peaks(
-    gradient,  # (R, V)
-    stride,
-    active,  # (row tiles, column tiles) int32
-    rows,
-    vocab,
-    threshold,
-    column_tiles,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
-    inside = (row < rows) & (column < vocab)
-    dz = tl.load(gradient + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    # NaN is not below the threshold: it must reach the gradient.
-    reached = 1 - (tl.abs(dz) < threshold).to(tl.int32)
-    at = active + tl.program_id(0).to(tl.int64) * column_tiles + tl.program_id(1)
-    tl.store(at, tl.max(tl.max(reached, 1), 0))
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def _hidden_gradient(
-    gradient,  # (R, V)
-    stride,
-    weight,  # (V, d)
-    weight_stride,  # of rows
-    weight_step,  # of columns
-    tiles,  # (row tiles, column tiles) int64: the active ones first
-    counts,  # (row tiles,) int64: how many are active
-    partial,  # (SPLITS, R, d) fp32
-    rows,
-    vocab,
-    width,
-    column_tiles,
-    SPLITS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    row_tile, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    row = (row_tile * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
-    place = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for i in range(split, tl.load(counts + row_tile), SPLITS):
-        column = tl.load(tiles + row_tile * column_tiles + i) * BLOCK_V + tl.arange(0, BLOCK_V)
-        dz = tl.load(
-            gradient + row * stride + column[None, :],
-            mask=(row < rows) & (column[None, :] < vocab),
-            other=0.0,
-        )
-        w = tl.load(
-            weight + column[:, None] * weight_stride + place.to(tl.int64) * weight_step,
-            mask=(column[:, None] < vocab) & (place < width),
-            other=0.0,
-        )
-        if UPCAST:
-            dz, w = dz.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(dz, w, acc, input_precision="ieee")
-    at = partial + (split.to(tl.int64) * rows + row) * width + place
-    tl.store(at, acc, mask=(row < rows) & (place < width))
-
-
-def hidden_gradient(
-    gradient: Tensor,  # (R, V) fp16 or bf16, columns contiguous
-    weight: Tensor,  # (V, d) of the same dtype
-    threshold: float,
-) -> Tensor:
-    """Return gradient @ weight (R, d) in fp32 without the tiles in which no entry reaches the threshold."""
-    (count, vocab), width = gradient.shape, weight.shape[1]
-    config = choose("step_kl_hidden_gradient", gradient.device, count, width, vocab)
-    row_tiles, column_tiles = triton.cdiv(count, config["BLOCK_R"]), triton.cdiv(vocab, config["BLOCK_V"])
-    blocks = {"BLOCK_R": config["BLOCK_R"], "BLOCK_V": config["BLOCK_V"]}
-    active = gradient.new_empty((row_tiles, column_tiles), dtype=torch.int32)
-    _tile_peaks[(row_tiles, column_tiles)](
-        gradient, gradient.stride(0), active, count, vocab, threshold, column_tiles, **blocks, num_warps=4, **LAUNCH
-    )
-    tiles = active.argsort(dim=1, descending=True, stable=True)
-    counts = active.sum(1)
-    splits = config["SPLITS"]
-    partial = gradient.new_empty((splits, count, width), dtype=torch.float32)
-    _hidden_gradient[(row_tiles, triton.cdiv(width, config["BLOCK_D"]), splits)](
-        gradient,
-        gradient.stride(0),
-        weight,
-        weight.stride(0),
-        weight.stride(1),
-        tiles,
-        counts,
-        partial,
-        count,
-        vocab,
-        width,
-        column_tiles,
-        SPLITS=splits,
-        # The interpreter multiplies the bits of bf16 numbers; on a GPU fp32 would leave the tensor cores idle.
-        UPCAST=gradient.device.type == "cpu",
-        **blocks,
-        BLOCK_D=config["BLOCK_D"],
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-        **LAUNCH,
-    )
-    return partial.sum(0)
-
-
 def block_rows(vocab: int, device: torch.device) -> int:
     """Return how many rows' logits the passes should go over at a time to find them in the L2 cache again."""
     config = choose("step_kl_rows", device, 0, 0, vocab)
     return max(1, (config["CACHE_MIB"] << 20) // (2 * vocab * 4))
-
-
-def partial_bytes(width: int, device: torch.device) -> int:
-    """Return the memory of a row's parts of `hidden_gradient`."""
-    return (choose("step_kl_hidden_gradient", device)["SPLITS"] + 1) * width * 4
 
 
 def row_bytes(top_k: int | None, device: torch.device) -> int:

@@ -1,6 +1,4 @@
-"""fused_step_kl costs what its docstring promises: products, memory, and what is left out of them."""
-
-import math
+"""fused_step_kl costs what its docstring promises: products and memory."""
 
 import pytest
 import torch
@@ -92,7 +90,6 @@ class Memory(TorchDispatchMode):
         {"clip": 0.05, "divergence": "jsd"},
         {"top_k": 20, "clip": 0.05},
         {"top_k": VOCAB, "tail": "bucket", "clip": 0.05, "clip_form": "nonnegative"},
-        {"grad_threshold": 1e-3},
     ],
 )
 def test_the_workspace_is_kept(options, reduction, trained_head, dtype):
@@ -141,28 +138,3 @@ def test_the_chunk_size_changes_nothing_beyond_rounding():
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_skipped_tiles_save_products_within_the_documented_bound():
-    generator = torch.Generator().manual_seed(0)
-    vocab, temperature, threshold = 1024, 2.0, 1e-5
-    bias = torch.full((vocab,), -30.0).double()
-    bias[600:700] = 0  # two of the four blocks of 256 columns hold nearly all the mass
-    hs, ht = (torch.randn(N, D, generator=generator).double() for _ in range(2))
-    weight = torch.randn(vocab, D, generator=generator).double()
-    hs.requires_grad_()
-
-    def run(threshold: float) -> Tensor:
-        out = fused_step_kl(hs, ht, weight, bias=bias, temperature=temperature, grad_threshold=threshold)
-        return torch.autograd.grad(out.loss, hs)[0]
-
-    unit = 2 * N * D * vocab
-    assert products(lambda: run(0.0)) == 3 * unit
-    assert products(lambda: run(threshold)) == 2 * unit + unit // 4
-    exact, skipped = run(0.0), run(threshold)
-    left_out = torch.ones(vocab, dtype=torch.bool)
-    left_out[512:768] = False
-    bound = threshold / N / temperature * weight[left_out].abs().sum(0)
-    assert ((exact - skipped).abs() <= bound).all()
-    assert not torch.equal(exact, skipped)
-    assert torch.equal(run(math.ulp(0.0)), exact) or torch.allclose(run(math.ulp(0.0)), exact, rtol=1e-12, atol=0)

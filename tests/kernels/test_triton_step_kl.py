@@ -315,7 +315,6 @@ def test_fp16_keeps_gradients_below_its_smallest_number(sixteen_bits, backend) -
     assert 1e-6 < largest < 1e-3
     _, grads = run(backend, tensors, reduction="sum")
     torch.testing.assert_close(grads[0].double(), exact[0], rtol=0.02, atol=2.0**-24 + 0.02 * largest)
-    assert torch.equal(run(backend, tensors, reduction="sum", grad_threshold=1e-12)[1][0], grads[0])
 
 
 def test_blocks_never_write_over_logits_they_have_not_read() -> None:
@@ -327,31 +326,6 @@ def test_blocks_never_write_over_logits_they_have_not_read() -> None:
             for block in blocks:
                 assert 2 * block.stop <= 2 * head_rows + 4 * block.start  # bytes per column
             assert max(block.stop - block.start for block in blocks) == min(wanted, 100 - 0) or head_rows < wanted
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 33, 5), (40, 100, 24)])
-def test_the_product_without_negligible_tiles(shape: tuple[int, int, int]) -> None:
-    rows, vocab, width = shape
-    gradient, weight = randn(rows, vocab, dtype=torch.float16), randn(vocab, width, seed=1, dtype=torch.float16)
-    exact = gradient.double() @ weight.double()
-    error = 2 * U * (vocab + 1) * (gradient.double().abs() @ weight.double().abs())
-    for strided in (weight, weight.T.contiguous().T):
-        assert ((kernels.hidden_gradient(gradient, strided, 1e-9) - exact).abs() <= error).all()
-
-    # One tile holds what counts, another a NaN; a third is below the threshold and one just at it.
-    gradient[:] = 0.01
-    gradient[0, 0] = 3.0
-    if vocab > 64:
-        gradient[rows - 1, 40] = 0.5
-        gradient[0, 70] = 0.499
-    kept = torch.zeros_like(gradient)
-    kept[:16, :32] = gradient[:16, :32]
-    last = (rows - 1) // 16 * 16
-    kept[last:, 32:64] = gradient[last:, 32:64] if vocab > 64 else 0
-    exact = kept.double() @ weight.double()
-    assert ((kernels.hidden_gradient(gradient, weight, 0.5) - exact).abs() <= error + 1e-5).all()
-    gradient[rows - 1, vocab - 1] = math.nan
-    assert kernels.hidden_gradient(gradient, weight, 100.0).isnan().any(1).tolist()[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -399,7 +373,7 @@ def test_opcheck(backend: str) -> None:
         (None, None, [False, False, False]),
     ):
         arguments = (hidden, weight, bias, teacher, None, bias, row_weights, upstream, needs)
-        torch.library.opcheck(torch.ops.dopsd.step_kl.default, (*arguments, *divergence, True, 0.0, *settings))
+        torch.library.opcheck(torch.ops.dopsd.step_kl.default, (*arguments, *divergence, True, *settings))
         logits = (hidden @ weight.T, teacher @ weight.T, row_weights, upstream, needs[0])
         torch.library.opcheck(torch.ops.dopsd.step_kl_from_logits.default, (*logits, *divergence, True, *settings))
         if backend == "triton":
