@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dopsd_kernels.products import full_precision
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -62,6 +64,6 @@ def as_traced(operator: Callable[..., Any], function: Callable[..., Any]) -> Cal
 @contextlib.contextmanager
 def undisturbed(x: Tensor) -> Iterator[None]:
     """Compute in the dtypes that the code names, on the device of `x`: without autocast, which of whose operations
-    round is PyTorch's to change, and with that GPU as the one kernels are launched on."""
-    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+    round is PyTorch's to change, in full fp32, and with that GPU as the one kernels are launched on."""
+    with torch.autocast(x.device.type, enabled=False), full_precision(), torch.cuda.device_of(x):
         yield

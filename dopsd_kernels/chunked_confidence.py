@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dopsd_kernels.contracts import ConfidenceOutput
+from dopsd_kernels.products import full_precision
 from dopsd_kernels.topk import stable_topk
 
 # Logits of one tile: 4 MiB in fp32, and ten times that for the noise of a sampling call.
@@ -73,7 +74,8 @@ def confidence(
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     hidden, tile = hidden.to(dtype), weight.to(dtype).T
-    return hidden @ tile if bias is None else torch.addmm(bias.to(dtype), hidden, tile)
+    with full_precision():
+        return hidden @ tile if bias is None else torch.addmm(bias.to(dtype), hidden, tile)
 
 
 def _reduce(z: Tensor, begin: int, temperature: float, seed: Tensor | None, top_k: int) -> _Best:

@@ -4,8 +4,34 @@ On a GPU, operands of one 16-bit dtype stay as they are, which the tensor cores 
 to it. Everything else is converted to the dtype of the result, the weight in tiles of its rows (vocabulary columns).
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+# Settings of how fp32 is multiplied: one that is "none" is that of its backend, and that in turn the general one.
+_PRODUCTS = (("cuda", "matmul"), ("mkldnn", "matmul"))
+_SETTINGS = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), *_PRODUCTS)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply fp32 as fp32, whatever a user has allowed (TF32 on a GPU, bf16 on a CPU), and leave that as it was."""
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    changed = []
+    if any(get(*setting) not in ("ieee", "none") for setting in _PRODUCTS):
+        for setting in _SETTINGS:
+            # Where all above it is "ieee", what reads otherwise is a setting's own, and can be put back.
+            value = get(*setting)
+            if value != "ieee":
+                changed.append((setting, value))
+                put(*setting, "ieee")
+    try:
+        yield
+    finally:
+        for setting, value in reversed(changed):
+            put(*setting, value)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
