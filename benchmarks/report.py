@@ -201,7 +201,9 @@ def step() -> str:
     sizes = dict.fromkeys(
         f"P = {row['prefix']}, L = {row['length']}, {row['states']} steps, {row['dtype']}" for row in rows
     )
-    return "\n".join([markdown_table(lines), f"{'; '.join(sizes)}. {where(content)}", "", targets(rows)])
+    picture = "![Seconds of one update by phase](step.png)"
+    about = f"{'; '.join(sizes)}. {where(content)}"
+    return "\n".join([markdown_table(lines), about, "", targets(rows), picture])
 
 
 def targets(rows: Sequence[Row]) -> str:

@@ -193,7 +193,7 @@ def test_every_tests_outcome_is_written_and_a_lost_gpu_costs_one_test(tmp_path: 
         command = [sys.executable, str(script), *options, *more]
         environment = {**os.environ, "PYTHONPATH": str(results.ROOT)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode in (0, 75), done.stdout + done.stderr
+        assert done.returncode in (0, 5, 75), done.stdout + done.stderr
         rows = json.loads(path.read_text())["rows"]
         return done.returncode, {row["name"].partition("::")[2]: row["status"] for row in rows}
 
