@@ -1,4 +1,4 @@
-"""Plots of the result files: time relative to the bare products and peak memory by op, an update's phases, reuse."""
+"""Plots of the result files: time relative to the bare products and peak memory by op; reuse."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ COLORS = {
     "ours torch": "#0072B2",
     "ours triton": "#D55E00",
 }
-PHASES = {"teacher": "#56B4E9", "student": "#0072B2", "optimiser": "#999999"}
 _LEAST_MEBIBYTES = 0.5  # the foot of a logarithmic axis
 
 
@@ -60,26 +59,6 @@ def draw_ops(machines: dict[str, Content], folder: Path) -> None:
             _plain(axes)
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=11, fontsize=8, frameon=False)
         figure.savefig(folder / name, dpi=150)
-
-
-def draw_step(rows: Sequence[Row], folder: Path) -> None:
-    """Draw ``step.png``: a bar for every way to do an update, cut into its phases."""
-    ways: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["phase"] in PHASES and "ms" in row:
-            name = f"{row['provider']} {row['variant']}, {row['states_per_forward']} states".replace(" ,", ",")
-            ways.setdefault(name, {})[row["phase"]] = row["ms"] / 1000
-    figure = _figure(7, 1 + 0.35 * len(ways))
-    axes, left = figure.subplots(), [0.0] * len(ways)
-    for phase, color in PHASES.items():
-        widths = [seconds[phase] for seconds in ways.values()]
-        axes.barh(list(ways), widths, left=left, color=color, label=phase)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds", fontsize=8)
-    _plain(axes)
-    figure.legend(loc="outside lower center", ncols=len(PHASES), fontsize=8, frameon=False)
-    figure.savefig(folder / "step.png", dpi=150)
 
 
 def draw_reuse(rows: Sequence[Row], folder: Path) -> None:

@@ -19,7 +19,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,10 @@ def ours_of(case: Sequence[Row]) -> Row | None:
 
 def ratios(rows: Sequence[Row]) -> list[dict[str, str]]:
     """A line for every case: our time, and the times of the others that it is a multiple of; memory and error."""
-    shown = [(case, ours) for case in cases(rows) if (ours := ours_of(case)) is not None]
-    others = dict.fromkeys(name for _, ours in shown for name in ours.get("over", ()) if not name.startswith("ours"))
+    compared = [(case, ours) for case in cases(rows) if (ours := ours_of(case)) is not None]
+    others = dict.fromkeys(name for _, ours in compared for name in ours.get("over", ()) if not name.startswith("ours"))
     lines = []
-    for case, ours in shown:
+    for case, ours in compared:
         base = next((row for row in case if row["provider"] in ("eager", "concatenated") and "ms" in row), {})
         line = {"op": name_of(ours), "ms": f"{ours['ms']:.3g}"}
         line |= {f"/ {name}": f"{ours['over'][name]:.2f}" if name in ours["over"] else "" for name in others}
@@ -108,6 +108,43 @@ def op_table(kind: str, *parts: str) -> str:
     return "\n".join([markdown_table(ratios(rows)), " ".join(about)])
 
 
+# How a row's cells are made, by the table's columns.
+CELLS: dict[str, Callable[[Row], str]] = {
+    "case": lambda row: name_of(row),
+    "provider": lambda row: who(row),
+    "states per forward": lambda row: str(row["states_per_forward"]),
+    "phase": lambda row: row["phase"],
+    "ms (20 to 80 %)": lambda row: spread(row),
+    "seconds (20 to 80 %)": lambda row: spread(row, 1000),
+    "host ms": lambda row: f"{row['host_ms']:.3g}",
+    "TFLOP/s": lambda row: f"{row['flops'] / row['ms'] / 1e9:.3g}",
+    "of ceiling": lambda row: f"{100 * row['of_ceiling']:.0f} %",
+    "memory": lambda row: mebibytes(row),
+    "peak memory": lambda row: f"{row['total_bytes'] / 2**30:.1f} GiB",
+    "error": lambda row: f"{row['error']:.0e}",
+    "tokens": lambda row: str(row["tokens"]),
+    "seed": lambda row: str(row["seed"]),
+    "before": lambda row: percent(row["accuracy_before"], row["standard_error_before"]),
+    "after": lambda row: percent(row["accuracy_after"], row["standard_error_after"]),
+    "after, on CPUs": lambda row: percent(row["accuracy_recorded"], row["standard_error_recorded"]),
+    "within two standard errors": lambda row: "yes" if row["agrees"] else "no",
+    "seconds": lambda row: f"{row['seconds']:.0f}",
+    "status": lambda row: row["status"],
+}
+
+
+def shown(rows: Sequence[Row], *columns: str) -> str:
+    """Rows as a table of these columns; a cell of what a row does not have is empty."""
+
+    def cell(row: Row, column: str) -> str:
+        try:
+            return CELLS[column](row)
+        except (KeyError, TypeError):  # not measured, or null
+            return ""
+
+    return markdown_table([{column: cell(row, column) for column in columns} for row in rows])
+
+
 def details() -> str:
     """Every timed row of the ops, by kind of machine: its spread, its share of the ceiling, its host time."""
     texts = []
@@ -116,37 +153,30 @@ def details() -> str:
         if content is None:
             texts.append(f"On a {kind.upper()}: not measured.")
             continue
-        lines = [
-            {
-                "case": name_of(row),
-                "provider": row["provider"],
-                "ms (20 to 80 %)": spread(row),
-                "host ms": f"{row['host_ms']:.3g}" if "host_ms" in row else "",
-                "TFLOP/s": f"{row['flops'] / row['ms'] / 1e9:.3g}",
-                "of ceiling": share(row),
-                "memory": mebibytes(row),
-                "error": f"{row['error']:.0e}" if "error" in row else "",
-            }
-            for row in rows_of(content, "kernels") + rows_of(content, "attention")
-            if "flops" in row
-        ]
-        rates = [row["ceiling"] for row in content["rows"] if "ceiling" in row]
-        ends = {need: [f(rate[need] for rate in rates) for f in (min, max)] for need in ("flops", "bytes") if rates}
-        if rates:
-            (low, high), (slow, fast) = ([end / 1e9 for end in ends[need]] for need in ("flops", "bytes"))
-            ceiling = f"Ceilings, between rounds: {low:.4g} to {high:.4g} GFLOP/s, {slow:.4g} to {fast:.4g} GB/s."
-            texts.append("\n".join([markdown_table(lines), f"{where(content)} {ceiling}"]))
+        rows = [row for part in ("kernels", "attention") for row in rows_of(content, part) if "ms" in row]
+        columns = ("case", "provider", "ms (20 to 80 %)", "host ms", "TFLOP/s", "of ceiling", "memory", "error")
+        texts.append("\n".join([shown(rows, *columns), f"{where(content)} {ceilings(rows)}"]))
     return "\n\n".join(texts)
+
+
+def ceilings(rows: Sequence[Row]) -> str:
+    """The least and the most that the machine did at most, over the cases."""
+    rates = [row["ceiling"] for row in rows if "ceiling" in row]
+    ends = [(min(found), max(found)) for need in ("flops", "bytes") if (found := [rate[need] / 1e9 for rate in rates])]
+    if not ends:
+        return ""
+    (low, high), (slow, fast) = ends
+    return f"Ceilings, over the cases: {low:.4g} to {high:.4g} GFLOP/s, {slow:.4g} to {fast:.4g} GB/s."
+
+
+def who(row: Row) -> str:
+    """A provider with its variant."""
+    return f"{row['provider']} {row.get('variant', '')}".strip()
 
 
 def mebibytes(row: Row) -> str:
     """A row's peak memory beyond its inputs."""
     return "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f} MiB"
-
-
-def share(row: Row) -> str:
-    """A row's share of the ceilings, in percent."""
-    return f"{100 * row['of_ceiling']:.0f} %" if "of_ceiling" in row else ""
 
 
 def spread(row: Row, scale: float = 1) -> str:
@@ -186,34 +216,18 @@ def step() -> str:
     if content is None:
         return "\n".join([NOT_MEASURED, "", targets([])])
     rows = rows_of(content, "step")
-    lines = [
-        {
-            "who": f"{row['provider']} {row['variant']}".strip(),
-            "states per forward": str(row["states_per_forward"]),
-            "phase": row["phase"],
-            "seconds (20 to 80 %)": spread(row, 1000) if "ms" in row else row["status"],
-            "tokens": str(row.get("tokens", "")),
-            "of ceiling": share(row),
-            "peak memory": f"{row['total_bytes'] / 2**30:.1f} GiB" if row.get("total_bytes") else "",
-        }
-        for row in rows
-    ]
+    columns = ("provider", "states per forward", "phase", "seconds (20 to 80 %)", "tokens", "of ceiling", "peak memory")
     sizes = dict.fromkeys(
         f"P = {row['prefix']}, L = {row['length']}, {row['states']} steps, {row['dtype']}" for row in rows
     )
-    picture = "![Seconds of one update by phase](step.png)"
-    about = f"{'; '.join(sizes)}. {where(content)}"
-    return "\n".join([markdown_table(lines), about, "", targets(rows), picture])
+    about = f"{'; '.join(sizes)}. {where(content)} {ceilings(rows)}"
+    return "\n".join([shown(rows, *columns, "status"), about, "", targets(rows)])
 
 
 def targets(rows: Sequence[Row]) -> str:
     """What is aimed at for the step, beside what its rows say, at the micro-batch that plain code has too."""
     size = min((row["states_per_forward"] for row in rows if row["phase"] == "update"), default=0)
-    found = {
-        (f"{row['provider']} {row['variant']}".strip(), row["phase"]): row
-        for row in rows
-        if row["states_per_forward"] in (1, size)
-    }
+    found = {(who(row), row["phase"]): row for row in rows if row["states_per_forward"] in (1, size)}
 
     def of(column: str, who: str, phase: str = "update") -> float:
         value = found.get((who, phase), {}).get(column)
@@ -246,16 +260,8 @@ def train() -> str:
     content = newest("gpu", "train")
     if content is None:
         return NOT_MEASURED
-    lines = []
-    for row in rows_of(content, "train"):
-        line = {"seed": str(row["seed"]), "status": row["status"]}
-        if row["status"] == "ok":
-            for name, moment in (("before", "before"), ("after", "after"), ("after, on CPUs", "recorded")):
-                line[name] = percent(row[f"accuracy_{moment}"], row[f"standard_error_{moment}"])
-            line["within two standard errors"] = "yes" if row["agrees"] else "no"
-            line["seconds"] = f"{row['seconds']:.0f}"
-        lines.append(line)
-    return "\n".join([markdown_table(lines), where(content)])
+    columns = ("seed", "before", "after", "after, on CPUs", "within two standard errors", "seconds", "status")
+    return "\n".join([shown(rows_of(content, "train"), *columns), where(content)])
 
 
 def tiny_recipe() -> str:
@@ -468,8 +474,6 @@ def main(argv: list[str] | None = None) -> int:
     measured = {kind: content for kind in ("cpu", "gpu") if (content := newest(kind, "kernels"))}
     plots.draw_ops(measured, ROOT / "docs")
     plots.draw_reuse(json.loads((FOLDER / REUSE).read_text()), ROOT / "docs")
-    if (content := newest("gpu", "step")) is not None:
-        plots.draw_step(rows_of(content, "step"), ROOT / "docs")
     return 0
 
 
