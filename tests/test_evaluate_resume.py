@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import start
 from safetensors.torch import load_file, save_file
 
 from dopsd import evaluate, journal
@@ -22,8 +20,6 @@ from dopsd.errors import RunError
 from dopsd.journal import Journal
 from dopsd.rollout import Decoder
 
-ROOT = Path(evaluate.__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 Command = Callable[..., tuple[int, str, str]]
 
 # A task whose grades, some of them partial, any model gets.
@@ -92,15 +88,14 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     path, fresh = tmp_path / "killed.json", tmp_path / "fresh.json"
     line = ["--model", str(random_model), "--task", lottery, "--eval_problems", "40", "--sequences_per_forward", "4"]
     line += ["--pass_k", "2", "--reveal", "0.5"]
-    words = [sys.executable, "-m", "dopsd.evaluate", *line, "--output", str(path)]
-    process = subprocess.Popen(words, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = start("dopsd.evaluate", [*line, "--output", str(path)], tmp_path / "printed")
     own = tmp_path / "killed.json.partial" / "process-0.jsonl"
     deadline = time.monotonic() + 60
     while not (own.is_file() and own.read_bytes().count(b"\n") >= 8):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+        assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "printed").read_text()
+        time.sleep(0.002)
+    process.kill()
+    process.join()
     kept = own.read_bytes().splitlines(keepends=True)
     assert not path.exists() and len(kept) < 120
     own.write_bytes(b"".join(kept[:-1]) + kept[-1][:50])
@@ -123,11 +118,20 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, random_model: Path, l
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     argv = ["--model", str(random_model), "--task", "sudoku", lottery, "--eval_problems", "9", "--pass_k", "3"]
     argv += ["--reveal", "0.5", "--sequences_per_forward", "2"]
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    words += ["dopsd.evaluate", *argv, "--output", str(two)]
-    done = subprocess.run(words, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("greedy") == 2 and not (tmp_path / "two.json.partial").exists()
+    # As a launcher starts them: it keeps the store by which they meet, so that no process can leave with it.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    both |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    printed = [tmp_path / "printed 0", tmp_path / "printed 1"]
+    processes = [
+        start("dopsd.evaluate", [*argv, "--output", str(two)], path, **both, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, path in enumerate(printed)
+    ]
+    for process, path in zip(processes, printed, strict=True):
+        process.join(120)
+        assert process.exitcode == 0, path.read_text()[-3000:]
+    assert [path.read_text().count("greedy") for path in printed] == [2, 0]
+    assert not (tmp_path / "two.json.partial").exists()
     evaluate.main([*argv, "--output", str(one)])
     assert json.loads(two.read_text())["processes"] == 2
     assert content(one) == content(two)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import start
 from torch import Tensor
 
 from dopsd import report, train
@@ -24,7 +22,6 @@ from dopsd.errors import RunError, UsageError
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
 
-ROOT = Path(train.__file__).parents[1]
 UPDATES = 3
 
 
@@ -110,19 +107,17 @@ def test_a_killed_run_ends_as_if_it_had_not_been(small_run: list[str], tmp_path:
     argv += ["--eval_strategy", "steps", "--eval_steps", "2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-m", "dopsd.train", *argv, "--output_dir", str(killed)]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    process = start("dopsd.train", [*argv, "--output_dir", str(killed)], tmp_path / "printed")
     try:
         deadline = time.monotonic() + 120
         while not (killed / "checkpoint-1" / "trainer_state.json").is_file():
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+            assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "printed").read_text()
             time.sleep(0.005)
         time.sleep(0.05)  # into the next update
     finally:
         process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (killed / "adapter_model.safetensors").exists() and not (killed / "report.json").exists()
 
     train.main([*argv, "--output_dir", str(whole)])
