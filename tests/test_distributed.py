@@ -76,7 +76,7 @@ def test_two_processes_give_the_adapter_of_one(
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     words += [*argv, "--ddp_backend", "gloo", "--per_device_train_batch_size", "1", "--output_dir", str(two)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     runpy.run_path(str(program))["main"]([*argv, "--output_dir", str(one)])
 

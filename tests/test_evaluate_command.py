@@ -20,7 +20,7 @@ from dopsd.sampler import mix_seeds
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trajectory import Trajectory
 
-PROBLEMS = 8
+PROBLEMS = 5
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_the_cache_is_used(tmp_path: Path) -> None:
     found = {}
     for kind in ("off", "prefix", "dual"):
         path = tmp_path / f"{kind}.json"
-        evaluate.main(["--eval_problems", "16", "--cache", kind, "--output", str(path)])
+        evaluate.main(["--eval_problems", "6", "--cache", kind, "--output", str(path)])
         (one,) = json.loads(path.read_text())["results"]
         found[kind] = [response["response"] for response in one["responses"]]
     assert len(set(map(tuple, found.values()))) == 3

@@ -18,7 +18,7 @@ def python(program: str, *argv: str, **changes: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
     environment.pop("HF_HUB_OFFLINE", None)
     command = [sys.executable, "-c", program, *argv]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

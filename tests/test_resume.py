@@ -109,7 +109,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(small_run: list[str], tmp_path:
 
     process = start("dopsd.train", [*argv, "--output_dir", str(killed)], tmp_path / "printed")
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (killed / "checkpoint-1" / "trainer_state.json").is_file():
             assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "printed").read_text()
             time.sleep(0.005)
