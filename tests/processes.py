@@ -10,6 +10,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["dopsd.train", "dopsd.evaluate"])
@@ -20,6 +21,27 @@ def start(module: str, argv: list[str], output: Path, **environment: str) -> For
     process = SERVER.Process(target=_run, args=(module, argv, str(output), environment))
     process.start()
     return process
+
+
+def run_two(module: str, argv: list[str], folder: Path, **environment: str) -> list[str]:
+    """The same as a launcher starts it on two processes, to their end: what each printed."""
+    # The launcher keeps the store by which they meet, so that none takes it along when it leaves.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    outputs = [folder / f"printed by {rank}" for rank in range(2)]
+    processes = [
+        start(module, argv, output, **environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank, output in enumerate(outputs)
+    ]
+    try:
+        for process, output in zip(processes, outputs, strict=True):
+            process.join(600)
+            assert process.exitcode == 0, output.read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+    return [output.read_text() for output in outputs]
 
 
 def _run(module: str, argv: list[str], output: str, environment: dict[str, str]) -> None:

@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_two
 from safetensors.torch import load_file
 
 from dopsd import train
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import PromptSampler
 
-ROOT = Path(train.__file__).parents[1]
 UPDATES = 4
 
-# A training command whose task calls the responses to the puzzles named in RIGHT right, whatever they say.
-PROGRAM = """
+# A task that calls the responses to the puzzles named in RIGHT right, whatever they say.
+LISTED = """
 import os
-import sys
 
-import torch
-
-from dopsd import train
 from dopsd.tasks.sudoku import Sudoku
 
 
 class Listed(Sudoku):
     def score(self, row, response):
         return float(row["puzzle"] in os.environ["RIGHT"].split())
-
-
-def main(argv):
-    train.main([*argv, "--task", f"{__file__}:Listed"])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1:])
 """
 
 
@@ -65,20 +48,17 @@ def test_two_processes_give_the_adapter_of_one(
     """
     order = list(PromptSampler(rows=6, chunk=2, times=1, seed=42))
     puzzles = [row["puzzle"] for row in Sudoku().problems("train", 6)]
-    monkeypatch.setenv("RIGHT", " ".join(puzzles[order[place]] for place in (0, 4, 5)))
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    right = " ".join(puzzles[order[place]] for place in (0, 4, 5))
+    (tmp_path / "listed.py").write_text(LISTED)
     line = f"--max_steps {UPDATES} --train_problems 6 --optim sgd --learning_rate 0.1 --max_grad_norm 0 "
     line += "--lora_dropout 0 --lr_scheduler_type constant --eval_problems 3 --validation_problems 3 "
     line += "--weight_decay 0.1 --seed 42 --eval_strategy steps --eval_steps 2 --use_cpu true --stop_at_eos false"
-    argv = [*small_run, *line.split(), "--model", str(random_model)]
+    argv = [*small_run, *line.split(), "--model", str(random_model), "--task", f"{tmp_path / 'listed.py'}:Listed"]
     one, two = tmp_path / "one", tmp_path / "two"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
-    words += [*argv, "--ddp_backend", "gloo", "--per_device_train_batch_size", "1", "--output_dir", str(two)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    runpy.run_path(str(program))["main"]([*argv, "--output_dir", str(one)])
+    words = ["--ddp_backend", "gloo", "--per_device_train_batch_size", "1", "--output_dir", str(two)]
+    run_two("dopsd.train", [*argv, *words], tmp_path, RIGHT=right)
+    monkeypatch.setenv("RIGHT", right)
+    train.main([*argv, "--output_dir", str(one)])
 
     log = metrics(one)
     accepted = [row["accepted"] for row in log if "accepted" in row]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import start
+from processes import run_two, start
 from safetensors.torch import load_file, save_file
 
 from dopsd import evaluate, journal
@@ -118,19 +118,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, random_model: Path, l
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     argv = ["--model", str(random_model), "--task", "sudoku", lottery, "--eval_problems", "9", "--pass_k", "3"]
     argv += ["--reveal", "0.5", "--sequences_per_forward", "2"]
-    # As a launcher starts them: it keeps the store by which they meet, so that no process can leave with it.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    both |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    printed = [tmp_path / "printed 0", tmp_path / "printed 1"]
-    processes = [
-        start("dopsd.evaluate", [*argv, "--output", str(two)], path, **both, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank, path in enumerate(printed)
-    ]
-    for process, path in zip(processes, printed, strict=True):
-        process.join(600)
-        assert process.exitcode == 0, path.read_text()[-3000:]
-    assert [path.read_text().count("greedy") for path in printed] == [2, 0]
+    printed = run_two("dopsd.evaluate", [*argv, "--output", str(two)], tmp_path)
+    assert [text.count("greedy") for text in printed] == [2, 0]
     assert not (tmp_path / "two.json.partial").exists()
     evaluate.main([*argv, "--output", str(one)])
     assert json.loads(two.read_text())["processes"] == 2

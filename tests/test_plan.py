@@ -85,12 +85,14 @@ def test_the_bytes_are_those_that_a_forward_and_backward_allocates(checkpointing
 
 def test_few_layers_say_what_many_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines through three and four layers, and through two numbers of states, against all layers and others."""
-    config = {**LLADA_8B, "n_layers": 6, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 256}
-    _, model, _, rollouts, teaching, args = parse_plan(["--lora_r", "8", "--steps", "32"])
+    config = {**LLADA_8B, "n_layers": 5, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 256}
+    _, model, _, rollouts, teaching, args = parse_plan(
+        ["--lora_r", "8", "--lora_targets", "q_proj", "up_proj", "--steps", "32"]
+    )
     run = DryRun(LLaDAConfig(**config), model, rollouts, teaching, args, 50, 1 << 20)
     lines = {pair: run.training(*pair) for pair in (("none", False), ("block", True))}
     whole = DryRun(LLaDAConfig(**config), model, rollouts, teaching, args, 50, 1 << 20)
-    whole.ghosts = [plan.Ghost(LLaDAConfig(**config), 6, model)]
+    whole.ghosts = [plan.Ghost(LLaDAConfig(**config), 5, model)]
     monkeypatch.setattr(plan, "PROBED", (16, 48))
     for (reuse, on), line in lines.items():
         for states in (16, 48):
