@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ from dopsd.tasks import load_task
 
 if TYPE_CHECKING:
     from dopsd.trainer import Trainer
+
+# Imported once, in the process that those of tests are forked from, and not for seconds in each.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["dopsd.train", "dopsd.evaluate"])
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:

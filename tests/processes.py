@@ -12,13 +12,11 @@ from pathlib import Path
 import torch
 from torch.distributed import TCPStore
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["dopsd.train", "dopsd.evaluate"])
-
 
 def start(module: str, argv: list[str], output: Path, **environment: str) -> ForkServerProcess:
     """``python -m module`` with ``argv``; what it prints goes to the file ``output``."""
-    process = SERVER.Process(target=_run, args=(module, argv, str(output), environment))
+    fork = multiprocessing.get_context("forkserver")
+    process = fork.Process(target=_run, args=(module, argv, str(output), environment))
     process.start()
     return process
 

@@ -136,10 +136,10 @@ def test_bombs_take_no_longer_than_the_limit() -> None:
 def test_long_responses_are_not_even_asked() -> None:
     task = load_task("math", "strict")
     assert isinstance(task, CompetitionMath)
-    start = time.monotonic()
+    start = time.process_time()
     for text in (r"\boxed{" * 10**5, "<answer>" + "9" * 10**6 + "</answer>", r"\boxed{" + "1+" * 10**5 + "1}"):
         assert task.score(row("5"), text) == 0
-    assert time.monotonic() - start < 5 and task.worker.process is None
+    assert time.process_time() - start < 5 and task.worker.process is None
 
 
 def test_hundreds_of_texts(task: CompetitionMath) -> None:
