@@ -38,10 +38,10 @@ def good(arch):
 
 def faulty(arch):
     if arch == "sm_80":
-        variant = next(variant for variant in compile_table.step_kl(arch) if variant.tensor_cores)
+        variant = next(variant for variant in compile_table.confidence(arch) if variant.tensor_cores)
         yield variant
-        yield replace(variant, constexprs={{**variant.constexprs, "BLOCK_R": 32, "BLOCK_V": 512, "BLOCK_D": 256}})
-        yield replace(variant, signature={{**variant.signature, "gradient": "*fp32", "weight": "*fp32"}})
+        yield replace(variant, constexprs={{**variant.constexprs, "BLOCK_N": 32, "BLOCK_V": 512}})
+        yield replace(variant, signature={{**variant.signature, "hidden": "*fp32", "weight": "*fp32"}})
 
 compile_table.OPS = (good, faulty)
 sys.exit(compile_table.main())
