@@ -29,6 +29,16 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _place(program, tiles, heads):
+    """Return a program's tile, group and head. The tiles of a head are neighbours: they read the same tensors.
+
+    Everything is on the grid's first axis, since the others end at 65535.
+    """
+    index = program // tiles
+    return program % tiles, (index // heads).to(tl.int64), (index % heads).to(tl.int64)
+
+
+@triton.jit
 def _load_tile(
     x,
     offset,  # (R,) int64: where rows begin
@@ -156,8 +166,8 @@ def _forward(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_M
-    group, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    tile, group, head = _place(tl.program_id(0), tl.cdiv(rows, BLOCK_M), heads)
+    first = tile * BLOCK_M
     key_head = head // repeats
     row = first + tl.arange(0, BLOCK_M)
     inside = row < rows
@@ -282,8 +292,8 @@ def _backward_queries(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_M
-    group, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    tile, group, head = _place(tl.program_id(0), tl.cdiv(rows, BLOCK_M), heads)
+    first = tile * BLOCK_M
     key_head = head // repeats
     row = first + tl.arange(0, BLOCK_M)
     inside = row < rows
@@ -329,7 +339,7 @@ def _backward_keys(
     grad,  # (G, S, H, T, D), contiguous, like the following
     lse,  # (G, S, H, T) fp32, +inf where nothing is seen
     delta,  # (G, S, H, T) fp32
-    d_k,  # (SPLITS, G, S, H_kv, T, D), or the prefix' (SPLITS, G, H_kv, P, D)
+    d_k,  # (G, S, H_kv, T, D), or the prefix' (G, H_kv, SPLITS, P, D)
     d_v,
     stride_qg,
     stride_qs,
@@ -343,7 +353,6 @@ def _backward_keys(
     stride_vs,
     stride_vh,
     stride_vt,
-    groups,
     rows,  # S T
     keys,  # S T, or P
     length,  # T
@@ -358,10 +367,12 @@ def _backward_keys(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_N
+    # A part is one split of one head: the tiles of a part are neighbours.
+    tiles = tl.cdiv(keys, BLOCK_N)
+    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     key_heads = heads // repeats
-    group, key_head = (tl.program_id(1) // key_heads).to(tl.int64), tl.program_id(1) % key_heads
-    split = tl.program_id(2).to(tl.int64)
+    split, group, key_head = _place(part, tl.cdiv(rows, split_rows), key_heads)
+    first = tile * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
     real = key < keys
     if OWN:
@@ -370,10 +381,10 @@ def _backward_keys(
         at_k, at_v = _row_offset(key, length, stride_ks, stride_kt), _row_offset(key, length, stride_vs, stride_vt)
         at = ((group * (rows // length) + key // length) * key_heads + key_head) * length + key % length
     else:
-        begin = tl.program_id(2) * split_rows
+        begin = split * split_rows
         end = tl.minimum(begin + split_rows, rows)
         at_k, at_v = key.to(tl.int64) * stride_kt, key.to(tl.int64) * stride_vt
-        at = ((split * groups + group) * key_heads + key_head) * keys + key
+        at = part.to(tl.int64) * keys + key
     k_tile = _load_tile(k, group * stride_kg + key_head * stride_kh + at_k, real, width, UPCAST, BLOCK_D)
     v_tile = _load_tile(v, group * stride_vg + key_head * stride_vh + at_v, real, width, UPCAST, BLOCK_D)
     key_mask = None if mask is None else mask + group * keys
@@ -455,8 +466,7 @@ def forward(
     q, k, v, k_prefix, v_prefix = map(_contiguous_rows, (q, k, v, k_prefix, v_prefix))
     sizes, launch, _ = _arguments(q, k, k_prefix, scale, "prefix_attention")
     strides = itertools.chain(*(x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)))
-    grid = (triton.cdiv(sizes["rows"], launch["BLOCK_M"]), q.shape[0] * q.shape[2])
-    _forward[grid](
+    _forward[(triton.cdiv(sizes["rows"], launch["BLOCK_M"]) * q.shape[0] * q.shape[2],)](
         q, k, v, k_prefix, v_prefix, _bytes(prefix_mask), _bytes(own_mask), out, lse, *strides,
         prefix=k_prefix.shape[2], **sizes, **launch,
     )  # fmt: skip
@@ -489,24 +499,24 @@ def backward(
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 where nothing is seen
     masks = _bytes(prefix_mask), _bytes(own_mask)
     strides = [x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)]
-    _backward_queries[(triton.cdiv(rows, launch["BLOCK_M"]), groups * heads)](
+    _backward_queries[(triton.cdiv(rows, launch["BLOCK_M"]) * groups * heads,)](
         q, k, v, k_prefix, v_prefix, *masks, grad, lse, delta, d_q, *itertools.chain(*strides),
         prefix=prefix, **sizes, **launch,
     )  # fmt: skip
-    _backward_keys[(triton.cdiv(rows, launch["BLOCK_N"]), groups * key_heads, 1)](
+    _backward_keys[(triton.cdiv(rows, launch["BLOCK_N"]) * groups * key_heads,)](
         q, k, v, masks[1], grad, lse, delta, d_k, d_v, *strides[0], *strides[1], *strides[2],
-        groups=groups, keys=rows, split_rows=rows, OWN=True, **sizes, **launch,
+        keys=rows, split_rows=rows, OWN=True, **sizes, **launch,
     )  # fmt: skip
     if prefix == 0:
         return
     split_rows = triton.cdiv(triton.cdiv(rows, splits), launch["BLOCK_M"]) * launch["BLOCK_M"]
     splits = triton.cdiv(rows, split_rows)
-    parts = [x.new_empty((splits, *x.shape), dtype=torch.float32) for x in (k_prefix, v_prefix)]
+    parts = [x.new_empty((groups, key_heads, splits, *x.shape[2:]), dtype=torch.float32) for x in (k_prefix, v_prefix)]
     # A prefix has no sequences to step over.
     strides_k, strides_v = ((group, 0, head, key) for group, head, key in strides[3:])
-    _backward_keys[(triton.cdiv(prefix, launch["BLOCK_N"]), groups * key_heads, splits)](
+    _backward_keys[(triton.cdiv(prefix, launch["BLOCK_N"]) * splits * groups * key_heads,)](
         q, k_prefix, v_prefix, masks[0], grad, lse, delta, *parts, *strides[0], *strides_k, *strides_v,
-        groups=groups, keys=prefix, split_rows=split_rows, OWN=False, **sizes, **launch,
+        keys=prefix, split_rows=split_rows, OWN=False, **sizes, **launch,
     )  # fmt: skip
-    d_k_prefix.copy_(parts[0].sum(0))
-    d_v_prefix.copy_(parts[1].sum(0))
+    d_k_prefix.copy_(parts[0].sum(2))
+    d_v_prefix.copy_(parts[1].sum(2))

@@ -255,6 +255,28 @@ def test_the_kernels_read_strided_inputs_and_refuse_wide_heads() -> None:
         prefix_attention(**tensors(width=130, dtype=torch.float32), backend="triton")
 
 
+class Launches:
+    """Takes a kernel's place and keeps the grids it is called with."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return lambda *_, **__: None
+
+
+@interpreted
+def test_many_groups_and_heads_are_on_the_axis_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("dopsd_kernels.triton.prefix_attention")
+    launches = Launches()
+    for name in ("_forward", "_backward_queries", "_backward_keys"):
+        monkeypatch.setattr(kernels, name, launches)
+    # 66000 heads of two tiles of rows, 33000 of own keys in two tiles and of the prefix in two splits of one.
+    run(prefix_attention, tensors(33000, 1, 2, 1, 17, 1, 1, torch.float16), backend="triton")
+    assert launches.grids == [(132000,), (132000,), (66000,), (66000,)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
