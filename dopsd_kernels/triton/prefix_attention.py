@@ -447,7 +447,7 @@ def _arguments(
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:  # (G, ...) bool -> (G, n) int8
-    return None if mask is None else mask.flatten(1).to(torch.int8)
+    return None if mask is None else mask.flatten(1).contiguous().view(torch.int8)
 
 
 def forward(

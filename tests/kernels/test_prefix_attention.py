@@ -246,10 +246,10 @@ def test_the_kernels_read_strided_inputs_and_refuse_wide_heads() -> None:
     inputs = tensors(dtype=torch.float32)
     # As projections leave them: (G, S, T, H, D) in memory.
     strided = {name: x.transpose(-2, -3).contiguous().transpose(-2, -3) for name, x in inputs.items()}
-    assert not strided["q"].is_contiguous()
-    for a, b in zip(
-        run(prefix_attention, strided, backend="triton"), run(prefix_attention, inputs, backend="triton"), strict=True
-    ):
+    masks = {name: x.mT.contiguous().mT for name, x in MASKS["both"].items()}
+    assert not any(x.is_contiguous() for x in (strided["q"], *masks.values()))
+    results = run(prefix_attention, strided, backend="triton", **masks)
+    for a, b in zip(results, run(prefix_attention, inputs, backend="triton", **MASKS["both"]), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="at most 128, but D is 130"):
         prefix_attention(**tensors(width=130, dtype=torch.float32), backend="triton")
