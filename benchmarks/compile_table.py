@@ -215,14 +215,13 @@ def prefix_attention(arch: str) -> Iterator[Variant]:
                     **({} if own is None else {"OWN": own}),
                 }
                 signature = {
-                    **dict.fromkeys(("q", "k", "v", "k_prefix", "v_prefix", "grad", "out", "d_q"), f"*{dtype}"),
-                    # The sums of a split of the prefix' gradients are fp32.
-                    **dict.fromkeys(("d_k", "d_v"), f"*{dtype}" if own else "*fp32"),
+                    **dict.fromkeys(("q", "k", "v", "k_prefix", "v_prefix", "grad", "out"), f"*{dtype}"),
+                    **dict.fromkeys(("d_q", "d_k", "d_v"), f"*{dtype}"),
                     **dict.fromkeys(("lse", "delta"), "*fp32"),
                     **dict.fromkeys(("prefix_mask", "own_mask", "mask"), "*i8"),
                     **{key: "i32:16" for key in arguments if key.startswith("stride_")},
                     **dict.fromkeys(("rows", "prefix", "keys", "length", "split_rows"), "i32"),
-                    **dict.fromkeys(("groups", "heads", "repeats"), "i32"),
+                    **dict.fromkeys(("heads", "repeats"), "i32"),
                     "width": "i32:16",
                     "scale": "fp32",
                 }

@@ -266,15 +266,31 @@ class Launches:
         return lambda *_, **__: None
 
 
-@interpreted
-def test_many_groups_and_heads_are_on_the_axis_that_holds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     kernels = pytest.importorskip("dopsd_kernels.triton.prefix_attention")
     launches = Launches()
     for name in ("_forward", "_backward_queries", "_backward_keys"):
         monkeypatch.setattr(kernels, name, launches)
-    # 66000 heads of two tiles of rows, 33000 of own keys in two tiles and of the prefix in two splits of one.
+    return launches
+
+
+@interpreted
+def test_many_groups_and_heads_are_on_the_axis_that_holds_them(launches: Launches) -> None:
+    # 66000 heads of two tiles of rows, 33000 of own keys in two tiles and of the prefix in one.
     run(prefix_attention, tensors(33000, 1, 2, 1, 17, 1, 1, torch.float16), backend="triton")
-    assert launches.grids == [(132000,), (132000,), (66000,), (66000,)]
+    assert launches.grids == [(132000,), (132000,), (66000,), (33000,)]
+
+
+@interpreted
+@pytest.mark.parametrize(("groups", "multiprocessors", "splits"), [(1, 132, 5), (2, 1, 2), (5, 1, 1)])
+def test_sums_split_where_multiprocessors_would_be_idle(
+    groups: int, multiprocessors: int, splits: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dopsd_kernels.triton.prefix_attention._multiprocessors", lambda device: multiprocessors)
+    # 160 rows of each group are 10 blocks: eight splits would have two each, so there are five.
+    run(prefix_attention, tensors(groups, 10, 1, 1, 16, 1, 1, torch.float16), backend="triton")
+    assert launches.grids[-1] == (groups * splits,)
 
 
 @pytest.mark.gpu
