@@ -12,7 +12,9 @@ With T = 32 and tiles of 128 rows, four sequences share a reading of the prefix,
 The backward pass computes scores again. One kernel has tiles of rows and sums d q over both runs of keys; another has
 tiles of keys, own or of the prefix, and sums d k and d v over the rows that see them: for own keys those of their
 sequences, for the prefix all rows of the group. Sums over the query heads of a key head are part of both, so that no
-two programs add to one place and the order of every sum is fixed.
+two programs add to one place and the order of every sum is fixed. Both need delta, the sum of grad * out of each row:
+the first kernel computes it from a tile of grad that it has anyway and one of out, and leaves it for the second, where
+each row of each tile of keys then costs the 4 bytes of delta instead of the 2 D bytes of out.
 
 Where prefixes have too few tiles of keys for the GPU, the rows of their sums are split among several programs, and
 their fp32 sums are added up after. Elsewhere splits only cost: with 32 groups of 16 sequences of 32 rows, 32 key heads
@@ -61,6 +63,17 @@ def _load_tile(
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def _load_lse(
+    lse,
+    at,  # (R,)
+    inside,  # (R,)
+):
+    """Load (R,) logsumexps; +inf, which makes probabilities 0, outside and for rows that see nothing."""
+    value = tl.load(lse + at, mask=inside, other=float("inf"))
+    return tl.where(value == -float("inf"), float("inf"), value)
 
 
 @triton.jit
@@ -267,8 +280,9 @@ def _backward_queries(
     prefix_mask,  # (G, P) int8, or None
     own_mask,  # (G, S T) int8, or None
     grad,  # (G, S, H, T, D), contiguous, like the following
-    lse,  # (G, S, H, T) fp32, +inf where nothing is seen
-    delta,  # (G, S, H, T) fp32
+    out,  # (G, S, H, T, D)
+    lse,  # (G, S, H, T) fp32
+    delta,  # (G, S, H, T) fp32, written
     d_q,  # (G, S, H, T, D)
     stride_qg,
     stride_qs,
@@ -309,8 +323,10 @@ def _backward_queries(
     at = ((group * (rows // length) + row // length) * heads + head) * length + row % length
     q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
     grad_tile = _load_tile(grad, at * width, inside, width, UPCAST, BLOCK_D)
-    row_lse = tl.load(lse + at, mask=inside, other=float("inf"))
-    row_delta = tl.load(delta + at, mask=inside, other=0.0)
+    out_tile = _load_tile(out, at * width, inside, width, UPCAST, BLOCK_D)
+    row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + at, row_delta, mask=inside)
+    row_lse = _load_lse(lse, at, inside)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     acc = _query_gradient(
         acc, q_tile, grad_tile, row_lse, row_delta, row,
@@ -345,7 +361,7 @@ def _backward_keys(
     v,
     mask,  # of the keys: (G, S T) or (G, P) int8, or None
     grad,  # (G, S, H, T, D), contiguous, like the following
-    lse,  # (G, S, H, T) fp32, +inf where nothing is seen
+    lse,  # (G, S, H, T) fp32
     delta,  # (G, S, H, T) fp32
     d_k,  # (G, S, H_kv, T, D), or the prefix' (G, H_kv, splits, P, D)
     d_v,
@@ -406,7 +422,7 @@ def _backward_keys(
             at_row = ((group * (rows // length) + row // length) * heads + head) * length + row % length
             q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
             grad_tile = _load_tile(grad, at_row * width, inside, width, UPCAST, BLOCK_D)
-            row_lse = tl.load(lse + at_row, mask=inside, other=float("inf"))
+            row_lse = _load_lse(lse, at_row, inside)
             row_delta = tl.load(delta + at_row, mask=inside, other=0.0)
             # Transposed: (keys, rows), so that both sums are plain products.
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
@@ -509,12 +525,11 @@ def backward(
     sizes, launch = _arguments(q, k, k_prefix, scale, "prefix_attention_backward")
     groups, _, heads = q.shape[:3]
     rows, key_heads, prefix = sizes["rows"], k.shape[2], k_prefix.shape[2]
-    delta = (grad.float() * out.float()).sum(-1)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(score - inf) = 0 where nothing is seen
+    delta = torch.empty_like(lse)
     masks = _bytes(prefix_mask), _bytes(own_mask)
     strides = [x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)]
     _backward_queries[(triton.cdiv(rows, launch["BLOCK_M"]) * groups * heads,)](
-        q, k, v, k_prefix, v_prefix, *masks, grad, lse, delta, d_q, *itertools.chain(*strides),
+        q, k, v, k_prefix, v_prefix, *masks, grad, out, lse, delta, d_q, *itertools.chain(*strides),
         prefix=prefix, **sizes, **launch,
     )  # fmt: skip
     _backward_keys[(triton.cdiv(rows, launch["BLOCK_N"]) * groups * key_heads,)](
