@@ -77,27 +77,62 @@ def _load_lse(
 
 
 @triton.jit
-def _row_offset(row, LENGTH, stride_s, stride_t):
+def _row_offset(row, length, stride_s, stride_t):
     """Where row `row` of a group and head begins: query row % T of sequence row // T."""
-    return (row // LENGTH).to(tl.int64) * stride_s + (row % LENGTH).to(tl.int64) * stride_t
+    return (row // length).to(tl.int64) * stride_s + (row % length).to(tl.int64) * stride_t
+
+
+@triton.jit
+def _load_keys(
+    x,  # keys or values
+    key,  # (C,)
+    end,
+    length,
+    stride_s,
+    stride_t,
+    width,
+    OWN: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Load (C, BLOCK_D) keys or values before `end`: own ones, or the prefix', which has no sequences to step over."""
+    offset = _row_offset(key, length, stride_s, stride_t) if OWN else key.to(tl.int64) * stride_t
+    return _load_tile(x, offset, key < end, width, UPCAST, BLOCK_D)
 
 
 @triton.jit
 def _seen(
     row,  # (R,)
     key,  # (C,)
-    keys,  # how many there are
+    end,
     mask,  # of this group's keys, or None
     length,
     OWN: tl.constexpr,
 ):
-    """Return (R, C): which rows see which keys."""
-    real = key < keys
+    """Return (R, C): which rows see which of the keys before `end`."""
+    real = key < end
     if mask is not None:
         real = real & (tl.load(mask + key, mask=real, other=0) != 0)
     if OWN:
         return real[None, :] & ((row // length)[:, None] == (key // length)[None, :])
     return real[None, :] & (row >= 0)[:, None]
+
+
+@triton.jit
+def _scores(
+    q,  # (R, D)
+    k,  # (C, D)
+    row,  # (R,)
+    key,  # (C,)
+    end,
+    mask,
+    length,
+    scale,
+    OWN: tl.constexpr,
+):
+    """Return (R, C) scores; -inf where a row does not see a key."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return tl.where(_seen(row, key, end, mask, length, OWN), scores, -float("inf"))
 
 
 @triton.jit
@@ -112,7 +147,6 @@ def _attend(
     mask,
     begin,
     end,
-    keys,
     length,
     stride_ks,
     stride_kt,
@@ -128,19 +162,14 @@ def _attend(
     """Add the keys from `begin` to `end` to a tile's online softmax."""
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        if OWN:
-            at_k, at_v = _row_offset(key, length, stride_ks, stride_kt), _row_offset(key, length, stride_vs, stride_vt)
-        else:
-            at_k, at_v = key.to(tl.int64) * stride_kt, key.to(tl.int64) * stride_vt
-        k_tile = _load_tile(k, at_k, key < end, width, UPCAST, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
-        scores = tl.where(_seen(row, key, keys, mask, length, OWN), scores, -float("inf"))
+        k_tile = _load_keys(k, key, end, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
+        scores = _scores(q, k_tile, row, key, end, mask, length, scale, OWN)
         new = tl.maximum(highest, tl.max(scores, 1))
         shift = tl.where(new == -float("inf"), 0.0, new)
         weights = tl.exp2((scores - shift[:, None]) * _LOG2_E)
         rescale = tl.exp2((highest - shift) * _LOG2_E)
         total = total * rescale + tl.sum(weights, 1)
-        v_tile = _load_tile(v, at_v, key < end, width, UPCAST, BLOCK_D)
+        v_tile = _load_keys(v, key, end, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
         highest = new
     return acc, highest, total
@@ -202,7 +231,7 @@ def _forward(
         k_prefix + group * stride_pkg + key_head * stride_pkh,
         v_prefix + group * stride_pvg + key_head * stride_pvh,
         None if prefix_mask is None else prefix_mask + group * prefix,
-        0, prefix, prefix, length, 0, stride_pkt, 0, stride_pvt, width, scale,
+        0, prefix, length, 0, stride_pkt, 0, stride_pvt, width, scale,
         False, UPCAST, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     last = tl.minimum(first + BLOCK_M, rows) - 1
@@ -211,7 +240,7 @@ def _forward(
         k + group * stride_kg + key_head * stride_kh,
         v + group * stride_vg + key_head * stride_vh,
         None if own_mask is None else own_mask + group * rows,
-        first // length * length, (last // length + 1) * length, rows, length,
+        first // length * length, (last // length + 1) * length, length,
         stride_ks, stride_kt, stride_vs, stride_vt, width, scale,
         True, UPCAST, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -240,7 +269,6 @@ def _query_gradient(
     mask,
     begin,
     end,
-    keys,
     length,
     stride_ks,
     stride_kt,
@@ -256,15 +284,10 @@ def _query_gradient(
     """Add d score @ k of the keys from `begin` to `end`."""
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        if OWN:
-            at_k, at_v = _row_offset(key, length, stride_ks, stride_kt), _row_offset(key, length, stride_vs, stride_vt)
-        else:
-            at_k, at_v = key.to(tl.int64) * stride_kt, key.to(tl.int64) * stride_vt
-        k_tile = _load_tile(k, at_k, key < end, width, UPCAST, BLOCK_D)
-        v_tile = _load_tile(v, at_v, key < end, width, UPCAST, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee") * scale
+        k_tile = _load_keys(k, key, end, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
+        v_tile = _load_keys(v, key, end, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
+        scores = _scores(q, k_tile, row, key, end, mask, length, scale, OWN)
         weights = tl.exp2((scores - lse[:, None]) * _LOG2_E)
-        weights = tl.where(_seen(row, key, keys, mask, length, OWN), weights, 0.0)
         d_scores = weights * (tl.dot(grad, tl.trans(v_tile), input_precision="ieee") - delta[:, None])
         acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     return acc
@@ -333,7 +356,7 @@ def _backward_queries(
         k_prefix + group * stride_pkg + key_head * stride_pkh,
         v_prefix + group * stride_pvg + key_head * stride_pvh,
         None if prefix_mask is None else prefix_mask + group * prefix,
-        0, prefix, prefix, length, 0, stride_pkt, 0, stride_pvt, width, scale,
+        0, prefix, length, 0, stride_pkt, 0, stride_pvt, width, scale,
         False, UPCAST, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     last = tl.minimum(first + BLOCK_M, rows) - 1
@@ -342,7 +365,7 @@ def _backward_queries(
         k + group * stride_kg + key_head * stride_kh,
         v + group * stride_vg + key_head * stride_vh,
         None if own_mask is None else own_mask + group * rows,
-        first // length * length, (last // length + 1) * length, rows, length,
+        first // length * length, (last // length + 1) * length, length,
         stride_ks, stride_kt, stride_vs, stride_vt, width, scale,
         True, UPCAST, BLOCK_N, BLOCK_D,
     )  # fmt: skip
@@ -402,15 +425,15 @@ def _backward_keys(
     if OWN:
         last = tl.minimum(first + BLOCK_N, keys) - 1
         begin, end = first // length * length, (last // length + 1) * length
-        at_k, at_v = _row_offset(key, length, stride_ks, stride_kt), _row_offset(key, length, stride_vs, stride_vt)
         at = ((group * (rows // length) + key // length) * key_heads + key_head) * length + key % length
     else:
         begin = split * split_rows
         end = tl.minimum(begin + split_rows, rows)
-        at_k, at_v = key.to(tl.int64) * stride_kt, key.to(tl.int64) * stride_vt
         at = part.to(tl.int64) * keys + key
-    k_tile = _load_tile(k, group * stride_kg + key_head * stride_kh + at_k, real, width, UPCAST, BLOCK_D)
-    v_tile = _load_tile(v, group * stride_vg + key_head * stride_vh + at_v, real, width, UPCAST, BLOCK_D)
+    k += group * stride_kg + key_head * stride_kh
+    v += group * stride_vg + key_head * stride_vh
+    k_tile = _load_keys(k, key, keys, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
+    v_tile = _load_keys(v, key, keys, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
     key_mask = None if mask is None else mask + group * keys
     sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
