@@ -83,6 +83,12 @@ def _row_offset(row, length, stride_s, stride_t):
 
 
 @triton.jit
+def _row_index(row, group, head, rows, heads, length):
+    """Which row of a contiguous (G, S, H, T) this is."""
+    return ((group * (rows // length) + row // length) * heads + head) * length + row % length
+
+
+@triton.jit
 def _load_keys(
     x,  # keys or values
     key,  # (C,)
@@ -246,7 +252,7 @@ def _forward(
     )  # fmt: skip
     # A row that sees nothing gets 0, and its logsumexp -inf.
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    at = ((group * (rows // length) + row // length) * heads + head) * length + row % length
+    at = _row_index(row, group, head, rows, heads, length)
     d = tl.arange(0, BLOCK_D)
     tl.store(
         out + at[:, None] * width + d[None, :],
@@ -343,7 +349,7 @@ def _backward_queries(
     row = first + tl.arange(0, BLOCK_M)
     inside = row < rows
     at_q = group * stride_qg + head * stride_qh + _row_offset(row, length, stride_qs, stride_qt)
-    at = ((group * (rows // length) + row // length) * heads + head) * length + row % length
+    at = _row_index(row, group, head, rows, heads, length)
     q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
     grad_tile = _load_tile(grad, at * width, inside, width, UPCAST, BLOCK_D)
     out_tile = _load_tile(out, at * width, inside, width, UPCAST, BLOCK_D)
@@ -421,15 +427,12 @@ def _backward_keys(
     split, group, key_head = _place(part, tl.cdiv(rows, split_rows), key_heads)
     first = tile * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
-    real = key < keys
     if OWN:
         last = tl.minimum(first + BLOCK_N, keys) - 1
         begin, end = first // length * length, (last // length + 1) * length
-        at = ((group * (rows // length) + key // length) * key_heads + key_head) * length + key % length
     else:
         begin = split * split_rows
         end = tl.minimum(begin + split_rows, rows)
-        at = part.to(tl.int64) * keys + key
     k += group * stride_kg + key_head * stride_kh
     v += group * stride_vg + key_head * stride_vh
     k_tile = _load_keys(k, key, keys, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
@@ -442,7 +445,7 @@ def _backward_keys(
             row = start + tl.arange(0, BLOCK_M)
             inside = row < end
             at_q = group * stride_qg + head * stride_qh + _row_offset(row, length, stride_qs, stride_qt)
-            at_row = ((group * (rows // length) + row // length) * heads + head) * length + row % length
+            at_row = _row_index(row, group, head, rows, heads, length)
             q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
             grad_tile = _load_tile(grad, at_row * width, inside, width, UPCAST, BLOCK_D)
             row_lse = _load_lse(lse, at_row, inside)
@@ -454,9 +457,10 @@ def _backward_keys(
             sum_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, sum_v, input_precision="ieee")
             d_scores = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee") - row_delta[None, :])
             sum_k = tl.dot(d_scores.to(q_tile.dtype), q_tile, sum_k, input_precision="ieee")
+    at = _row_index(key, group, key_head, keys, key_heads, length) if OWN else part.to(tl.int64) * keys + key
     d = tl.arange(0, BLOCK_D)
     place = at[:, None] * width + d[None, :]
-    stored = real[:, None] & (d < width)[None, :]
+    stored = (key < keys)[:, None] & (d < width)[None, :]
     tl.store(d_k + place, (sum_k * scale).to(d_k.dtype.element_ty), mask=stored)
     tl.store(d_v + place, sum_v.to(d_v.dtype.element_ty), mask=stored)
 
