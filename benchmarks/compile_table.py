@@ -58,7 +58,8 @@ class Variant:
 # by the largest tiles, by a top_k of 128 (1 KB of keys per row), and by fp32 operands, which lie in registers twice as
 # wide as 16-bit ones.
 _TILE_SPILL = 256
-# Spilled by tiles of 128 rows and their sums: some of the numbers that wait between the products of a tile of keys.
+# Spilled by large tiles and their sums: some of the numbers that wait between the products of a tile of keys, or, where
+# keys are summed for, outside the loop over tiles of rows.
 _ATTENTION_SPILL = 256
 
 
@@ -239,8 +240,10 @@ def prefix_attention(arch: str) -> Iterator[Variant]:
 
     for config in _configs("prefix_attention", arch):
         yield from variants(config, ("_forward",), "bf16", 128)
-    for config in _configs("prefix_attention_backward", arch):
-        yield from variants(config, ("_backward_queries", "_backward_keys"), "bf16", 128)
+    for config in _configs("prefix_attention_query_gradient", arch):
+        yield from variants(config, ("_backward_queries",), "bf16", 128)
+    for config in _configs("prefix_attention_key_gradient", arch):
+        yield from variants(config, ("_backward_keys",), "bf16", 128)
     for config in _configs("prefix_attention_fp32", arch):
         yield from variants(config, ("_forward", "_backward_queries", "_backward_keys"), "fp32", 64)
 

@@ -475,12 +475,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _arguments(
-    q: Tensor, k: Tensor, k_prefix: Tensor, scale: float, kernel: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the sizes that all kernels share, and their blocks and launch options."""
+def _sizes(q: Tensor, k: Tensor, scale: float) -> dict[str, Any]:
+    """Return the arguments that all kernels share."""
     _, sequences, heads, length, width = q.shape
-    sizes = {
+    return {
         "rows": sequences * length,
         "length": length,
         "heads": heads,
@@ -488,10 +486,20 @@ def _arguments(
         "width": width,
         "scale": scale,
     }
+
+
+def _launch(kernel: str, q: Tensor, prefix: int) -> dict[str, Any]:
+    """Return a kernel's blocks and launch options.
+
+    Tiles are chosen by what the compiler makes of them. On sm_90 four warps multiply 64 rows together, on gfx942 each
+    32: with tiles of 64 rows (or keys, for the keys' gradients), eight warps there and four here would compute every
+    score twice. There are two stages where that spills nothing inside the loop over tiles.
+    """
+    length, width = q.shape[3:]
     # Without tensor cores a tile's operands wait in registers: smaller ones, and the same for all kernels.
     kernel = "prefix_attention_fp32" if q.dtype == torch.float32 else kernel
-    config = choose(kernel, q.device, length, width, k_prefix.shape[2])
-    launch = {
+    config = choose(kernel, q.device, length, width, prefix)
+    return {
         "UPCAST": q.dtype == torch.bfloat16 and q.device.type == "cpu",  # the interpreter takes bf16 for integers
         "BLOCK_M": config["BLOCK_M"],
         "BLOCK_N": config["BLOCK_N"],
@@ -500,7 +508,6 @@ def _arguments(
         "num_stages": config["num_stages"],
         **LAUNCH,
     }
-    return sizes, launch
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:  # (G, ...) bool -> (G, n) int8
@@ -521,11 +528,12 @@ def forward(
 ) -> None:
     """Write the output and the scores' logsumexp; -inf where a query sees no key."""
     q, k, v, k_prefix, v_prefix = map(_contiguous_rows, (q, k, v, k_prefix, v_prefix))
-    sizes, launch = _arguments(q, k, k_prefix, scale, "prefix_attention")
+    sizes, prefix = _sizes(q, k, scale), k_prefix.shape[2]
+    launch = _launch("prefix_attention", q, prefix)
     strides = itertools.chain(*(x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)))
     _forward[(triton.cdiv(sizes["rows"], launch["BLOCK_M"]) * q.shape[0] * q.shape[2],)](
         q, k, v, k_prefix, v_prefix, _bytes(prefix_mask), _bytes(own_mask), out, lse, *strides,
-        prefix=k_prefix.shape[2], **sizes, **launch,
+        prefix=prefix, **sizes, **launch,
     )  # fmt: skip
 
 
@@ -549,16 +557,18 @@ def backward(
 ) -> None:
     """Write the gradients of all five tensors."""
     q, k, v, k_prefix, v_prefix = map(_contiguous_rows, (q, k, v, k_prefix, v_prefix))
-    sizes, launch = _arguments(q, k, k_prefix, scale, "prefix_attention_backward")
+    sizes = _sizes(q, k, scale)
     groups, _, heads = q.shape[:3]
     rows, key_heads, prefix = sizes["rows"], k.shape[2], k_prefix.shape[2]
     delta = torch.empty_like(lse)
     masks = _bytes(prefix_mask), _bytes(own_mask)
     strides = [x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)]
+    launch = _launch("prefix_attention_query_gradient", q, prefix)
     _backward_queries[(triton.cdiv(rows, launch["BLOCK_M"]) * groups * heads,)](
         q, k, v, k_prefix, v_prefix, *masks, grad, out, lse, delta, d_q, *itertools.chain(*strides),
         prefix=prefix, **sizes, **launch,
     )  # fmt: skip
+    launch = _launch("prefix_attention_key_gradient", q, prefix)
     _backward_keys[(triton.cdiv(rows, launch["BLOCK_N"]) * groups * key_heads,)](
         q, k, v, masks[1], grad, lse, delta, d_k, d_v, *strides[0], *strides[1], *strides[2],
         keys=rows, split_rows=rows, OWN=True, **sizes, **launch,
