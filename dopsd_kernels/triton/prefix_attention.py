@@ -471,8 +471,8 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """The interpreter has a few, so that small problems have one split or several."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """The interpreter has one, so that small problems have one split or several."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _sizes(q: Tensor, k: Tensor, scale: float) -> dict[str, Any]:

@@ -219,13 +219,6 @@ def test_the_kernels(shape: str, dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("masks", ["prefix", "own", "both"])
-def test_the_kernels_with_masks(masks: str) -> None:
-    pytest.importorskip("triton")
-    check_kernels(tensors(dtype=torch.float32), **MASKS[masks])
-
-
-@interpreted
 def test_the_kernels_where_nothing_is_seen() -> None:
     pytest.importorskip("triton")
     inputs = tensors(dtype=torch.float32)
@@ -241,16 +234,14 @@ def test_the_kernels_where_nothing_is_seen() -> None:
 
 
 @interpreted
-def test_the_kernels_read_strided_inputs_and_refuse_wide_heads() -> None:
+def test_the_kernels_read_strided_inputs_and_masks_and_refuse_wide_heads() -> None:
     pytest.importorskip("triton")
     inputs = tensors(dtype=torch.float32)
     # As projections leave them: (G, S, T, H, D) in memory.
     strided = {name: x.transpose(-2, -3).contiguous().transpose(-2, -3) for name, x in inputs.items()}
     masks = {name: x.mT.contiguous().mT for name, x in MASKS["both"].items()}
     assert not any(x.is_contiguous() for x in (strided["q"], *masks.values()))
-    results = run(prefix_attention, strided, backend="triton", **masks)
-    for a, b in zip(results, run(prefix_attention, inputs, backend="triton", **MASKS["both"]), strict=True):
-        assert torch.equal(a, b)
+    check_kernels(strided, **masks)
     with pytest.raises(ValueError, match="at most 128, but D is 130"):
         prefix_attention(**tensors(width=130, dtype=torch.float32), backend="triton")
 
@@ -296,7 +287,14 @@ def test_sums_split_where_multiprocessors_would_be_idle(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES.values(), dict(sequences=64, length=32, prefix=456, width=128, heads=8)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *SHAPES.values(),
+        dict(sequences=64, length=32, prefix=456, width=128, heads=8),  # the prefix' sums in several splits
+        dict(groups=33000, sequences=1, heads=2, key_heads=1, length=17, prefix=1, width=16),  # and in one
+    ],
+)
 def test_the_compiled_kernels(shape: dict[str, int], dtype: torch.dtype) -> None:
     inputs = {name: x.cuda() for name, x in tensors(**shape, dtype=dtype).items()}
     exact = run(reference.prefix_attention, {name: x.double() for name, x in inputs.items()})
