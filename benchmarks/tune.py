@@ -52,7 +52,8 @@ CASES: dict[str, Case] = {
     "confidence_argmax": Confidence("argmax", 256, *_HEAD),
     "confidence": Confidence("sampled", 256, *_HEAD, "peaked"),
     "prefix_attention": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "forward"),
-    "prefix_attention_backward": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "both"),
+    "prefix_attention_query_gradient": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "both"),
+    "prefix_attention_key_gradient": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "both"),
 }
 WORTHWHILE = 0.99  # a smaller gain than 1 % is noise
 ERROR = 0.02  # of bf16 results; a configuration with more is wrong
