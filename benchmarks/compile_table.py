@@ -145,11 +145,10 @@ def confidence(arch: str) -> Iterator[Variant]:
 def step_kl(arch: str) -> Iterator[Variant]:
     """The passes of fused_step_kl: without a top-k, and with a bucket, which keeps most."""
     from dopsd_kernels.triton import step_kl as kernels
-    from dopsd_kernels.triton.topk import LOWEST_KEY
 
     signature = {
         **dict.fromkeys(("bias_s", "bias_t", "normalizers", "sums", "scale"), "*fp32"),
-        **dict.fromkeys(("threshold", "keys"), "*i64"),
+        "threshold": "*i64",
         **dict.fromkeys(("stride_s", "stride_t", "stride_gradient"), "i32:16"),
         **dict.fromkeys(("vocab", "split_columns"), "i32:16"),
         **dict.fromkeys(("rows", "first_row", "first_column"), "i32"),
@@ -172,32 +171,28 @@ def step_kl(arch: str) -> Iterator[Variant]:
         )
 
     for config in _configs("step_kl_rows", arch):
-        for label, logits, top_k in (
-            ("reverse KL, fp32", "*fp32", 0),
-            ("JSD, fp32, top 32 and bucket", "*fp32", 32),
-            ("JSD, bf16, top 1024 and bucket", "*bf16", 1024),
+        for label, logits, bucket in (
+            ("reverse KL, fp32", "*fp32", False),
+            ("JSD, fp32, bucket", "*fp32", True),
+            ("JSD, bf16, bucket", "*bf16", True),
         ):
             constexprs = {
-                "LOWEST": LOWEST_KEY,
-                "TOP_K": top_k,
-                "BUCKET": top_k > 0,
-                "DIVERGENCE": 2 if top_k else 0,
+                "DIVERGENCE": 2 if bucket else 0,
                 "CLIPPED": True,
                 "NONNEGATIVE": True,
                 "PARTS": config["SPLITS"],
                 "PADDED_PARTS": config["SPLITS"],
-                **({} if top_k else dict.fromkeys(("bias_s", "bias_t", "threshold", "scale"))),
+                **({} if bucket else dict.fromkeys(("bias_s", "bias_t", "threshold", "scale"))),
             }
-            for name in ("_teacher_top_keys", "_normalizers", "_row_sums", "_logit_gradient"):
-                if top_k or name != "_teacher_top_keys":
-                    yield variant(
-                        name,
-                        label,
-                        config,
-                        constexprs,
-                        {"z_s": logits, "z_t": logits, "gradient": "*bf16"},
-                        options={"num_warps": config["num_warps"]},
-                    )
+            for name in ("_normalizers", "_row_sums", "_logit_gradient"):
+                yield variant(
+                    name,
+                    label,
+                    config,
+                    constexprs,
+                    {"z_s": logits, "z_t": logits, "gradient": "*bf16"},
+                    options={"num_warps": config["num_warps"]},
+                )
 
 
 def prefix_attention(arch: str) -> Iterator[Variant]:

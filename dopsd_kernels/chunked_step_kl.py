@@ -1,4 +1,4 @@
-"""fused_step_kl in chunks of rows: the loop and the products around a backend's passes over the logits.
+"""fused_step_kl in chunks of rows: the loop and the products around a backend's passes over both sides' logits.
 
 For a chunk of rows: a product gives the student's and the teacher's logits, one product for both where they share
 the weight; passes over blocks of them give the rows' losses and the gradient with respect to the student's logits;
@@ -24,13 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dopsd_kernels import divergence, products
+from dopsd_kernels import divergence, products, topk
 from dopsd_kernels.contracts import StepKLOptions
 from dopsd_kernels.vocab_group import VocabGroup
 
 # fp16 knows nothing below 6e-8, and a gradient with respect to logits has many such entries, which a loss scale comes
 # too late for. This factor leaves room for entries of 255, a divergence of that many nats.
-_FP16_BOOST = 256
+FP16_BOOST = 256
 # Chunks of several on a GPU are a multiple of so many rows, which products take together.
 _ROW_TILE = 16
 
@@ -99,12 +99,24 @@ def plan_workspace(
     if backend == "triton":
         wanted_rows = _triton().block_rows(vocab, student.hidden.device)
         # What the passes keep of a row is there for the whole chunk.
-        row_bytes += _triton().row_bytes(options.top_k, student.hidden.device)
-        block_row_bytes = 0
+        row_bytes += _triton().row_bytes(student.hidden.device)
+        block_row_bytes = 0 if options.top_k is None else topk.row_bytes(vocab, options.top_k)
     else:
         wanted_rows = student.hidden.shape[0]
         block_row_bytes = divergence.row_bytes(vocab, options, compute)
+    return divide(workspace_bytes, vocab, row_bytes, column_bytes, wanted_rows, block_row_bytes, head_row_bytes)
 
+
+def divide(
+    workspace_bytes: int,
+    vocab: int,
+    row_bytes: int,  # of each row of a chunk
+    column_bytes: int,  # of each column of a tile
+    wanted_rows: int = 1,  # in a block, if they fit
+    block_row_bytes: int = 0,  # of each row of a block
+    head_row_bytes: int = 0,  # of each row of gradient before the logits
+) -> Plan:
+    """Give each part of a plan what it needs, and then its share of the rest; chunks get what is left."""
     floor = row_bytes + block_row_bytes + column_bytes + head_row_bytes
     if workspace_bytes < floor:
         raise ValueError(f"workspace_bytes is {workspace_bytes}, but one row of {vocab} logits needs at least {floor}.")
@@ -124,6 +136,17 @@ def plan_workspace(
     return Plan(1 + spare // row_bytes, block_rows, head_rows, tile_columns)
 
 
+def new_outputs(student: Head, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Gradients]:
+    """Return the row outputs (3, N) and the gradients, all 0."""
+    dtype, zeros = products.compute_dtype(student.hidden), student.hidden.new_zeros
+    gradients = Gradients(
+        zeros(student.hidden.shape, dtype=gradient_dtype(student.hidden)) if needs[0] else None,
+        zeros(student.weight.shape, dtype=dtype) if needs[1] else None,
+        zeros(student.weight.shape[:1], dtype=dtype) if needs[2] else None,
+    )
+    return zeros((3, student.hidden.shape[0]), dtype=dtype), gradients
+
+
 def _triton() -> ModuleType:
     # Imported where it is used: the package needs Triton only for this backend.
     from dopsd_kernels.triton import step_kl
@@ -139,29 +162,22 @@ def step_kl(
     needs: tuple[bool, bool, bool],  # whether hidden, weight and bias need a gradient
     options: StepKLOptions,
     workspace_bytes: int,
-    backend: str,
     group: VocabGroup,
+    backend: str,
 ) -> tuple[Tensor, Gradients]:
     """Return (row_loss, row_kl, row_clip_fraction) stacked as (3, N), and the gradients."""
     plan = plan_workspace(student, teacher, needs, options, workspace_bytes, backend, group.widest)
     passes = _triton().rows if backend == "triton" else divergence.rows
     dtype = products.compute_dtype(student.hidden)
-    count = student.hidden.shape[0]
-    vocab, width = student.weight.shape
-    grads = Gradients(
-        student.hidden.new_zeros((count, width), dtype=gradient_dtype(student.hidden)) if needs[0] else None,
-        student.hidden.new_zeros((vocab, width), dtype=dtype) if needs[1] else None,
-        student.hidden.new_zeros((vocab,), dtype=dtype) if needs[2] else None,
-    )
-    stats = student.hidden.new_zeros((3, count), dtype=dtype)
-    active = count if rows is None else rows.numel()
+    stats, grads = new_outputs(student, needs)
+    active = stats.shape[1] if rows is None else rows.numel()
     if active == 0:
         return stats, grads
     if row_scale is None:
         row_scale = student.hidden.new_ones(active, dtype=dtype)
     bias_s, bias_t = (None if head.bias is None else head.bias.to(dtype) for head in (student, teacher))
-    memory = _Memory(student, plan, min(active, _chunk_rows(active, plan, student.hidden)))
-    boost = _FP16_BOOST if memory.operand == torch.float16 else 1
+    memory = _Memory(student, plan, min(active, chunk_rows(active, plan, student.hidden)))
+    boost = FP16_BOOST if memory.operand == torch.float16 else 1
 
     for chunk in products.tiles(active, memory.chunk_rows):
         places = chunk if rows is None else rows[chunk]
@@ -193,8 +209,8 @@ def step_kl_from_logits(
     want_grad: bool,
     options: StepKLOptions,
     workspace_bytes: int,
-    backend: str,
     group: VocabGroup,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return (row_loss, row_kl, row_clip_fraction) stacked as (3, N), and the gradient of `student`."""
     dtype = products.compute_dtype(student)
@@ -209,18 +225,17 @@ def step_kl_from_logits(
 
     if backend == "triton":
         # Rows that are selected, or whose columns are not contiguous, are copied; others are read in place.
-        row_bytes = 3 * 4 * group.widest + _triton().row_bytes(options.top_k, student.device)
+        row_bytes = 3 * 4 * group.widest + _triton().row_bytes(student.device)
+        if options.top_k is not None:
+            row_bytes += topk.row_bytes(group.widest, options.top_k)
         wanted_rows = _triton().block_rows(group.widest, student.device)
     else:
         row_bytes = 2 * dtype.itemsize * group.widest + divergence.row_bytes(group.widest, options, dtype)
         wanted_rows = count
-    if workspace_bytes < row_bytes:
-        raise ValueError(
-            f"workspace_bytes is {workspace_bytes}, but a row of {group.widest} logits needs at least {row_bytes}."
-        )
+    limit = divide(workspace_bytes, group.widest, row_bytes, 0).chunk_rows
     active = count if rows is None else rows.numel()
     passes = _triton().rows if backend == "triton" else divergence.rows
-    for block in products.tiles(active, max(1, min(wanted_rows, workspace_bytes // row_bytes))):
+    for block in products.tiles(active, max(1, min(wanted_rows, limit))):
         places = block if rows is None else rows[block]
         if backend == "triton":
             z_s, z_t = (x if x.stride(1) == 1 else x.contiguous() for x in (student[places], teacher[places]))
@@ -258,7 +273,7 @@ class _Memory:
         return self.memory.view(self.operand)[: rows * self.vocab].view(rows, self.vocab)
 
 
-def _chunk_rows(active: int, plan: Plan, hidden: Tensor) -> int:
+def chunk_rows(active: int, plan: Plan, hidden: Tensor) -> int:
     """Return the rows of a chunk: all chunks about equal, for every one reads the whole weight."""
     limit = plan.chunk_rows
     if not hidden.is_cuda:
@@ -288,15 +303,21 @@ def _logits(
     keep: bool,
 ) -> Tensor | None:
     """Write a chunk's logits, without bias and temperature; return the student's hidden states as multiplied."""
-    operand = products.operand_dtype(student.hidden, student.weight)
-    hidden = student.hidden[places].to(operand)
     if teacher.weight is student.weight and teacher.hidden.dtype == student.hidden.dtype:
-        hidden = torch.cat([hidden, teacher.hidden[places].to(operand)])
+        operand = products.operand_dtype(student.hidden, student.weight)
+        hidden = torch.cat([side.hidden[places].to(operand) for side in (student, teacher)])
         products.logits(hidden, student.weight, tile_columns, out=z.flatten(0, 1))
         return hidden[: z.shape[1]] if keep else None
-    products.logits(hidden, student.weight, tile_columns, out=z[0])
-    # The student's dtype decides in which the logits are.
-    sixteen = z.dtype == torch.float32 and products.operand_dtype(teacher.hidden, teacher.weight).itemsize == 2
-    seen = teacher.hidden[places].to(teacher.weight.dtype if sixteen else z.dtype)
-    products.logits(seen, teacher.weight, tile_columns, out=z[1])
+    hidden = head_logits(student, places, tile_columns, out=z[0])
+    head_logits(teacher, places, tile_columns, out=z[1])
     return hidden if keep else None
+
+
+def head_logits(head: Head, places: slice | Tensor, tile_columns: int, out: Tensor) -> Tensor:  # (R, V)
+    """Write one side's logits of some rows, in the dtype of `out`, and return its hidden states as multiplied."""
+    operand = products.operand_dtype(head.hidden, head.weight)
+    if operand.itemsize > 2 or out.dtype == torch.float64:  # the student's dtype decides in which the logits are
+        operand = out.dtype
+    hidden = head.hidden[places].to(operand)
+    products.logits(hidden, head.weight, tile_columns, out=out)
+    return hidden

@@ -39,6 +39,11 @@ class StepKLOptions:
     tail: str = "renormalize"
     temperature: float = 1.0
 
+    @property
+    def renormalized(self) -> bool:
+        """Whether nothing outside the teacher's top-k matters, to the loss or to its gradient."""
+        return self.top_k is not None and self.tail == "renormalize"
+
     def entries(self, vocab: int) -> int:
         """Return how many entries a row's divergence has: those of the vocabulary, or of the teacher's top-k."""
         if self.top_k is None:

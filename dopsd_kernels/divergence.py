@@ -1,4 +1,4 @@
-"""The passes of fused_step_kl over a block of logits, in plain PyTorch.
+"""The divergences of fused_step_kl, and its passes over a block of logits, in plain PyTorch.
 
 With contributions phi_v(s_v, t_v) and pull_v = s_v dphi_v/ds_v on the kept set U (0 elsewhere), every divergence has
 the same gradient with respect to the student's logits: pull_j - s_j sum_v pull_v.
@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.topk import stable_topk
+from dopsd_kernels.topk import group_topk
+from dopsd_kernels.topk import row_bytes as topk_row_bytes
 from dopsd_kernels.vocab_group import VocabGroup
 
 # Temporaries, in rows of V or of top_k entries of the logits' dtype.
 _VOCAB_TEMPORARIES = 5
-_TOP_K_TEMPORARIES = 12
+TOP_K_TEMPORARIES = 12
 
 
 def row_bytes(vocab: int, options: StepKLOptions, dtype: torch.dtype) -> int:
     """Return the memory that `rows` needs per row, beside the logits."""
-    entries = 0 if options.top_k is None else options.top_k + 1
-    return dtype.itemsize * (_VOCAB_TEMPORARIES * vocab + _TOP_K_TEMPORARIES * entries)
+    over_vocab = dtype.itemsize * _VOCAB_TEMPORARIES * vocab
+    if options.top_k is None:
+        return over_vocab
+    # The top-k is found before anything else.
+    entries = options.entries(vocab)
+    return max(over_vocab, topk_row_bytes(vocab, options.top_k)) + dtype.itemsize * TOP_K_TEMPORARIES * entries
 
 
 def rows(
@@ -57,62 +62,24 @@ def _logit_gradient(z_s: Tensor, z_t: Tensor, options: StepKLOptions, group: Voc
     """Return the rows' (loss, kl, clip fraction); with `want_grad`, the gradient ends in z_s."""
     if options.top_k is None:
         log_s, log_t = _log_softmax(z_s, group), _log_softmax(z_t, group)
-        return _divergence(log_s, log_t, options, want_grad, group)
+        return divergence(log_s, log_t, options, want_grad, group)
 
-    # The teacher's top-k: k entries, and with a bucket one more whose logit is the logsumexp of the rest. Every
-    # process of a group has all of them, so that nothing below is reduced.
+    # The teacher's top-k, and one more entry whose logit is the logsumexp of the rest. Every process of a group has
+    # all of them, so that nothing below is reduced.
     alone = VocabGroup.of(None, options.entries(group.vocab), z_s.device)
-    support_s, support_t, columns, here = _support(z_s, z_t, options.top_k, group)
-
-    def place(z: Tensor, entries: Tensor, elsewhere: float, reduce: str) -> None:
-        """Put entries of the support into the columns of z that this process holds."""
-        if here is None:
-            z.scatter_(-1, columns, entries)
-        else:
-            z.scatter_reduce_(-1, columns, entries.masked_fill(~here, elsewhere), reduce)
-
-    if options.tail == "renormalize":
-        grad = support_s.log_softmax(-1)
-        stats = _divergence(grad, support_t.log_softmax(-1), options, want_grad, alone)
-        if want_grad:
-            z_s.zero_()
-            place(z_s, grad, 0.0, "sum")
-        return stats
+    top = group_topk(z_t, options.top_k, group)
+    support_s = group.sum(top.local(z_s.gather(-1, top.columns)))
     nothing = torch.full_like(support_s, -math.inf)
     for z in (z_s, z_t):
-        place(z, nothing, math.inf, "amin")
+        z.scatter_reduce_(-1, top.columns, top.local(nothing, math.inf), "amin")
     rest_s, rest_t = (group.gather(z.logsumexp(-1)[None]).logsumexp(0)[:, None] for z in (z_s, z_t))
     grad = torch.cat([support_s, rest_s], -1).log_softmax(-1)
-    stats = _divergence(grad, torch.cat([support_t, rest_t], -1).log_softmax(-1), options, want_grad, alone)
+    stats = divergence(grad, torch.cat([top.values, rest_t], -1).log_softmax(-1), options, want_grad, alone)
     if want_grad:
         # An entry of the rest gets its share of the bucket's gradient; an empty rest has no shares.
         z_s.sub_(rest_s.masked_fill(rest_s == -math.inf, 0)).exp_().mul_(grad[:, -1:])
-        place(z_s, grad[:, :-1], 0.0, "sum")
+        z_s.scatter_add_(-1, top.columns, top.local(grad[:, :-1]))
     return stats
-
-
-def _support(
-    z_s: Tensor,  # (R, V)
-    z_t: Tensor,  # (R, V)
-    k: int,
-    group: VocabGroup,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return both sides' logits (R, k) of the teacher's top-k, their columns here, and which are here (None: all)."""
-    support_t, columns = stable_topk(z_t, min(k, z_t.shape[1]))
-    support_s = z_s.gather(-1, columns)
-    if group.group is None:
-        return support_s, support_t, columns, None
-    # Candidates of all processes, in the order of their columns where values are equal; a short shard has fewer.
-    missing = k - columns.shape[1]
-    columns = torch.nn.functional.pad(columns + group.first_column, (0, missing), value=-1)
-    support_t, support_s = (torch.nn.functional.pad(x, (0, missing), value=-math.inf) for x in (support_t, support_s))
-    support_t, support_s, columns = (group.gather(x.T).T for x in (support_t, support_s, columns))
-    order = (columns < 0).to(torch.uint8).argsort(dim=-1, stable=True)  # what was padded loses every tie
-    order = order.gather(-1, support_t.gather(-1, order).argsort(dim=-1, descending=True, stable=True)[:, :k])
-    support_t, support_s, columns = (x.gather(-1, order) for x in (support_t, support_s, columns))
-    columns = columns - group.first_column
-    here = (columns >= 0) & (columns < z_t.shape[1])
-    return support_s, support_t, columns.clamp(0, z_t.shape[1] - 1), here
 
 
 def _log_softmax(z: Tensor, group: VocabGroup) -> Tensor:
@@ -128,7 +95,7 @@ def _log_softmax(z: Tensor, group: VocabGroup) -> Tensor:
     return z.sub_(((overall - highest) + log_total)[:, None])
 
 
-def _divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: bool, group: VocabGroup) -> Tensor:
+def divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: bool, group: VocabGroup) -> Tensor:
     """Return (loss, kl, clip fraction) (3, R) of log s and log t (R, K); with `want_grad`, the gradient is in log_s."""
     # 0 log 0 below is 0, by replacing NaN. A row whose logits hold a NaN is NaN in every column, so one shows it.
     broken = (log_s[:, 0] + log_t[:, 0]).isnan()

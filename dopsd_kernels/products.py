@@ -47,10 +47,11 @@ def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return a @ b of equal dtypes; in fp32 if they are 16-bit."""
+    """Return a @ b of equal dtypes, of two matrices or two batches of them; in fp32 if they are 16-bit."""
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
     if a.dtype.itemsize == 2:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out=out)
+        return multiply(a, b, out_dtype=torch.float32, out=out)
+    return multiply(a, b, out=out)
 
 
 def tiles(count: int, size: int) -> list[slice]:
@@ -93,3 +94,16 @@ def add_bias_gradient(gradient: Tensor, dz: Tensor, scale: Tensor) -> None:
     """Add dz.T @ scale to `gradient` (V,), in its dtype; `scale` is (R, 1)."""
     for columns in tiles(dz.shape[1], dz.shape[1] if dz.dtype == gradient.dtype else 4096):
         gradient[columns].addmv_(dz[:, columns].to(gradient.dtype).T, scale[:, 0])
+
+
+def row_stride(columns: int) -> int:
+    """Return how far apart rows lie that all begin at a multiple of 16 bytes, in 16-bit or wider numbers."""
+    return -(-columns // 8) * 8
+
+
+def add_rows(gradient: Tensor, columns: Tensor, rows: Tensor) -> None:
+    """Add `rows` (R, k, ...) to the rows of `gradient` (V, ...) that `columns` (R, k) names, always in one order."""
+    if gradient.is_cuda:  # where index_add_ would add in any order
+        gradient.index_put_((columns,), rows, accumulate=True)
+    else:
+        gradient.index_add_(0, columns.flatten(), rows.flatten(0, 1))

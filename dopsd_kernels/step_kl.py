@@ -92,7 +92,8 @@ def fused_step_kl(
         clip_form: "plain" or "nonnegative".
         top_k: restrict the divergence to the teacher's k largest entries, ties to the lowest id. None: all V.
         tail: with `top_k`, "renormalize" both sides on those entries, or keep the others as one "bucket"
-            entry.
+            entry. To renormalize takes one product over the vocabulary, the teacher's: of the student's weight, k rows
+            per row are read, and each row of a workspace holds them too.
         temperature: divides both sides' logits, > 0. The loss is not multiplied by its square.
         reduction: "mean" divides the weighted sum of row losses by the number of rows of non-zero weight,
             "sum" is the weighted sum, "none" is the weighted loss of every row.

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dopsd_kernels import chunked_step_kl
+from dopsd_kernels import chunked_step_kl, renormalized_step_kl
 from dopsd_kernels.arguments import check_integer
 from dopsd_kernels.backends import as_traced, choose_backend, undisturbed
 from dopsd_kernels.chunked_step_kl import Head, gradient_dtype
 from dopsd_kernels.contracts import StepKLOptions
 from dopsd_kernels.products import compute_dtype
 from dopsd_kernels.vocab_group import VocabGroup
-
-# The Triton kernels keep this many keys of a row in registers.
-_TRITON_TOP_K = 1024
 
 
 def _step_kl(
@@ -61,18 +58,14 @@ def _step_kl(
     student = Head(hidden, weight, bias)
     teacher = Head(teacher_hidden, weight if teacher_weight is None else teacher_weight, teacher_bias)
     rows, scale = _selected_rows(row_weight, upstream, mean, hidden)
+    options = StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature)
+    backend = choose_backend(backend, (*student, *teacher))
+    call = (student, teacher, rows, scale, (needs[0], needs[1], needs[2]), options, workspace_bytes, group)
     with undisturbed(hidden):
-        stats, grads = chunked_step_kl.step_kl(
-            student,
-            teacher,
-            rows,
-            scale,
-            (needs[0], needs[1], needs[2]),
-            StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature),
-            workspace_bytes,
-            choose_backend(backend, (*student, *teacher), _beyond_triton(top_k)),
-            group,
-        )
+        if options.renormalized:
+            stats, grads = renormalized_step_kl.step_kl(*call)
+        else:
+            stats, grads = chunked_step_kl.step_kl(*call, backend)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in grads)
     return stats, d_hidden, d_weight, d_bias
 
@@ -125,18 +118,14 @@ def _step_kl_from_logits(
     if check_finite:
         _check_finite(student_logits=student, teacher_logits=teacher)
     rows, scale = _selected_rows(row_weight, upstream, mean, student)
+    options = StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature)
+    backend = choose_backend(backend, (student, teacher))
+    group = _group(vocab_group, student.shape[1], student.device, top_k)
+    call = (student, teacher, rows, scale, want_grad, options, workspace_bytes, group)
     with undisturbed(student):
-        return chunked_step_kl.step_kl_from_logits(
-            student,
-            teacher,
-            rows,
-            scale,
-            want_grad,
-            StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature),
-            workspace_bytes,
-            choose_backend(backend, (student, teacher), _beyond_triton(top_k)),
-            _group(vocab_group, student.shape[1], student.device, top_k),
-        )
+        if options.renormalized:
+            return renormalized_step_kl.step_kl_from_logits(*call)
+        return chunked_step_kl.step_kl_from_logits(*call, backend)
 
 
 _from_logits_operator = torch.library.custom_op("dopsd::step_kl_from_logits", _step_kl_from_logits, mutates_args=())
@@ -163,12 +152,6 @@ def _check_finite(**tensors: Tensor | None) -> None:
         low, high = tensor.aminmax()  # NaN if there is one; and no mask as large as the tensor
         if not bool(high.isfinite() & (low.isfinite() if "bias" not in name else True)):
             raise ValueError(f"{name} has {'+inf' if 'bias' in name else 'infinite'} or NaN entries.")
-
-
-def _beyond_triton(top_k: int | None) -> str | None:
-    if top_k is not None and top_k > _TRITON_TOP_K:
-        return f"the kernels take a top_k of at most {_TRITON_TOP_K}, but it is {top_k}"
-    return None
 
 
 def _group(name: str | None, vocab: int, device: torch.device, top_k: int | None) -> VocabGroup:

@@ -3,19 +3,19 @@
 The logits of a block of rows lie in memory (library products put them there). Per row and split of the vocabulary
 one program reads them
 
-    1. _teacher_top_keys (with top_k): the split's largest teacher entries, as ordered keys,
-    2. _normalizers: the maximum m and the sum l of exp(z - m) on either side,
-    3. _row_sums: the loss, the divergence without the clip, the clipped entries, and S = sum of pulls,
-    4. _logit_gradient: pull - s S, rounded once to the dtype of the product that follows.
+    1. _normalizers: the maximum m and the sum l of exp(z - m) on either side,
+    2. _row_sums: the loss, the divergence without the clip, the clipped entries, and S = sum of pulls,
+    3. _logit_gradient: pull - s S, rounded once to the dtype of the product that follows.
 
 Each pass begins by merging what all splits of the pass before it left for the row, so nothing but the launches
 orders them, and the same merge takes the parts of other processes when the vocabulary is sharded. A block is so
 small that the passes after the first read it from the L2 cache: at V = 126464 a row's two fp32 logit rows are 1 MB,
 of 50 MB of cache on an H200.
 
-The teacher's top-k is one number per row, the k-th largest key: an entry belongs to the support iff its key is not
-smaller. A key holds the value and, for ties, the column, so the support has exactly k entries, and every pass
-streams over all columns alike, with no gather and no limit on the columns' places.
+With a top-k, whose rest is one more entry, the bucket, the support is one number per row, the k-th largest key of the
+teacher's: an entry belongs to it iff its key is not smaller. A key holds the value and, for ties, the column, so the
+support has exactly k entries, and every pass streams over all columns alike, with no gather and no limit on the
+columns' places.
 
 Logarithms of probabilities are kept as ((z - m) - log l): z - m is exact near the maximum, where a logit of 1e4 with
 a plain logsumexp would lose the digits that matter.
@@ -30,8 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dopsd_kernels.contracts import StepKLOptions
+from dopsd_kernels.topk import group_topk, ordered_keys
 from dopsd_kernels.triton.configs import LAUNCH, choose
-from dopsd_kernels.triton.topk import LOWEST_KEY, insert_largest, ordered_key
+from dopsd_kernels.triton.topk import ordered_key
 from dopsd_kernels.vocab_group import VocabGroup
 
 _DIVERGENCES = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
@@ -164,33 +165,27 @@ def _bucket(
     return m_s, log_l_s, m_t, log_l_t, tl.exp(log_s), tl.exp(log_t), log_s - log_t, m_rest_s, log_rest_s
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def _teacher_top_keys(
+@triton.jit
+def _probabilities(
+    z_s,  # (R, V)
     z_t,  # (R, V)
+    bias_s,  # (V,) fp32, or None
     bias_t,  # (V,) fp32, or None
-    stride_t,
-    keys,  # (R, SPLITS, TOP_K) int64
-    first_row,
-    vocab,
-    first_column,
-    split_columns,
+    offset_s,
+    offset_t,
+    columns,
+    inside,
     inverse_temperature,
-    SPLITS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    LOWEST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    m_s,
+    log_l_s,
+    m_t,
+    log_l_t,
 ):
-    row, split = first_row + tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin = split * split_columns
-    end = tl.minimum(begin + split_columns, vocab)
-    top = tl.full((1, TOP_K), LOWEST, tl.int64)
-    for start in range(begin, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = _load(z_t, bias_t, row * stride_t, columns, columns < end, inverse_temperature)
-        tile = tl.where(columns < end, ordered_key(z, first_column + columns), LOWEST)
-        top = insert_largest(top, tile[None, :])
-    at = keys + (row * SPLITS + split) * TOP_K + tl.arange(0, TOP_K)
-    tl.store(at[None, :], top)
+    """Return s, t and log(s / t) of some columns of a row, and the logits; s and t are 0 outside the vocabulary."""
+    x_s = _load(z_s, bias_s, offset_s, columns, inside, inverse_temperature)
+    x_t = _load(z_t, bias_t, offset_t, columns, inside, inverse_temperature)
+    ratio = ((x_s - m_s) - (x_t - m_t)) - (log_l_s - log_l_t)
+    return tl.exp((x_s - m_s) - log_l_s), tl.exp((x_t - m_t) - log_l_t), ratio, x_s, x_t
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -209,7 +204,6 @@ def _normalizers(
     first_column,
     split_columns,
     inverse_temperature,
-    BUCKET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row, split = first_row + tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -225,9 +219,8 @@ def _normalizers(
         t = _load(z_t, bias_t, row * stride_t, columns, inside, inverse_temperature)
         if threshold is not None:
             support = ordered_key(t, first_column + columns) >= tl.load(threshold + row)
-            if BUCKET:
-                m_rest_s, l_rest_s = _extend(m_rest_s, l_rest_s, tl.where(support, lowest, s))
-                m_rest_t, l_rest_t = _extend(m_rest_t, l_rest_t, tl.where(support, lowest, t))
+            m_rest_s, l_rest_s = _extend(m_rest_s, l_rest_s, tl.where(support, lowest, s))
+            m_rest_t, l_rest_t = _extend(m_rest_t, l_rest_t, tl.where(support, lowest, t))
             s = tl.where(support, s, lowest)
             t = tl.where(support, t, lowest)
         m_s, l_s = _extend(m_s, l_s, s)
@@ -237,7 +230,7 @@ def _normalizers(
     tl.store(at + 1, l_s)
     tl.store(at + 2, m_t)
     tl.store(at + 3, l_t)
-    if BUCKET:
+    if threshold is not None:
         tl.store(at + 4, m_rest_s)
         tl.store(at + 5, l_rest_s)
         tl.store(at + 6, m_rest_t)
@@ -266,7 +259,6 @@ def _row_sums(
     DIVERGENCE: tl.constexpr,
     CLIPPED: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
-    BUCKET: tl.constexpr,
     PARTS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -279,7 +271,7 @@ def _row_sums(
     # A row with a NaN logit, or with no finite one, has no distribution: NaN must reach its sums.
     loss = (log_l_s - log_l_s) + (log_l_t - log_l_t)
     kl, count, total = loss, loss, loss
-    if BUCKET:
+    if threshold is not None:
         m_s, log_l_s, m_t, log_l_t, rest_s, rest_t, rest_ratio, _m_rest, _log_rest = _bucket(
             normalizers, row, rows, m_s, log_l_s, m_t, log_l_t, PARTS, PADDED_PARTS
         )
@@ -295,11 +287,10 @@ def _row_sums(
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < end
-        x_s = _load(z_s, bias_s, row * stride_s, columns, inside, inverse_temperature)
-        x_t = _load(z_t, bias_t, row * stride_t, columns, inside, inverse_temperature)
-        ratio = ((x_s - m_s) - (x_t - m_t)) - (log_l_s - log_l_t)
-        s = tl.exp((x_s - m_s) - log_l_s)
-        t = tl.exp((x_t - m_t) - log_l_t)
+        s, t, ratio, _x_s, x_t = _probabilities(
+            z_s, z_t, bias_s, bias_t, row * stride_s, row * stride_t, columns, inside, inverse_temperature,
+            m_s, log_l_s, m_t, log_l_t,
+        )  # fmt: skip
         if threshold is not None:
             support = ordered_key(x_t, first_column + columns) >= tl.load(threshold + row)
             s = tl.where(support & inside, s, 0.0)
@@ -342,7 +333,6 @@ def _logit_gradient(
     DIVERGENCE: tl.constexpr,
     CLIPPED: tl.constexpr,
     NONNEGATIVE: tl.constexpr,
-    BUCKET: tl.constexpr,
     PARTS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -354,7 +344,7 @@ def _logit_gradient(
     m_t, log_l_t = _merge(normalizers, row, rows, 2, PARTS, PADDED_PARTS)
     part = tl.arange(0, PADDED_PARTS)
     total = tl.sum(tl.load(sums + (part * rows + row) * _SUMS + 3, mask=part < PARTS, other=0.0), 0)
-    if BUCKET:
+    if threshold is not None:
         m_s, log_l_s, m_t, log_l_t, rest_s, rest_t, rest_ratio, m_rest, log_rest = _bucket(
             normalizers, row, rows, m_s, log_l_s, m_t, log_l_t, PARTS, PADDED_PARTS
         )
@@ -365,20 +355,16 @@ def _logit_gradient(
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < end
-        x_s = _load(z_s, bias_s, row * stride_s, columns, inside, inverse_temperature)
-        x_t = _load(z_t, bias_t, row * stride_t, columns, inside, inverse_temperature)
-        ratio = ((x_s - m_s) - (x_t - m_t)) - (log_l_s - log_l_t)
-        s = tl.exp((x_s - m_s) - log_l_s)
-        t = tl.exp((x_t - m_t) - log_l_t)
+        s, t, ratio, x_s, x_t = _probabilities(
+            z_s, z_t, bias_s, bias_t, row * stride_s, row * stride_t, columns, inside, inverse_temperature,
+            m_s, log_l_s, m_t, log_l_t,
+        )  # fmt: skip
         _contribution, _term, _clipped, pull = _terms(s, t, ratio, beta, clip, DIVERGENCE, CLIPPED, NONNEGATIVE)
         dz = pull - s * total
         if threshold is not None:
+            # An entry of the rest has its share of the bucket's gradient.
             support = ordered_key(x_t, first_column + columns) >= tl.load(threshold + row)
-            if BUCKET:
-                # An entry of the rest has its share of the bucket's gradient.
-                dz = tl.where(support, dz, rest_gradient * tl.exp((x_s - m_rest) - log_rest))
-            else:
-                dz = tl.where(support, dz, 0.0)
+            dz = tl.where(support, dz, rest_gradient * tl.exp((x_s - m_rest) - log_rest))
         if scale is not None:
             dz *= tl.load(scale + row)
         at = gradient + row * stride_gradient + columns
@@ -387,7 +373,7 @@ def _logit_gradient(
 
 def rows(
     z_s: Tensor,  # (R, V) fp16, bf16 or fp32, columns contiguous
-    z_t: Tensor,  # (R, V)
+    z_t: Tensor,  # (R, V); its bias may be added to it
     bias_s: Tensor | None,  # (V,) fp32
     bias_t: Tensor | None,  # (V,) fp32
     options: StepKLOptions,
@@ -404,6 +390,12 @@ def rows(
     split_columns = triton.cdiv(triton.cdiv(group.widest, config["SPLITS"]), block) * block
     splits = triton.cdiv(group.widest, split_columns)
     parts = splits * group.size
+    threshold = None
+    if options.top_k is not None:
+        # Before all passes: what a block needs for it, its columns' keys, is no part of a row's own memory.
+        if bias_t is not None:
+            z_t, bias_t = z_t.add_(bias_t), None
+        threshold = torch.cat([_smallest_key(z_t[span], options, group) for span in blocks])
     sides: dict[str, Any] = {
         "z_s": z_s,
         "z_t": z_t,
@@ -411,9 +403,8 @@ def rows(
         "bias_t": bias_t,
         "stride_s": z_s.stride(0),
         "stride_t": z_t.stride(0),
-        "threshold": None,
+        "threshold": threshold,
         "rows": count,
-        "BUCKET": options.top_k is not None and options.tail == "bucket",
     }
     columns: dict[str, Any] = {
         "vocab": vocab,
@@ -435,23 +426,6 @@ def rows(
     }
     normalizers = z_s.new_empty((splits, count, _NORMALIZERS.value), dtype=torch.float32)
     sums = z_s.new_empty((splits, count, _SUMS.value), dtype=torch.float32)
-    if options.top_k is not None:
-        kept = triton.next_power_of_2(options.top_k)
-        keys = z_s.new_empty((count, splits, kept), dtype=torch.int64)
-        _teacher_top_keys[(count, splits)](
-            z_t=z_t,
-            bias_t=bias_t,
-            stride_t=z_t.stride(0),
-            keys=keys,
-            first_row=0,
-            SPLITS=splits,
-            TOP_K=kept,
-            LOWEST=LOWEST_KEY,
-            **columns,
-        )
-        keys = group.gather(keys.flatten(1).T).T  # (R, entries)
-        sides["threshold"] = keys.topk(options.top_k, dim=1).values[:, -1].contiguous()
-
     # Other processes' parts are exchanged for all rows at once: that costs more than reading logits again.
     for span in blocks if group.size == 1 else [slice(0, count)]:
         grid = (span.stop - span.start, splits)
@@ -478,14 +452,20 @@ def rows(
     return stats
 
 
+def _smallest_key(z_t: Tensor, options: StepKLOptions, group: VocabGroup) -> Tensor:  # (R, V) -> (R,) int64
+    """Return the smallest key of each row's top-k."""
+    assert options.top_k is not None
+    top = group_topk(z_t, options.top_k, group, 1 / options.temperature)
+    return ordered_keys(top.values[:, -1], top.ids[:, -1])
+
+
 def block_rows(vocab: int, device: torch.device) -> int:
     """Return how many rows' logits the passes should go over at a time to find them in the L2 cache again."""
     config = choose("step_kl_rows", device, 0, 0, vocab)
     return max(1, (config["CACHE_MIB"] << 20) // (2 * vocab * 4))
 
 
-def row_bytes(top_k: int | None, device: torch.device) -> int:
-    """Return the memory of a row's parts: numbers and, with top_k, keys of every split, and their merge."""
+def row_bytes(device: torch.device) -> int:
+    """Return the memory of a row's numbers: those of every split, and their merge."""
     splits = choose("step_kl_rows", device)["SPLITS"]
-    keys = 0 if top_k is None else 3 * splits * triton.next_power_of_2(top_k) * 8
-    return 2 * splits * (_NORMALIZERS.value + _SUMS.value) * 4 + keys
+    return 2 * splits * (_NORMALIZERS.value + _SUMS.value) * 4 + 8

@@ -284,6 +284,20 @@ def test_nan_is_never_hidden():
     assert skipped.loss.isfinite()
 
 
+def test_a_renormalized_top_k_reads_nothing_else_of_the_student():
+    hs, ht, weight, teacher_weight = randn(3, 4), randn(3, 4, seed=1), randn(200, 4, seed=2), randn(200, 4, seed=3)
+    support = (ht @ teacher_weight.T).topk(5).indices.unique()
+    broken = torch.full_like(weight, math.nan)
+    broken[support] = weight[support]
+    results = []
+    for head in (weight, broken):
+        inputs = [x.clone().requires_grad_() for x in (hs, head)]
+        loss = fused_step_kl(inputs[0], ht, inputs[1], teacher_weight=teacher_weight, top_k=5).loss
+        results.append((loss, *torch.autograd.grad(loss, inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][2].any(1).nonzero()[:, 0].tolist() == support.tolist()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("n", "row_weight"), [(0, None), (3, torch.zeros(3))])
 def test_no_rows_give_zero_connected_to_the_graph(n, row_weight, reduction):

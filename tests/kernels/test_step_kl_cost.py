@@ -37,6 +37,22 @@ def test_number_of_products(reduction, trained_head, units):
     assert products(lambda: fused_step_kl(hs, ht, weight, reduction=reduction).loss.sum().backward()) == units * UNIT
 
 
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_a_renormalized_top_k_needs_one_product_over_the_vocabulary(trained_head):
+    hs, ht, weight = problem(trained_head=trained_head)
+    k = 20
+    gathered = 2 * N * k * D  # each row with its own k rows of the weight; a trained head's gradient is k rows of sums
+
+    def run(**options):
+        return fused_step_kl(hs, ht, weight, top_k=k, clip=0.05, **options).loss.sum()
+
+    assert products(lambda: run().backward()) == UNIT + 2 * gathered
+    assert products(lambda: run(reduction="none").backward()) == 2 * UNIT + 3 * gathered
+    with torch.no_grad():
+        assert products(run) == UNIT + gathered
+    assert products(lambda: run(tail="bucket").backward()) == (4 if trained_head else 3) * UNIT
+
+
 def test_nothing_is_differentiated_without_need():
     hs, ht, weight = problem()
     assert products(lambda: fused_step_kl(hs.detach(), ht, weight)) == 2 * UNIT
@@ -89,6 +105,7 @@ class Memory(TorchDispatchMode):
         {"clip": 0.05, "clip_form": "nonnegative", "divergence": "forward_kl"},
         {"clip": 0.05, "divergence": "jsd"},
         {"top_k": 20, "clip": 0.05},
+        {"top_k": 6, "tail": "bucket"},
         {"top_k": VOCAB, "tail": "bucket", "clip": 0.05, "clip_form": "nonnegative"},
     ],
 )
@@ -115,7 +132,8 @@ def test_the_workspace_is_kept_when_blocks_have_several_rows():
     assert workspace / 2 < mode.most <= workspace + 4 * (3 * n * d + 20 * n)
 
 
-def test_the_weight_is_converted_in_tiles():
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}])
+def test_the_weight_is_converted_in_tiles(options):
     generator = torch.Generator().manual_seed(0)
     vocab, d = 64, 512
     hs, ht = (torch.randn(4, d, generator=generator).bfloat16() for _ in range(2))
@@ -124,15 +142,16 @@ def test_the_weight_is_converted_in_tiles():
     workspace = vocab * d * 4 // 2
     assert weight.untyped_storage().nbytes() <= workspace
     with Memory(hs, ht, weight) as mode:
-        fused_step_kl(hs, ht, weight, workspace_bytes=workspace).loss.backward()
+        fused_step_kl(hs, ht, weight, workspace_bytes=workspace, **options).loss.backward()
     assert mode.largest <= workspace
 
 
-def test_the_chunk_size_changes_nothing_beyond_rounding():
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}])
+def test_the_chunk_size_changes_nothing_beyond_rounding(options):
     results = []
-    for workspace in (40_000, 100_000, 1 << 26):
+    for workspace in (50_000, 100_000, 1 << 26):
         hs, ht, weight = problem(trained_head=True)
-        out = fused_step_kl(hs, ht, weight, clip=0.01, workspace_bytes=workspace)
+        out = fused_step_kl(hs, ht, weight, clip=0.01, workspace_bytes=workspace, **options)
         out.loss.backward()
         results.append((*out, hs.grad, weight.grad))
     for other in results[1:]:

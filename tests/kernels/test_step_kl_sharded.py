@@ -19,7 +19,7 @@ from dopsd_kernels import StepKLOutput, fused_step_kl, step_kl_from_logits
 
 N, D, VOCAB = 5, 4, 23
 SHARDS = (slice(0, 16), slice(16, VOCAB))  # of different widths
-SUPPORTS = ((None, "renormalize"), (3, "renormalize"), (9, "bucket"), (VOCAB, "bucket"))
+SUPPORTS = ((None, "renormalize"), (9, "renormalize"), (3, "bucket"), (VOCAB, "bucket"))
 
 
 def _worker(rank: int, case: Callable[[int], None], folder: str) -> None:

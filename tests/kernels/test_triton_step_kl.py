@@ -186,6 +186,11 @@ def test_a_nan_stays_in_its_row(support: dict[str, Any]) -> None:
     assert run("triton", tensors)[0].row_loss.isnan().tolist() == [True, False, True, False]
 
 
+@pytest.mark.parametrize(("vocab", "top_k"), [(VOCAB, 100), (1100, 1025), (1100, 8)])
+def test_any_number_of_entries_beside_the_bucket(vocab: int, top_k: int) -> None:
+    check(problem(vocab), top_k=top_k, tail="bucket", clip=0.02, temperature=0.7)
+
+
 @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 def test_ties_of_the_teacher_go_to_the_lowest_ids(tail: str) -> None:
     tensors = problem() | {"bias": None}
@@ -235,7 +240,7 @@ def test_a_second_backward_finds_everything_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("support", [{}, {"top_k": 4, "tail": "bucket"}])
+@pytest.mark.parametrize("support", [{}, {"top_k": 4}, {"top_k": 4, "tail": "bucket"}])
 def test_from_logits(dtype: torch.dtype, support: dict[str, Any]) -> None:
     z_s, z_t = (3 * randn(2, 3, VOCAB, seed=seed).to(dtype) for seed in (0, 1))
     row_weight = torch.tensor([[1.0, 0.0, 2.0], [0.5, 1.0, 1.0]])
@@ -277,7 +282,7 @@ def test_products_of_16_bits_are_asked_for_in_fp32() -> None:
 def sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         assert a.dtype == b.dtype
-        return torch.mm(a, b, out=out) if a.dtype.itemsize > 2 else torch.mm(a.float(), b.float(), out=out)
+        return torch.matmul(a, b, out=out) if a.dtype.itemsize > 2 else torch.matmul(a.float(), b.float(), out=out)
 
     monkeypatch.setattr(products, "matmul", matmul)
     monkeypatch.setattr(products, "operand_dtype", lambda hidden, weight: weight.dtype)
@@ -302,6 +307,27 @@ def test_the_gradient_takes_the_place_of_logits_already_used(sixteen_bits, backe
         eps = torch.finfo(dtype).eps
         for ours, theirs in zip(grads, exact_grads, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=4 * eps, atol=4 * eps * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_renormalized_top_k_of_16_bits(sixteen_bits, dtype) -> None:
+    # Both sides are nearly sure of one entry: all gradients with respect to logits are below fp16's normal numbers.
+    bias = torch.zeros(1000)
+    bias[3] = 18.0
+    tensors: dict[str, Any] = {
+        "student_hidden": 0.2 * randn(5, D, dtype=dtype),
+        "teacher_hidden": 0.2 * randn(5, D, seed=1),
+        "weight": randn(1000, D, seed=2, dtype=dtype),
+        "bias": bias,
+        "teacher_bias": bias,
+        "row_weight": torch.full((5,), 4096.0),  # the factor comes later
+    }
+    tensors["teacher_weight"] = tensors["weight"].float()
+    _, exact = run("reference", double(tensors), reduction="sum", top_k=7)
+    _, grads = run("auto", tensors, reduction="sum", top_k=7)
+    eps = torch.finfo(dtype).eps
+    for ours, theirs in zip(grads, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=4 * eps * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -333,13 +359,10 @@ def test_blocks_never_write_over_logits_they_have_not_read() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def test_top_k_beyond_the_kernels() -> None:
-    hidden, weight = randn(2, 3), randn(1100, 3, seed=1)
-    with pytest.raises(ValueError, match=r"top_k of at most 1024, but it is 1025: use"):
-        fused_step_kl(hidden, hidden, weight, top_k=1025, backend="triton")
-    fused_step_kl(hidden, hidden, weight, top_k=1025)
+def test_fp64_is_refused() -> None:
+    hidden, weight = randn(2, 3).double(), randn(11, 3, seed=1).double()
     with pytest.raises(ValueError, match=r"but not torch\.float64: use"):
-        fused_step_kl(hidden.double(), hidden.double(), weight.double(), backend="triton")
+        fused_step_kl(hidden, hidden, weight, backend="triton")
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
