@@ -6,18 +6,20 @@ a last product takes that gradient to the hidden states. Only the chunk's logits
 ever exist, and they fit in the workspace.
 
     chunk (256 rows for V = 126464 and 256 MiB): products need many rows, for each reads the whole weight
-      block: passes in PyTorch have temporaries, which take a quarter of the space; those in Triton read a block
-        several times, so it should fit the L2 cache
+      block: passes in PyTorch have temporaries, which take a quarter of the space; those in Triton have none, and
+        read a block three times, partly from the L2 cache
 
 The gradient of a 16-bit product overwrites logits that are no longer needed. It starts `head_rows` rows of its own
-size before them; a row of it is half as long as one of the logits, so that b rows can be written from row r on while
-r * 4 + head_rows * 2 >= (r + b) * 2 bytes per column: the blocks grow from head_rows to what is wanted.
+size before them. For the Triton passes, which take any stride, both sides' rows alternate, each from a multiple of 16
+bytes on; a row of the gradient is then a quarter of what a row of both sides takes, so that b rows can be written from
+row r on while r * 8 + head_rows * 2 >= (r + b) * 2 bytes per column: blocks grow from head_rows fourfold to what is
+wanted. The passes in PyTorch take the student's rows and the teacher's apart, where blocks grow twofold.
 
-    bytes  | head |  student's logits, fp32: row 0 | row 1 | row 2 | ...          | teacher's logits
+    bytes  | head |  row 0: student's logits, fp32 | teacher's  | row 1: student's | ...
            | gradient, 16 bits: 0 | 1 | 2 | 3 | ...
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -62,6 +64,7 @@ class Plan:
     block_rows: int  # rows per pass over logits
     head_rows: int  # rows of gradient that fit before the logits; 0 if it lies where the logits were
     tile_columns: int  # weight rows (vocabulary columns) converted, or multiplied for a weight's gradient, at once
+    paired: bool = False  # whether both sides' rows of logits alternate
 
 
 def gradient_dtype(hidden: Tensor) -> torch.dtype:
@@ -91,11 +94,13 @@ def plan_workspace(
     differentiated = (compute.itemsize + gradient_dtype(student.hidden).itemsize) * width if needs[0] else 0
     if needs[1]:
         gathered += operand.itemsize * width + differentiated
-    row_bytes = compute.itemsize * 2 * vocab + max(gathered, differentiated)
+    paired = backend == "triton"
+    stride = products.row_stride(vocab) if paired else vocab
+    row_bytes = compute.itemsize * 2 * stride + max(gathered, differentiated)
     converted = student.weight.dtype != operand or teacher.weight.dtype != operand
     column_bytes = compute.itemsize * max(width, teacher.weight.shape[1])
     column_bytes *= converted or (needs[1] and operand != compute)
-    head_row_bytes = operand.itemsize * vocab * (any(needs) and operand != compute)
+    head_row_bytes = operand.itemsize * stride * (any(needs) and operand != compute)
     if backend == "triton":
         wanted_rows = _triton().block_rows(vocab, student.hidden.device)
         # What the passes keep of a row is there for the whole chunk.
@@ -104,7 +109,8 @@ def plan_workspace(
     else:
         wanted_rows = student.hidden.shape[0]
         block_row_bytes = divergence.row_bytes(vocab, options, compute)
-    return divide(workspace_bytes, vocab, row_bytes, column_bytes, wanted_rows, block_row_bytes, head_row_bytes)
+    plan = divide(workspace_bytes, vocab, row_bytes, column_bytes, wanted_rows, block_row_bytes, head_row_bytes)
+    return replace(plan, paired=paired)
 
 
 def divide(
@@ -127,7 +133,8 @@ def divide(
         spare -= (block_rows - 1) * block_row_bytes
     head_rows = 0
     if head_row_bytes:
-        head_rows = 1 + min(block_rows // 4, spare // 16 // head_row_bytes)
+        # Few, for they are rows less of the chunk, and blocks soon grow.
+        head_rows = 1 + min(block_rows // 16, 8, spare // 16 // head_row_bytes)
         spare -= (head_rows - 1) * head_row_bytes
     tile_columns = vocab
     if column_bytes:
@@ -257,20 +264,27 @@ class _Memory:
 
     def __init__(self, student: Head, plan: Plan, chunk_rows: int) -> None:
         self.chunk_rows = chunk_rows
+        self.paired = plan.paired
         self.vocab = student.weight.shape[0]
+        self.stride = products.row_stride(self.vocab) if plan.paired else self.vocab
         self.dtype = products.compute_dtype(student.hidden)
         self.operand = products.operand_dtype(student.hidden, student.weight)
         # The logits begin at a multiple of 256 bytes, as an allocation of their own would.
-        self.head = -(-plan.head_rows * self.vocab * self.operand.itemsize // 256) * 256 // self.dtype.itemsize
-        self.memory = student.hidden.new_empty(self.head + 2 * chunk_rows * self.vocab, dtype=self.dtype)
+        self.head = -(-plan.head_rows * self.stride * self.operand.itemsize // 256) * 256 // self.dtype.itemsize
+        self.memory = student.hidden.new_empty(self.head + 2 * chunk_rows * self.stride, dtype=self.dtype)
 
     def logits(self, rows: int) -> Tensor:
-        """Return (2, R, V), contiguous: the student's and the teacher's."""
-        return self.memory[self.head :][: 2 * rows * self.vocab].view(2, rows, self.vocab)
+        """Return (2, R, V): the student's and the teacher's."""
+        memory = self.memory[self.head :][: 2 * rows * self.stride]
+        if self.paired:
+            return memory.view(rows, 2, self.stride)[:, :, : self.vocab].transpose(0, 1)
+        return memory.view(2, rows, self.vocab)
 
     def gradient(self, rows: int) -> Tensor:
         """Return (R, V) in the operands' dtype: the student's logits themselves, if that is theirs."""
-        return self.memory.view(self.operand)[: rows * self.vocab].view(rows, self.vocab)
+        if self.operand == self.dtype:
+            return self.logits(rows)[0]
+        return self.memory.view(self.operand)[: rows * self.stride].view(rows, self.stride)[:, : self.vocab]
 
 
 def chunk_rows(active: int, plan: Plan, hidden: Tensor) -> int:
@@ -288,7 +302,8 @@ def _blocks(count: int, plan: Plan) -> list[slice]:
     blocks: list[slice] = []
     begin = 0
     while begin < count:
-        size = min(plan.block_rows, plan.head_rows + begin) if plan.head_rows else plan.block_rows
+        free = plan.head_rows + (3 if plan.paired else 1) * begin
+        size = min(plan.block_rows, free) if plan.head_rows else plan.block_rows
         blocks.append(slice(begin, min(begin + size, count)))
         begin += size
     return blocks
@@ -305,9 +320,11 @@ def _logits(
     """Write a chunk's logits, without bias and temperature; return the student's hidden states as multiplied."""
     if teacher.weight is student.weight and teacher.hidden.dtype == student.hidden.dtype:
         operand = products.operand_dtype(student.hidden, student.weight)
-        hidden = torch.cat([side.hidden[places].to(operand) for side in (student, teacher)])
-        products.logits(hidden, student.weight, tile_columns, out=z.flatten(0, 1))
-        return hidden[: z.shape[1]] if keep else None
+        sides = int(z.stride(0) < z.stride(1))  # the dimension of the sides, in the order in which rows lie
+        hidden = torch.stack([side.hidden[places].to(operand) for side in (student, teacher)], sides)
+        out = z.transpose(0, sides).flatten(0, 1)
+        products.logits(hidden.flatten(0, 1), student.weight, tile_columns, out=out)
+        return hidden.select(sides, 0) if keep else None
     hidden = head_logits(student, places, tile_columns, out=z[0])
     head_logits(teacher, places, tile_columns, out=z[1])
     return hidden if keep else None

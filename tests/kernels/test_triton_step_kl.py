@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd_kernels import StepKLOutput, chunked_step_kl, fused_step_kl, products, reference, step_kl_from_logits
 from dopsd_kernels.contracts import StepKLOptions
 
 triton = pytest.importorskip("triton")
+from dopsd_kernels.triton import configs  # noqa: E402
 from dopsd_kernels.triton import step_kl as kernels  # noqa: E402
 
 pytestmark = [
@@ -294,7 +296,7 @@ def sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 7, 40])
 def test_the_gradient_takes_the_place_of_logits_already_used(sixteen_bits, backend, dtype, rows) -> None:
     # Every 16-bit number of the products' operands but the gradient is exact in fp64: its rounding is the error.
-    vocab = 40
+    vocab = 41
     tensors: dict[str, Any] = {
         "student_hidden": randn(rows, D, dtype=dtype),
         "teacher_hidden": randn(rows, D, seed=1, dtype=dtype),
@@ -343,15 +345,65 @@ def test_fp16_keeps_gradients_below_its_smallest_number(sixteen_bits, backend) -
     torch.testing.assert_close(grads[0].double(), exact[0], rtol=0.02, atol=2.0**-24 + 0.02 * largest)
 
 
-def test_blocks_never_write_over_logits_they_have_not_read() -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_blocks_never_write_over_logits_they_have_not_read(paired: bool) -> None:
     for head_rows in range(1, 9):
         for wanted in range(1, 40):
-            plan = chunked_step_kl.Plan(100, wanted, head_rows, 1)
-            blocks = chunked_step_kl._blocks(100, plan)
+            blocks = chunked_step_kl._blocks(100, chunked_step_kl.Plan(100, wanted, head_rows, 1, paired))
             assert [i for block in blocks for i in range(100)[block]] == list(range(100))
-            for block in blocks:
-                assert 2 * block.stop <= 2 * head_rows + 4 * block.start  # bytes per column
-            assert max(block.stop - block.start for block in blocks) == min(wanted, 100 - 0) or head_rows < wanted
+            for block in blocks:  # bytes per column
+                assert 2 * block.stop <= 2 * head_rows + (8 if paired else 4) * block.start
+            assert max(block.stop - block.start for block in blocks) == wanted or head_rows < wanted
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(256, 12), (2048, 96)])
+def test_launches_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch, rows: int, launches: int) -> None:
+    # On an H200, of which nothing runs here.
+    (config,) = (entry["config"] for entry in configs.read()["step_kl_rows"] if "sm_90" in entry["arch"])
+    monkeypatch.setattr(kernels, "choose", lambda *_: config)
+    with FakeTensorMode():
+        hidden = torch.empty(rows, 4096, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(126464, 4096, dtype=torch.bfloat16, device="cuda")
+    head, options = chunked_step_kl.Head(hidden, weight, None), StepKLOptions()
+    plan = chunked_step_kl.plan_workspace(head, head, (True, False, False), options, 256 << 20, "triton", 126464)
+    size = chunked_step_kl.chunk_rows(rows, plan, hidden)
+    assert size == 256  # what the products are best at, and a chunk less is a reading of the weight less
+    chunks = products.tiles(rows, size)
+    assert 3 * sum(len(chunked_step_kl._blocks(c.stop - c.start, plan)) for c in chunks) == launches
+
+
+def test_each_block_is_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    for name in ("_normalizers", "_row_sums", "_logit_gradient"):
+        kernel = getattr(kernels, name)
+
+        class Counted:
+            def __getitem__(self, grid: Any, kernel: Any = kernel, name: str = name) -> Any:
+                launched.append((name, grid[0]))
+                return kernel[grid]
+
+        monkeypatch.setattr(kernels, name, Counted())
+    monkeypatch.setattr(kernels, "block_rows", lambda *_: 3)
+    run("triton", problem() | {"row_weight": None})
+    assert [rows for name, rows in launched if name == "_logit_gradient"] == [3, 1] and len(launched) == 6
+
+
+@pytest.mark.parametrize("vocab", [297, 304])
+def test_rows_begin_at_multiples_of_16_bytes(sixteen_bits, monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    seen, passes = [], kernels.rows
+
+    def rows(z_s: Tensor, z_t: Tensor, *others: Any) -> Tensor:
+        seen.extend([z_s, z_t, others[-2]])
+        return passes(z_s, z_t, *others)
+
+    monkeypatch.setattr(kernels, "rows", rows)
+    for dtype in (torch.float16, torch.float32):
+        hidden, weight = randn(9, D, dtype=dtype).requires_grad_(), randn(vocab, D, seed=2, dtype=dtype)
+        fused_step_kl(hidden, hidden.detach(), weight, backend="triton").loss.backward()
+    assert len(seen) == 6
+    for x in seen:
+        assert x.shape == (9, vocab) and x.stride(1) == 1
+        assert x.stride(0) * x.element_size() % 16 == 0 and x.storage_offset() * x.element_size() % 16 == 0
 
 
 # ------------------------------------------------------------------------------------------------------------
