@@ -63,7 +63,7 @@ class Plan:
     chunk_rows: int  # rows per product
     block_rows: int  # rows per pass over logits
     head_rows: int  # rows of gradient that fit before the logits; 0 if it lies where the logits were
-    tile_columns: int  # weight rows (vocabulary columns) converted, or multiplied for a weight's gradient, at once
+    tile_columns: int  # weight rows (vocabulary columns) converted at once
     paired: bool = False  # whether both sides' rows of logits alternate
 
 
@@ -99,7 +99,7 @@ def plan_workspace(
     row_bytes = compute.itemsize * 2 * stride + max(gathered, differentiated)
     converted = student.weight.dtype != operand or teacher.weight.dtype != operand
     column_bytes = compute.itemsize * max(width, teacher.weight.shape[1])
-    column_bytes *= converted or (needs[1] and operand != compute)
+    column_bytes *= converted
     head_row_bytes = operand.itemsize * stride * (any(needs) and operand != compute)
     if backend == "triton":
         wanted_rows = _triton().block_rows(vocab, student.hidden.device)
@@ -185,6 +185,11 @@ def step_kl(
     bias_s, bias_t = (None if head.bias is None else head.bias.to(dtype) for head in (student, teacher))
     memory = _Memory(student, plan, min(active, chunk_rows(active, plan, student.hidden)))
     boost = FP16_BOOST if memory.operand == torch.float16 else 1
+    # dz is the gradient of each row's own loss; the row's factor enters on the narrow side.
+    scale = (row_scale / (options.temperature * boost))[:, None]
+    # For the weight's gradient that side is rounded to the operands' dtype, in which the factors, perhaps 1 / N and an
+    # upstream gradient, would underflow: only their ratios enter, and the largest at the end, once for all chunks.
+    largest = scale.abs().amax().clamp(min=torch.finfo(dtype).tiny) if memory.operand != dtype else scale.new_ones(())
 
     for chunk in products.tiles(active, memory.chunk_rows):
         places = chunk if rows is None else rows[chunk]
@@ -195,16 +200,16 @@ def step_kl(
         boosts = None if boost == 1 else row_scale.new_full((size,), boost)
         stats[:, places] = passes(z[0], z[1], bias_s, bias_t, options, group, _blocks(size, plan), dz, boosts)
         if dz is not None:
-            # dz is the gradient of each row's own loss; the row's scale enters on the narrow side.
-            scale = (row_scale[chunk] / (options.temperature * boost))[:, None]
             if grads.hidden is not None:
                 dh = products.hidden_gradient(dz, student.weight, plan.tile_columns)
-                grads.hidden[places] = group.sum(dh).mul_(scale).to(grads.hidden.dtype)
+                grads.hidden[places] = group.sum(dh).mul_(scale[chunk]).to(grads.hidden.dtype)
             if grads.weight is not None:
                 assert hidden is not None
-                products.add_weight_gradient(grads.weight, dz, hidden, scale, plan.tile_columns)
+                products.add_matmul(grads.weight, dz.T, (hidden * (scale[chunk] / largest)).to(dz.dtype))
             if grads.bias is not None:
-                products.add_bias_gradient(grads.bias, dz, scale)
+                products.add_bias_gradient(grads.bias, dz, scale[chunk])
+    if grads.weight is not None and memory.operand != dtype:
+        grads.weight.mul_(largest)
     return stats, grads
 
 

@@ -78,16 +78,12 @@ def hidden_gradient(dz: Tensor, weight: Tensor, tile_columns: int) -> Tensor:
     return dh
 
 
-def add_weight_gradient(gradient: Tensor, dz: Tensor, hidden: Tensor, scale: Tensor, tile_columns: int) -> None:
-    """Add dz.T @ (scale * hidden) to `gradient` (V, d), in its dtype; `scale` is (R, 1)."""
-    if dz.dtype == gradient.dtype:
-        gradient.addmm_(dz.T, hidden * scale)
-        return
-    # In 16 bits the scale, perhaps 1 / N and an upstream gradient, would underflow: only its ratios enter there.
-    largest = scale.abs().amax().clamp(min=torch.finfo(scale.dtype).tiny)
-    scaled = (hidden * (scale / largest)).to(dz.dtype)
-    for columns in tiles(dz.shape[1], tile_columns):
-        gradient[columns] += matmul(dz[:, columns].T, scaled).mul_(largest)
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b of equal dtypes to `total`, in one pass over it; it is in fp32 if they are 16-bit."""
+    if a.dtype.itemsize == 2:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a, b)
 
 
 def add_bias_gradient(gradient: Tensor, dz: Tensor, scale: Tensor) -> None:

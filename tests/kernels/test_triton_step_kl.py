@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dopsd_kernels import StepKLOutput, chunked_step_kl, fused_step_kl, products, reference, step_kl_from_logits
 from dopsd_kernels.contracts import StepKLOptions
+from dopsd_kernels.vocab_group import VocabGroup
 
 triton = pytest.importorskip("triton")
 from dopsd_kernels.triton import configs  # noqa: E402
@@ -278,6 +279,8 @@ def test_products_of_16_bits_are_asked_for_in_fp32() -> None:
         out = torch.empty(4, 5, device="meta")
         assert products.matmul(a, b, out=out) is out
         assert products.matmul(a, b).dtype == torch.float32
+        assert products.matmul(a[None], b[None]).dtype == torch.float32
+        products.add_matmul(out, a, b)
 
 
 @pytest.fixture
@@ -286,7 +289,12 @@ def sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert a.dtype == b.dtype
         return torch.matmul(a, b, out=out) if a.dtype.itemsize > 2 else torch.matmul(a.float(), b.float(), out=out)
 
+    def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+        assert a.dtype == b.dtype
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
     monkeypatch.setattr(products, "matmul", matmul)
+    monkeypatch.setattr(products, "add_matmul", add_matmul)
     monkeypatch.setattr(products, "operand_dtype", lambda hidden, weight: weight.dtype)
 
 
@@ -343,6 +351,25 @@ def test_fp16_keeps_gradients_below_its_smallest_number(sixteen_bits, backend) -
     assert 1e-6 < largest < 1e-3
     _, grads = run(backend, tensors, reduction="sum")
     torch.testing.assert_close(grads[0].double(), exact[0], rtol=0.02, atol=2.0**-24 + 0.02 * largest)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_tiny_factors_do_not_underflow_in_16_bits(sixteen_bits, backend) -> None:
+    # 1e-9 times a hidden state is 0 in fp16; of several chunks, that of one such row counts beside another's.
+    hidden, weight = randn(6, D, dtype=torch.float16), randn(40, D, seed=2, dtype=torch.float16)
+    student, teacher = (chunked_step_kl.Head(x, weight, None) for x in (hidden, randn(6, D, seed=1).half()))
+    scale = 1e-9 * torch.tensor([1.0, 2.0, 3.0, 1.0, 0.5, 1.0])
+    results = []
+    for factor, workspace in ((scale, 3000), (scale * 1e9, 1 << 20)):
+        results.append(
+            chunked_step_kl.step_kl(
+                student, teacher, None, factor, (True, True, True), StepKLOptions(), workspace,
+                VocabGroup.of(None, 40, hidden.device), backend,
+            )[1]
+        )  # fmt: skip
+    for small, large in zip(*results, strict=True):
+        atol = 4 * torch.finfo(torch.float16).eps * large.abs().max().item()
+        torch.testing.assert_close(small * 1e9, large, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("paired", [False, True])
