@@ -40,7 +40,7 @@ def faulty(arch):
     if arch == "sm_80":
         variant = next(variant for variant in compile_table.confidence(arch) if variant.tensor_cores)
         yield variant
-        yield replace(variant, constexprs={{**variant.constexprs, "BLOCK_N": 32, "BLOCK_V": 512}})
+        yield replace(variant, options={{**variant.options, "num_stages": 20}})
         yield replace(variant, signature={{**variant.signature, "hidden": "*fp32", "weight": "*fp32"}})
 
 compile_table.OPS = (good, faulty)
