@@ -35,7 +35,7 @@ def _worker(rank: int, case: Callable[[int], None], folder: str) -> None:
 
 
 def in_two_processes(case: Callable[[int], None], folder: Path) -> None:
-    mp.spawn(_worker, (case, str(folder)), nprocs=2)
+    mp.start_processes(_worker, (case, str(folder)), nprocs=2, start_method="forkserver")
 
 
 def randn(*shape: int, seed: int) -> Tensor:
