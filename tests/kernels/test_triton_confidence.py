@@ -13,7 +13,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dopsd_kernels import chunked_confidence, fused_confidence, reference  # noqa: E402
+from dopsd_kernels import fused_confidence, gumbel, reference  # noqa: E402
 from dopsd_kernels.triton import confidence as kernels  # noqa: E402
 from dopsd_kernels.triton import configs, topk  # noqa: E402
 
@@ -252,7 +252,7 @@ def test_noise_is_that_of_the_specification():
     out = torch.empty(4096, device=DEVICE)
     _word_kernel[(1,)](words, out, 4096)
     # 2.6e-7 from 1 - u, and a few roundings of logarithms up to 22.2.
-    expected = chunked_confidence.gumbel_of_word(words, torch.float32)
+    expected = gumbel.gumbel_of_word(words, torch.float32)
     assert ((out - expected).abs() <= 2.6e-7 + 4 * U * (1 + expected.abs())).all()
 
 
