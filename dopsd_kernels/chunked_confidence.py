@@ -14,10 +14,13 @@ from torch.nn.functional import pad
 
 from dopsd_kernels import gumbel
 from dopsd_kernels.contracts import ConfidenceOutput
+from dopsd_kernels.products import compute_dtype
 from dopsd_kernels.topk import stable_topk
 
-# Logits of one tile: 4 MiB in fp32, and twice that again at most for what a sampling call asks of them.
+# Logits of one tile, and numbers of a converted weight: 4 MiB in fp32, and twice that again at most for what a sampling call asks of them.
 _TILE_LOGITS = 1 << 20
+# A problem of so few logits is done faster with all of its noise than by finding out what it does not need.
+_SMALL = 1 << 15
 # Rows that share a reading (and conversion) of the weight.
 _CHUNK_ROWS = 1024
 
@@ -46,12 +49,13 @@ def confidence(
 ) -> ConfidenceOutput:
     """Return the outputs of `fused_confidence` for flattened rows."""
     count, vocab = hidden.shape[0], weight.shape[0]
+    converted = 1 if weight.dtype == compute_dtype(hidden) else weight.shape[1]  # numbers of a column
     chunks = []
     for start in range(0, max(count, 1), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
         chunk_seed = None if seed is None else seed[rows]
         # Multiples of 4: a Philox counter serves four columns.
-        tile_columns = max(4, _TILE_LOGITS // max(min(count, _CHUNK_ROWS), weight.shape[1]) // 4 * 4)
+        tile_columns = max(4, _TILE_LOGITS // max(min(count, _CHUNK_ROWS), converted) // 4 * 4)
         best = None
         for begin in range(0, vocab, tile_columns):
             end = min(begin + tile_columns, vocab)
@@ -69,7 +73,7 @@ def confidence(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(hidden)
     hidden, tile = hidden.to(dtype), weight.to(dtype).T
     return hidden @ tile if bias is None else torch.addmm(bias.to(dtype), hidden, tile)
 
@@ -127,6 +131,9 @@ def _sample(
     argmax: Tensor,  # (R,)
 ) -> tuple[Tensor, Tensor, Tensor]:  # (R,), (R,), (R,)
     """Return the best score so far, its token and that token's logit."""
+    if best is None and z.numel() <= _SMALL:
+        score, token = gumbel.all_scores(z, inverse_temperature, seed).max(-1)
+        return score, token, z.gather(-1, token[:, None])[:, 0]
     # The largest logit is likely to win: its score comes first, and spares the noise of what ends below it.
     score, token = gumbel.score(max_logit, gumbel.column_words(seed, argmax), inverse_temperature), argmax
     if best is not None:

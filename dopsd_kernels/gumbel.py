@@ -25,7 +25,7 @@ _LARGEST_NOISE = 33 * math.log(2)
 # (below 23) are off by a few units in the last place, and the bits by one. The reached score is lowered by 64 times
 # (|score| + 128) roundings, so that no column that ties with it or wins is left out.
 _MARGIN = 2.0**-18
-# Counters whose words are computed together: half a MiB a tensor, of which five are in use.
+# Counters whose words are computed together: half a MiB a tensor, of which six are in use.
 _COUNTERS = 1 << 16
 # One column in so many is looked at to see how many are needed, and the share above which all counters are computed.
 _SAMPLED = 16
@@ -74,6 +74,17 @@ def scores(
     return row, at - row * z.shape[1], score(z.flatten().index_select(0, at), words, inverse_temperature)
 
 
+def all_scores(
+    z: Tensor,  # (R, C) logits of columns 0, 1, ...
+    inverse_temperature: float,
+    seed: Tensor,  # (R,) int64
+) -> Tensor:  # (R, C)
+    """Return every score."""
+    counter = torch.arange((z.shape[1] + 3) // 4, device=z.device)
+    words = philox(seed[:, None], counter).flatten(1)[:, : z.shape[1]]
+    return score(z, words, inverse_temperature)
+
+
 def _bound(
     words: Tensor,  # (U, W) int32
     scaled: Tensor,  # (U, W) logits / temperature
@@ -85,10 +96,10 @@ def _bound(
 
 
 def score(
-    logit: Tensor,  # (M,)
-    words: Tensor,  # (M,) int32
+    logit: Tensor,
+    words: Tensor,  # int32, as many
     inverse_temperature: float,
-) -> Tensor:  # (M,)
+) -> Tensor:
     """Return logit / temperature + noise."""
     return gumbel_of_word(words.long() & _MASK, logit.dtype).add_(logit, alpha=inverse_temperature)
 
@@ -110,24 +121,25 @@ def philox(
     A word is clean, in an int64 below 2**32, only where it enters a product. Wrapped products hold both of their 32-bit
     halves, and XOR does not mix bits.
     """
-    c0, c1, c2, c3, half = seed.new_empty((5, *torch.broadcast_shapes(seed.shape, counter.shape))).unbind()
+    shape = torch.broadcast_shapes(seed.shape, counter.shape)
+    even, odd, product = seed.new_empty((3, 2, *shape)).unbind()  # words 0 and 2; 1 and 3; what they come from
+    key = torch.stack([seed, seed >> 32])
+    step = key.new_tensor([_W0, _W1]).view(2, *[1] * seed.dim())
     # Two rounds of mostly zeros: what depends on the row or the column alone is computed once for it.
-    product, key_0, key_1 = counter * _M0, seed + _W0, (seed >> 32).add_(_W1)
-    torch.bitwise_xor(product >> 32, (seed >> 32) & _MASK, out=c1).mul_(_M1)
-    torch.bitwise_right_shift(c1, 32, out=c0).bitwise_xor_(key_0).bitwise_and_(_MASK)
-    c3.copy_((seed & _MASK) * _M0)
-    torch.bitwise_xor(product & _MASK, ((((seed & _MASK) * _M0) >> 32) ^ key_1) & _MASK, out=c2)
+    low, row_low = counter * _M0, (seed & _MASK) * _M0
+    torch.bitwise_xor(low >> 32, key[1] & _MASK, out=odd[0]).mul_(_M1)
+    odd[1] = row_low
+    key = key + step
+    torch.bitwise_right_shift(odd[0], 32, out=even[0]).bitwise_xor_(key[0]).bitwise_and_(_MASK)
+    torch.bitwise_xor(low & _MASK, ((row_low >> 32) ^ key[1]) & _MASK, out=even[1])
     for _ in range(8):
-        key_0.add_(_W0)
-        key_1.add_(_W1)
-        c2.mul_(_M1)
-        c1.bitwise_xor_(torch.bitwise_right_shift(c2, 32, out=half)).bitwise_xor_(key_0).bitwise_and_(_MASK)
-        c0.mul_(_M0)
-        c3.bitwise_xor_(torch.bitwise_right_shift(c0, 32, out=half)).bitwise_xor_(key_1).bitwise_and_(_MASK)
-        c0, c1, c2, c3 = c1, c2, c3, c0
-    words = c0.new_empty((*c0.shape, 2))
-    torch.bitwise_or(c0, c1.bitwise_left_shift_(32), out=words[..., 0])
-    torch.bitwise_or(c2, c3.bitwise_left_shift_(32), out=words[..., 1])
+        torch.mul(even[1], _M1, out=product[0])
+        torch.mul(even[0], _M0, out=product[1])
+        key = key + step
+        torch.bitwise_right_shift(product, 32, out=even).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_MASK)
+        odd, product = product, odd
+    words = seed.new_empty((*shape, 2))
+    torch.bitwise_or(even, odd.bitwise_left_shift_(32), out=words.movedim(-1, 0))
     return words.view(torch.int32)
 
 

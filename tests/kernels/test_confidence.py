@@ -108,12 +108,13 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seed
     return [torch.tensor(x, dtype=torch.int64 if i in ids else torch.float64) for i, x in columns]
 
 
-@pytest.mark.parametrize("tile_logits", [1, 60, 1 << 22])
+@pytest.mark.parametrize(("tile_logits", "small"), [(1, 0), (60, 0), (1 << 22, 0), (1 << 22, 1 << 15)])
 @pytest.mark.parametrize("chunk_rows", [2, 1024])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("exclude", [(), (0, 13, 13)])
-def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, chunk_rows, temperature, exclude):
+def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, small, chunk_rows, temperature, exclude):
     monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked_confidence, "_SMALL", small)
     monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
     hidden, weight, bias = randn(5, 3), randn(14, 3, seed=1), randn(14, seed=2)
     seeds = [3, -5, 2**40, 0, 9]
@@ -238,10 +239,10 @@ def test_samples_are_those_of_all_the_noise(monkeypatch, kind, dtype):
     z = rows_like(kind, 40, 1003, dtype)
     seeds = torch.arange(40) * 2**34 - 11
     hidden, weight = exact_logits(z)
-    for tile_logits, counters, many in ((1 << 20, 1 << 16, 0.15), (40 * 128, 100, 0.15), (40 * 256, 100, -1.0)):
+    for tile_logits, counters, many in ((1 << 20, 1 << 16, 0.15), (40 * 128, 100, 1.0), (40 * 256, 100, -1.0)):
         monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
         monkeypatch.setattr(gumbel, "_COUNTERS", counters)
-        monkeypatch.setattr(gumbel, "_MANY", many)  # -1: the noise of all counters always
+        monkeypatch.setattr(gumbel, "_MANY", many)  # 1: never the words of all counters; -1: always
         for temperature in (1.0, 0.7, 5.0):
             out = fused_confidence(hidden, weight, temperature=temperature, seed=seeds)
             token, _ = sampled_with_all_noise(z, seeds, temperature)
@@ -273,6 +274,7 @@ RARE_SEED, RARE_COLUMN, RARE_NOISE = 133495, 2072, 20.165807
 @pytest.mark.parametrize("tile_logits", [1 << 20, 1 << 10])
 def test_a_column_far_below_wins_by_its_noise(monkeypatch, tile_logits):
     monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked_confidence, "_SMALL", 0)
     assert noise(RARE_SEED, RARE_COLUMN) == pytest.approx(RARE_NOISE, abs=1e-4) and RARE_NOISE > 17
     z = torch.full((1, 4096), -60.0)
     z[0, 5], z[0, RARE_COLUMN] = 0.0, 0.0
@@ -283,9 +285,10 @@ def test_a_column_far_below_wins_by_its_noise(monkeypatch, tile_logits):
         assert fused_confidence(*exact_logits(z), temperature=1.0, seed=seeds).token.item() == token
 
 
-@pytest.mark.parametrize("tile_logits", [4, 1 << 20])
-def test_infinite_scores_and_nan(monkeypatch, tile_logits):
+@pytest.mark.parametrize(("tile_logits", "small"), [(4, 0), (1 << 20, 0), (1 << 20, 1 << 20)])
+def test_infinite_scores_and_nan(monkeypatch, tile_logits, small):
     monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked_confidence, "_SMALL", small)
     weight, seeds = torch.tensor([1.0, 3, 2, 3, 0, 1, 4, 4, 2, 5])[:, None], torch.arange(3)
     hidden = torch.tensor([[4.0], [-4.0], [0.0]])
     # Scores beyond fp32 are equal, and the lowest id wins.
