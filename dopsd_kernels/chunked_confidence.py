@@ -17,7 +17,8 @@ from dopsd_kernels.contracts import ConfidenceOutput
 from dopsd_kernels.products import compute_dtype
 from dopsd_kernels.topk import stable_topk
 
-# Logits of one tile, and numbers of a converted weight: 4 MiB in fp32, and twice that again at most for what a sampling call asks of them.
+# Logits of one tile, and numbers of its weight if that is converted: 4 MiB in fp32. A sampling call takes twice that
+# again at most.
 _TILE_LOGITS = 1 << 20
 # A problem of so few logits is done faster with all of its noise than by finding out what it does not need.
 _SMALL = 1 << 15
