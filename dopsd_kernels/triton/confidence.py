@@ -35,6 +35,8 @@ from dopsd_kernels.triton.topk import LOWEST_KEY, insert_largest, key_column, ke
 
 # A row's keys that the merge reads at a time.
 _MERGE_KEYS = 1024
+# The largest top-k whose keys leave room in registers for tiles of 128 rows, alone and with a sample.
+_FEW_KEYS, _FEW_KEYS_OF_SAMPLE = 32, 2
 _LOWEST_KEY = tl.constexpr(LOWEST_KEY)
 # Above the noise of every word: that of word 0 is 33 log 2 = 22.874.
 _LARGEST_NOISE = tl.constexpr(22.88)
@@ -276,8 +278,11 @@ def confidence(
     # The interpreter takes bf16 for integers unless it is converted first.
     upcast = hidden.dtype != weight.dtype or (hidden.dtype == torch.bfloat16 and triton.knobs.runtime.interpret)
     itemsize = 4 if upcast else hidden.itemsize
-    # A sample, a top-k and fp32 products need more registers than the bare argmax of a 16-bit one.
-    name = "confidence_argmax" if seed is None and not top_k and itemsize == 2 else "confidence"
+    # A sample and a top-k need more registers than a bare argmax, and fp32 products or many keys of a row even more.
+    if itemsize == 4 or top_k > (_FEW_KEYS if seed is None else _FEW_KEYS_OF_SAMPLE):
+        name = "confidence_wide"
+    else:
+        name = "confidence_argmax" if seed is None and not top_k else "confidence"
     config = choose(name, hidden.device, count, width, vocab)
     block_n, block_v, block_k = config["BLOCK_N"], config["BLOCK_V"], config["ROW_BYTES"] // itemsize
     launch = {"num_warps": config["num_warps"], "num_stages": config["num_stages"], **LAUNCH}

@@ -337,7 +337,7 @@ def test_compiles_as_one_graph(backend, temperature):
 
 
 @pytest.mark.parametrize("arch", ["interpret", *configs.SHARED_MEMORY])
-@pytest.mark.parametrize("kernel", ["confidence", "confidence_argmax"])
+@pytest.mark.parametrize("kernel", ["confidence", "confidence_argmax", "confidence_wide"])
 def test_every_architecture_has_a_configuration_for_any_size(kernel, arch):
     entries = [entry for entry in configs.read()[kernel] if arch in entry["arch"]]
     assert set(entries[-1]) == {"arch", "config"}
