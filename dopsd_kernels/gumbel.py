@@ -43,7 +43,7 @@ def scores(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (M,), (M,), (M,)
     """Return row, column (both int64) and score of at least every column whose score is not below `reached`.
 
-    Rows of NaN alone are left out. `C` is a multiple of 4.
+    Columns of NaN are left out. `C` is a multiple of 4.
     """
     # Infinite scores may tie with others, so nothing is left out of their rows.
     floor = torch.where(reached.isinf(), -math.inf, reached - _MARGIN * (reached.abs() + 128))[:, None]
@@ -129,13 +129,13 @@ def philox(
     low, row_low = counter * _M0, (seed & _MASK) * _M0
     torch.bitwise_xor(low >> 32, key[1] & _MASK, out=odd[0]).mul_(_M1)
     odd[1] = row_low
-    key = key + step
+    key.add_(step)
     torch.bitwise_right_shift(odd[0], 32, out=even[0]).bitwise_xor_(key[0]).bitwise_and_(_MASK)
     torch.bitwise_xor(low & _MASK, ((row_low >> 32) ^ key[1]) & _MASK, out=even[1])
     for _ in range(8):
         torch.mul(even[1], _M1, out=product[0])
         torch.mul(even[0], _M0, out=product[1])
-        key = key + step
+        key.add_(step)
         torch.bitwise_right_shift(product, 32, out=even).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_MASK)
         odd, product = product, odd
     words = seed.new_empty((*shape, 2))
