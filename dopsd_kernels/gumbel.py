@@ -25,7 +25,7 @@ _LARGEST_NOISE = 33 * math.log(2)
 # (below 23) are off by a few units in the last place, and the bits by one. The reached score is lowered by 64 times
 # (|score| + 128) roundings, so that no column that ties with it or wins is left out.
 _MARGIN = 2.0**-18
-# Counters whose words are computed together: half a MiB a tensor, of which six are in use.
+# Counters whose words are computed together: half a MiB for one number of each, of which six are in use.
 _COUNTERS = 1 << 16
 # One column in so many is looked at to see how many are needed, and the share above which all counters are computed.
 _SAMPLED = 16
@@ -122,7 +122,8 @@ def philox(
     halves, and XOR does not mix bits.
     """
     shape = torch.broadcast_shapes(seed.shape, counter.shape)
-    even, odd, product = seed.new_empty((3, 2, *shape)).unbind()  # words 0 and 2; 1 and 3; what they come from
+    # Words 0 and 2; words 1 and 3; and what both will come from.
+    even, odd, product = (seed.new_empty((2, *shape)) for _ in range(3))
     key = torch.stack([seed, seed >> 32])
     step = key.new_tensor([_W0, _W1]).view(2, *[1] * seed.dim())
     # Two rounds of mostly zeros: what depends on the row or the column alone is computed once for it.
@@ -139,7 +140,9 @@ def philox(
         torch.bitwise_right_shift(product, 32, out=even).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(_MASK)
         odd, product = product, odd
     words = seed.new_empty((*shape, 2))
-    torch.bitwise_or(even, odd.bitwise_left_shift_(32), out=words.movedim(-1, 0))
+    odd.bitwise_left_shift_(32)
+    for half in range(2):
+        torch.bitwise_or(even[half], odd[half], out=words[..., half])
     return words.view(torch.int32)
 
 

@@ -169,18 +169,21 @@ def _confidence(
 
         previous = key_value(best)
         tile_best = largest_key(z, column[None, :])
-        best = tl.maximum(best, tile_best)
-        shift = _shift(key_value(best))
-        sum_exp = sum_exp * tl.exp(previous - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-        if TOP_K > 0:
-            kept = insert_largest(kept, ordered_key(z, column[None, :]))
         if SAMPLE:
             # Most of a confident row's tiles end far below what it has reached, and then get no noise. The last term is
             # 16 roundings of the best score. Neither NaN nor infinities compare as too low.
             reached = key_value(best_score)
             highest = key_value(tile_best) * inverse_temperature + _LARGEST_NOISE
             too_low = highest < reached - tl.abs(reached) * 2.0**-20
-            if tl.min(too_low.to(tl.int32), 0) == 0:
+            # The keys of a large top-k would not fit beside a branch, so there is none with them.
+            can_win = (tl.min(too_low.to(tl.int32), 0) == 0) | (TOP_K > 32)
+        best = tl.maximum(best, tile_best)
+        shift = _shift(key_value(best))
+        sum_exp = sum_exp * tl.exp(previous - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+        if TOP_K > 0:
+            kept = insert_largest(kept, ordered_key(z, column[None, :]))
+        if SAMPLE:  # noqa: SIM102 (known when compiling; the other, when running)
+            if can_win:
                 # Volatile, so that it stays in the loop: else the keys of Philox' rounds wait in registers throughout.
                 row_seed = tl.load(seed + first_row + tile_row, volatile=True)
                 score = z * inverse_temperature + gumbel_noise(row_seed, begin, BLOCK_V)
