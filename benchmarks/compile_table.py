@@ -58,6 +58,10 @@ class Variant:
 # by the largest tiles, by a top_k of 128 (1 KB of keys per row), and by fp32 operands, which lie in registers twice as
 # wide as 16-bit ones.
 _TILE_SPILL = 256
+# Spilled once per tile of 128 x 128 logits by their noise. Counted in bytes, writing and reading it is below a tenth of
+# the tile's product at d = 4096. Tiles of 64 rows would not spill, but read half as much again from the L2 cache for
+# each product, which is their limit.
+_NOISE_SPILL = 832
 # Spilled by large tiles and their sums: some of the numbers that wait between the products of a tile of keys, or, where
 # keys are summed for, outside the loop over tiles of rows.
 _ATTENTION_SPILL = 256
@@ -70,10 +74,8 @@ def confidence(arch: str) -> Iterator[Variant]:
     bf16, fp32 = ("bf16", "bf16"), ("fp32", "fp32")  # of hidden and weight
     for name, options in (
         ("confidence_argmax", [(bf16, 0, False)]),
-        (
-            "confidence",
-            [(bf16, 0, True), (bf16, 32, False), (bf16, 128, True), (fp32, 32, True), (("bf16", "fp32"), 0, True)],
-        ),
+        ("confidence", [(bf16, 2, True), (bf16, 32, False)]),
+        ("confidence_wide", [(bf16, 128, True), (fp32, 32, True), (("bf16", "fp32"), 0, True)]),
     ):
         for config in _configs(name, arch):
             for (hidden, weight), top_k, sample in options:
@@ -93,6 +95,9 @@ def confidence(arch: str) -> Iterator[Variant]:
                     "top": "i64",
                 }
                 label = f"{hidden} x {weight}, top {top_k}{', sample' if sample else ''}"
+                budget = _TILE_SPILL if name == "confidence_wide" or config["BLOCK_V"] > 128 else 0
+                if name == "confidence" and config["BLOCK_N"] == 128:
+                    budget = _NOISE_SPILL if sample else _TILE_SPILL
                 yield Variant(
                     kernel="dopsd_kernels.triton.confidence:_confidence",
                     label=label,
@@ -117,7 +122,7 @@ def confidence(arch: str) -> Iterator[Variant]:
                     },
                     options={name: config[name] for name in ("num_warps", "num_stages")},
                     tensor_cores=itemsize == 2,
-                    spill_budget=_TILE_SPILL if itemsize == 4 or top_k > 32 or config["BLOCK_V"] > 128 else 0,
+                    spill_budget=budget,
                 )
     for splits, top_k in ((1024, 0), (1024, 128)):
         outputs = ("logsumexp", "max_logit", "logit", "top_values")

@@ -51,6 +51,7 @@ CASES: dict[str, Case] = {
     "step_kl_rows": StepKL("reverse_kl", 2048, *_HEAD),
     "confidence_argmax": Confidence("argmax", 256, *_HEAD),
     "confidence": Confidence("sampled", 256, *_HEAD, "peaked"),
+    "confidence_wide": Confidence("top_k=20", 256, *_HEAD[:2], torch.float32),
     "prefix_attention": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "forward"),
     "prefix_attention_query_gradient": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "both"),
     "prefix_attention_key_gradient": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "both"),

@@ -1,9 +1,8 @@
 """fused_confidence in tiles of rows and vocabulary, in plain PyTorch.
 
-One pass over the vocabulary per chunk of rows: each tile of logits is reduced to the rows' largest logit,
-logsumexp, top-k and best noisy score, and merged with what came before. A later tile wins only if it is
-strictly larger, so ties go to the lowest id whatever the tiles are. Small problems are one tile, and then
-nothing is merged.
+One pass over the vocabulary per chunk of rows: each tile of logits brings the rows' largest logit, logsumexp, top-k
+and best noisy score up to date. A later tile wins only if it is strictly larger, so ties go to the lowest id whatever
+the tiles are. As everywhere in PyTorch, NaN is the largest. Small problems are one tile, and then nothing is merged.
 """
 
 import math
@@ -11,17 +10,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from dopsd_kernels import gumbel
 from dopsd_kernels.contracts import ConfidenceOutput
-from dopsd_kernels.products import full_precision
+from dopsd_kernels.products import compute_dtype, full_precision
 from dopsd_kernels.topk import stable_topk
 
-# Logits of one tile: 4 MiB in fp32, and ten times that for the noise of a sampling call.
+# Logits of one tile, and numbers of its weight if that is converted: 4 MiB in fp32. A sampling call takes twice that
+# again at most.
 _TILE_LOGITS = 1 << 20
+# A problem of so few logits is done faster with all of its noise than by finding out what it does not need.
+_SMALL = 1 << 15
 # Rows that share a reading (and conversion) of the weight.
 _CHUNK_ROWS = 1024
-
-_MASK = 0xFFFFFFFF
 
 
 class _Best(NamedTuple):
@@ -48,12 +50,13 @@ def confidence(
 ) -> ConfidenceOutput:
     """Return the outputs of `fused_confidence` for flattened rows."""
     count, vocab = hidden.shape[0], weight.shape[0]
+    converted = 1 if weight.dtype == compute_dtype(hidden) else weight.shape[1]  # numbers of a column
     chunks = []
     for start in range(0, max(count, 1), _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
         chunk_seed = None if seed is None else seed[rows]
         # Multiples of 4: a Philox counter serves four columns.
-        tile_columns = max(4, _TILE_LOGITS // max(min(count, _CHUNK_ROWS), weight.shape[1]) // 4 * 4)
+        tile_columns = max(4, _TILE_LOGITS // max(min(count, _CHUNK_ROWS), converted) // 4 * 4)
         best = None
         for begin in range(0, vocab, tile_columns):
             end = min(begin + tile_columns, vocab)
@@ -61,8 +64,7 @@ def confidence(
             if exclude is not None:
                 inside = exclude if tile_columns >= vocab else exclude[(exclude >= begin) & (exclude < end)] - begin
                 z.index_fill_(1, inside, -math.inf)
-            tile = _reduce(z, begin, temperature, chunk_seed, top_k)
-            best = tile if best is None else _merge(best, tile, top_k)
+            best = _add(best, z, begin, temperature, chunk_seed, top_k)
         assert best is not None  # V >= 1
         chunks.append(best)
     best = chunks[0] if len(chunks) == 1 else _Best(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
@@ -72,73 +74,81 @@ def confidence(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(hidden)
     hidden, tile = hidden.to(dtype), weight.to(dtype).T
     with full_precision():
         return hidden @ tile if bias is None else torch.addmm(bias.to(dtype), hidden, tile)
 
 
-def _reduce(z: Tensor, begin: int, temperature: float, seed: Tensor | None, top_k: int) -> _Best:
-    """Reduce a tile of logits (R, C) whose first column is `begin`."""
-    max_logit, argmax = z.max(-1)
+def _add(
+    best: _Best | None,  # of the columns before; None if there are none
+    z: Tensor,  # (R, C) logits, overwritten
+    begin: int,  # first column
+    temperature: float,
+    seed: Tensor | None,  # (R,)
+    top_k: int,
+) -> _Best:
+    """Bring what is known of the rows up to date with the next tile."""
+    if best is None:
+        peak, argmax = z.max(-1)
+        max_logit = peak
+    else:
+        peak = z.amax(-1)  # a fraction of the cost of finding where it is
+        max_logit, gained = torch.maximum(peak, best.max_logit), _larger(peak, best.max_logit).nonzero()[:, 0]
+        argmax = best.argmax.index_copy(0, gained, z.index_select(0, gained).argmax(-1).add_(begin))
     score, token, logit = max_logit, argmax, max_logit
     if seed is not None:
-        score, token = gumbel_noise(seed, begin, z.shape[1], z.dtype).add_(z, alpha=1 / temperature).max(-1)
-        logit = z.gather(-1, token[:, None])[:, 0]
-    top_values, top_indices = stable_topk(z, min(top_k, z.shape[1])) if top_k else (z[:, :0], argmax[:, None][:, :0])
+        score, token, logit = _sample(best, z, begin, 1 / temperature, seed, max_logit, argmax)
+    top_values, top_indices = _top(best, z, begin, top_k) if top_k else (z[:, :0], argmax[:, None][:, :0])
     # The largest entry's term is exactly 1, so the sum cannot vanish; a row of -inf alone has the logsumexp
     # -inf.
-    shift = max_logit.clamp(min=torch.finfo(z.dtype).min)
+    shift = peak.clamp(min=torch.finfo(z.dtype).min)
     logsumexp = z.sub_(shift[:, None]).exp_().sum(-1).log_().add_(shift)
-    return _Best(max_logit, argmax + begin, logsumexp, score, token + begin, logit, top_values, top_indices + begin)
+    if best is not None:
+        logsumexp = torch.logaddexp(best.logsumexp, logsumexp)
+    return _Best(max_logit, argmax, logsumexp, score, token, logit, top_values, top_indices)
 
 
-def _merge(a: _Best, b: _Best, top_k: int) -> _Best:
-    """Merge two runs of columns, a before b."""
-    values = torch.cat([a.top_values, b.top_values], -1)
-    indices = torch.cat([a.top_indices, b.top_indices], -1)
+def _larger(a: Tensor, b: Tensor) -> Tensor:  # (R,), (R,) -> (R,) bool
+    return (a > b) | (a.isnan() & ~b.isnan())
+
+
+def _top(best: _Best | None, z: Tensor, begin: int, top_k: int) -> tuple[Tensor, Tensor]:  # (R, k), (R, k)
+    """Return the largest logits and their columns, with those of the columns before."""
+    values, indices = stable_topk(z, min(top_k, z.shape[1]))
+    if best is None:
+        return values, indices.add_(begin)
+    values, indices = torch.cat([best.top_values, values], -1), torch.cat([best.top_indices, indices.add_(begin)], -1)
     values, order = values.sort(dim=-1, descending=True, stable=True)
-    larger, chosen = b.max_logit > a.max_logit, b.score > a.score
-    return _Best(
-        max_logit=torch.where(larger, b.max_logit, a.max_logit),
-        argmax=torch.where(larger, b.argmax, a.argmax),
-        logsumexp=torch.logaddexp(a.logsumexp, b.logsumexp),
-        score=torch.where(chosen, b.score, a.score),
-        token=torch.where(chosen, b.token, a.token),
-        logit=torch.where(chosen, b.logit, a.logit),
-        top_values=values[:, :top_k],
-        top_indices=indices.gather(-1, order)[:, :top_k],
-    )
+    return values[:, :top_k], indices.gather(-1, order)[:, :top_k]
 
 
-def gumbel_noise(seed: Tensor, begin: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the noise (R, columns) of the rows' seeds from column `begin`, a multiple of 4, on.
-
-    Philox4x32-10 with the seed as key and (column // 4, 0, 0, 0) as counter; column % 4 selects the word.
-    """
-    # Both of a round's products are one operation on a leading dimension of 2. Words are kept modulo 2**32
-    # only where a product needs them clean: wrapped int64 products hold both 32-bit halves, and XOR does not
-    # mix bits.
-    multiplier = seed.new_tensor([0xD2511F53, 0xCD9E8D57])[:, None, None]
-    rounds = torch.arange(10, device=seed.device)[:, None, None]
-    increment = seed.new_tensor([0x9E3779B9, 0xBB67AE85])[:, None]
-    keys = (torch.stack([seed, seed >> 32]) + rounds * increment)[..., None]  # (10, 2, R, 1)
-    counter = torch.arange(begin // 4, begin // 4 + (columns + 3) // 4, device=seed.device)
-    even = torch.stack([counter, torch.zeros_like(counter)])[:, None]  # words 0 and 2: (2, 1, C / 4)
-    odd = torch.zeros_like(even)  # words 1 and 3
-    for key in keys:
-        product = (even * multiplier).flip(0)
-        even = ((product >> 32) ^ odd ^ key).bitwise_and_(_MASK)
-        odd = product
-    words = torch.stack([even, odd.bitwise_and_(_MASK)], -1)  # (2, R, C / 4, 2): word 2 a + b at [a, :, :, b]
-    word = words.permute(1, 2, 0, 3).reshape(seed.shape[0], 4 * counter.numel())[:, :columns]
-    return gumbel_of_word(word, dtype)
-
-
-def gumbel_of_word(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn 32-bit words (int64) into standard Gumbel noise."""
-    # Small words become large noise: the upper tail, which decides the argmax, keeps all 32 bits of
-    # resolution.
-    uniform = word.to(dtype).add_(0.5).mul_(2.0**-32).clamp_(max=1 - torch.finfo(dtype).eps / 2)
-    exponential = uniform.neg_().log1p_().neg_()
-    return exponential.log_().neg_()
+def _sample(
+    best: _Best | None,
+    z: Tensor,  # (R, C)
+    begin: int,
+    inverse_temperature: float,
+    seed: Tensor,  # (R,)
+    max_logit: Tensor,  # (R,) of all columns so far
+    argmax: Tensor,  # (R,)
+) -> tuple[Tensor, Tensor, Tensor]:  # (R,), (R,), (R,)
+    """Return the best score so far, its token and that token's logit."""
+    if best is None and z.numel() <= _SMALL:
+        score, token = gumbel.all_scores(z, inverse_temperature, seed).max(-1)
+        return score, token, z.gather(-1, token[:, None])[:, 0]
+    # The largest logit is likely to win: its score comes first, and spares the noise of what ends below it.
+    score, token = gumbel.score(max_logit, gumbel.column_words(seed, argmax), inverse_temperature), argmax
+    if best is not None:
+        leads = _larger(score, best.score)
+        score, token = torch.where(leads, score, best.score), torch.where(leads, argmax, best.token)
+    filled = pad(z, (0, -z.shape[1] % 4), value=-math.inf) if z.shape[1] % 4 else z
+    row, column, scores = gumbel.scores(filled, begin, inverse_temperature, seed, score)
+    largest = score.scatter_reduce(0, row, scores, "amax")
+    wins = scores == largest.index_select(0, row)
+    # Where scores are equal, the lowest id: that of an earlier tile stays.
+    token = torch.where(largest > score, begin + z.shape[1], token)
+    token = token.scatter_reduce(0, row[wins], column[wins].add_(begin), "amin")
+    logit = z.gather(-1, (token - begin).clamp_(min=0)[:, None])[:, 0]
+    if best is not None:
+        logit = torch.where(token < begin, best.logit, logit)
+    return largest, token, logit

@@ -466,7 +466,7 @@ def test_the_new_entry_is_the_first_that_applies_and_hides_no_smaller_one(tmp_pa
     assert sum(line.startswith('  {"arch"') for line in path.read_text().splitlines()) == 4
 
 
-def test_every_kernel_of_sixteen_bits_is_tuned() -> None:
+def test_every_kernel_is_tuned_but_those_of_slow_attention() -> None:
     assert tune.CASES.keys() == {name for name in tune.configs.read() if not name.endswith("_fp32")}
 
 
@@ -492,7 +492,8 @@ def test_tuning_runs_the_kernel_with_what_it_tries_and_writes_what_is_better(
     if isinstance(case, ops.Attention):
         case = replace(case, groups=1, sequences=2, heads=1, length=16, prefix=16, width=16, dtype=torch.float16)
     else:
-        case = replace(case, rows=3, width=32, vocab=150, dtype=torch.float16)
+        dtype = torch.float16 if case.dtype == torch.bfloat16 else case.dtype
+        case = replace(case, rows=3, width=32, vocab=150, dtype=dtype)
     launched: list[dict[str, int]] = []
     choose = tune.configs.choose
 

@@ -35,7 +35,11 @@ from dopsd_kernels.triton.topk import LOWEST_KEY, insert_largest, key_column, ke
 
 # A row's keys that the merge reads at a time.
 _MERGE_KEYS = 1024
+# The largest top-k whose keys leave room in registers for tiles of 128 rows, alone and with a sample.
+_FEW_KEYS, _FEW_KEYS_OF_SAMPLE = 32, 2
 _LOWEST_KEY = tl.constexpr(LOWEST_KEY)
+# Above the noise of every word: that of word 0 is 33 log 2 = 22.874.
+_LARGEST_NOISE = tl.constexpr(22.88)
 
 # ------------------------------------------------------------------------------------------------------------
 # Noise
@@ -164,19 +168,29 @@ def _confidence(
             z = tl.where(column[None, :] < vocab, z, -float("inf"))
 
         previous = key_value(best)
-        best = tl.maximum(best, largest_key(z, column[None, :]))
+        tile_best = largest_key(z, column[None, :])
+        if SAMPLE:
+            # Most of a confident row's tiles end far below what it has reached, and then get no noise. The last term is
+            # 16 roundings of the best score. Neither NaN nor infinities compare as too low.
+            reached = key_value(best_score)
+            highest = key_value(tile_best) * inverse_temperature + _LARGEST_NOISE
+            too_low = highest < reached - tl.abs(reached) * 2.0**-20
+            # The keys of a large top-k would not fit beside a branch, so there is none with them.
+            can_win = (tl.min(too_low.to(tl.int32), 0) == 0) | (TOP_K > 32)
+        best = tl.maximum(best, tile_best)
         shift = _shift(key_value(best))
         sum_exp = sum_exp * tl.exp(previous - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
         if TOP_K > 0:
             kept = insert_largest(kept, ordered_key(z, column[None, :]))
-        if SAMPLE:
-            # Volatile, so that it stays in the loop: else the keys of Philox' ten rounds wait in registers throughout.
-            row_seed = tl.load(seed + first_row + tile_row, volatile=True)
-            score = z * inverse_temperature + gumbel_noise(row_seed, begin, BLOCK_V)
-            tile_score = largest_key(score, column[None, :])
-            tile_logit = tl.sum(tl.where(column[None, :] == key_column(tile_score)[:, None], z, 0.0), 1)
-            best_logit = tl.where(tile_score > best_score, tile_logit, best_logit)
-            best_score = tl.maximum(best_score, tile_score)
+        if SAMPLE:  # noqa: SIM102 (known when compiling; the other, when running)
+            if can_win:
+                # Volatile, so that it stays in the loop: else the keys of Philox' rounds wait in registers throughout.
+                row_seed = tl.load(seed + first_row + tile_row, volatile=True)
+                score = z * inverse_temperature + gumbel_noise(row_seed, begin, BLOCK_V)
+                tile_score = largest_key(score, column[None, :])
+                tile_logit = tl.sum(tl.where(column[None, :] == key_column(tile_score)[:, None], z, 0.0), 1)
+                best_logit = tl.where(tile_score > best_score, tile_logit, best_logit)
+                best_score = tl.maximum(best_score, tile_score)
 
     row = first_row + tl.arange(0, BLOCK_N)
     at = row.to(tl.int64) * splits + split
@@ -267,21 +281,24 @@ def confidence(
     # The interpreter takes bf16 for integers unless it is converted first.
     upcast = hidden.dtype != weight.dtype or (hidden.dtype == torch.bfloat16 and triton.knobs.runtime.interpret)
     itemsize = 4 if upcast else hidden.itemsize
-    # A sample, a top-k and fp32 products need more registers than the bare argmax of a 16-bit one.
-    name = "confidence_argmax" if seed is None and not top_k and itemsize == 2 else "confidence"
+    # A sample and a top-k need more registers than a bare argmax, and fp32 products or many keys of a row even more.
+    if itemsize == 4 or top_k > (_FEW_KEYS if seed is None else _FEW_KEYS_OF_SAMPLE):
+        name = "confidence_wide"
+    else:
+        name = "confidence_argmax" if seed is None and not top_k else "confidence"
     config = choose(name, hidden.device, count, width, vocab)
     block_n, block_v, block_k = config["BLOCK_N"], config["BLOCK_V"], config["ROW_BYTES"] // itemsize
     launch = {"num_warps": config["num_warps"], "num_stages": config["num_stages"], **LAUNCH}
     reach = max(block_n * hidden.stride(0), block_v * weight.stride(0) + block_k * weight.stride(1))
 
-    row_tiles, tiles = triton.cdiv(count, block_n), triton.cdiv(vocab, block_v)
+    row_tiles, tiles = _cdiv(count, block_n), _cdiv(vocab, block_v)
     programs = config["PROGRAMS"] * _multiprocessors(hidden.device)
     # Rounded down: a few programs more than run at once would take as long as all of them.
     splits = max(programs // row_tiles, config["SPLITS"])
-    split_tiles = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, split_tiles)
+    split_tiles = _cdiv(tiles, splits)
+    splits = _cdiv(tiles, split_tiles)
 
-    kept = triton.next_power_of_2(top_k) if top_k else 0
+    kept = _power_of_2(top_k) if top_k else 0
     parts: dict[str, Any] = {
         "largest": hidden.new_empty((count, splits), dtype=torch.int64),
         "total": hidden.new_empty((count, splits), dtype=torch.float32),
@@ -328,8 +345,8 @@ def confidence(
             count=top_k,
             SAMPLE=seed is not None,
             TOP_K=kept,
-            BLOCK_S=triton.next_power_of_2(splits),
-            BLOCK_KEYS=min(_MERGE_KEYS, triton.next_power_of_2(splits * max(kept, 1))),
+            BLOCK_S=_power_of_2(splits),
+            BLOCK_KEYS=min(_MERGE_KEYS, _power_of_2(splits * max(kept, 1))),
             num_warps=4 if top_k else 1,
             **LAUNCH,
         )
@@ -346,6 +363,15 @@ def _full_bias(bias: Tensor | None, vocab: int, device: torch.device, exclude: S
     # An upload from pageable memory would wait for the GPU.
     ids = torch.tensor(exclude, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return full.index_fill_(0, ids, -torch.inf)
+
+
+# As triton.cdiv and triton.next_power_of_2, whose wrapper takes longer than everything else here but the launches.
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:  # at least n, which is at least 1
+    return 1 << (n - 1).bit_length()
 
 
 @functools.cache

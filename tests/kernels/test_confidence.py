@@ -10,7 +10,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_kernels import chunked_confidence, fused_confidence, reference
+from dopsd_kernels import chunked_confidence, fused_confidence, gumbel, reference
 from dopsd_kernels.topk import stable_topk
 
 
@@ -56,16 +56,19 @@ def test_noise_is_the_specified_function_of_seed_and_column(seed):
     begin, columns = 40, 11
     expected = torch.tensor([noise(seed, begin + c) for c in range(columns)], dtype=torch.float64)
     seeds = torch.tensor([seed, 7])
-    fast = chunked_confidence.gumbel_noise(seeds, begin, columns, torch.float64)
+    words = gumbel.philox(seeds[:, None], torch.arange(begin // 4, (begin + columns + 3) // 4)).flatten(1)[:, :columns]
+    fast = gumbel.gumbel_of_word(words.long() & 0xFFFFFFFF, torch.float64)
     specified = reference.gumbel_noise(seeds[:, None], torch.arange(begin, begin + columns), torch.float64)
     torch.testing.assert_close(fast[0], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(specified[0], expected, rtol=1e-12, atol=1e-12)
     assert not torch.equal(fast[0], fast[1])
-    single = chunked_confidence.gumbel_noise(seeds, begin, columns, torch.float32)
+    single = gumbel.gumbel_of_word(words.long() & 0xFFFFFFFF, torch.float32)
     torch.testing.assert_close(single[0].double(), expected, rtol=1e-5, atol=1e-5)
+    column = torch.arange(begin, begin + columns)
+    assert torch.equal(gumbel.column_words(torch.full_like(column, seed), column), words[0])
 
 
-@pytest.mark.parametrize("module", [reference, chunked_confidence])
+@pytest.mark.parametrize("module", [reference, gumbel])
 def test_noise_is_finite_for_every_word(module):
     # The largest words round to u = 1 in fp32 if nothing is done about it.
     words = torch.tensor([0, 1, 2**32 - 2, 2**32 - 1])
@@ -76,6 +79,19 @@ def test_noise_is_finite_for_every_word(module):
         noise = module.gumbel_of_word(words, dtype)
         assert noise[0].item() == pytest.approx(33 * math.log(2), rel=1e-6)
         assert noise[-1].item() == pytest.approx(lowest, rel=1e-6)
+
+
+def test_words_bound_their_noise():
+    edges = torch.tensor([0, 1, 2, 3, 255, 256, (1 << 24) + 1, (1 << 31) - 1, 1 << 31, (1 << 31) + 1, (1 << 32) - 1])
+    words = torch.cat([edges, torch.randint(1 << 32, (100_000,), generator=torch.Generator().manual_seed(0))])
+    words = torch.cat([words, words >> 10, words >> 20])[None]
+    exact = reference.gumbel_of_word(words, torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        bound = gumbel._bound(words.to(torch.int32), torch.zeros(words.shape, dtype=dtype)).double()
+        assert (bound >= exact - gumbel._MARGIN * 128).all()
+        # log2 is at most 0.0861 above the line; and -log(u) is near the noise where it is large.
+        small = (words > 255) & (words < 1 << 22)
+        assert (bound - exact)[small].max() < 0.0862 * math.log(2) + 0.003 + gumbel._MARGIN * 128
 
 
 def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seeds: list[int], top_k: int, exclude):
@@ -94,12 +110,13 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seed
     return [torch.tensor(x, dtype=torch.int64 if i in ids else torch.float64) for i, x in columns]
 
 
-@pytest.mark.parametrize("tile_logits", [1, 60, 1 << 22])
+@pytest.mark.parametrize(("tile_logits", "small"), [(1, 0), (60, 0), (1 << 22, 0), (1 << 22, 1 << 15)])
 @pytest.mark.parametrize("chunk_rows", [2, 1024])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("exclude", [(), (0, 13, 13)])
-def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, chunk_rows, temperature, exclude):
+def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, small, chunk_rows, temperature, exclude):
     monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked_confidence, "_SMALL", small)
     monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
     hidden, weight, bias = randn(5, 3), randn(14, 3, seed=1), randn(14, seed=2)
     seeds = [3, -5, 2**40, 0, 9]
@@ -193,6 +210,101 @@ def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
         monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
         monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
         assert torch.equal(together, fused_confidence(hidden, weight, temperature=1.0, seed=seeds).token)
+
+
+def exact_logits(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return hidden and weight whose logits are z (R, V), without rounding."""
+    return torch.eye(z.shape[0], dtype=z.dtype), z.T.contiguous()
+
+
+def sampled_with_all_noise(z: Tensor, seeds: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the tokens that all noise gives, and the noise."""
+    noise = reference.gumbel_noise(seeds[:, None], torch.arange(z.shape[1]), z.dtype)
+    return noise.add(z, alpha=1 / temperature).argmax(-1), noise
+
+
+def rows_like(kind: str, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:  # (rows, vocab)
+    z = randn(rows, vocab, seed=4)
+    if kind == "peaked":  # as in a vocabulary sorted by frequency, with a leader anywhere
+        z = 2 * z - 3 * torch.arange(1, vocab + 1).log()
+        z[torch.arange(rows), torch.arange(rows) * 7919 % vocab] = 15
+    elif kind == "ties":
+        z = z.round()
+    elif kind == "extreme":
+        z = 1e4 * z
+    return z.to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked", "ties", "extreme"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_are_those_of_all_the_noise(monkeypatch, kind, dtype):
+    z = rows_like(kind, 40, 1003, dtype)
+    seeds = torch.arange(40) * 2**34 - 11
+    hidden, weight = exact_logits(z)
+    for tile_logits, counters, many in ((1 << 20, 1 << 16, 0.15), (40 * 128, 100, 1.0), (40 * 256, 100, -1.0)):
+        monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+        monkeypatch.setattr(gumbel, "_COUNTERS", counters)
+        monkeypatch.setattr(gumbel, "_MANY", many)  # 1: never the words of all counters; -1: always
+        for temperature in (1.0, 0.7, 5.0):
+            out = fused_confidence(hidden, weight, temperature=temperature, seed=seeds)
+            token, _ = sampled_with_all_noise(z, seeds, temperature)
+            assert torch.equal(out.token, token)
+            assert torch.equal(out.logit, z.gather(1, token[:, None])[:, 0])
+
+
+def test_only_noise_that_may_win_is_computed(monkeypatch):
+    computed = []
+    philox = gumbel.philox
+
+    def counted(seed, counter):
+        words = philox(seed, counter)
+        computed.append(words.numel() // 4)
+        return words
+
+    monkeypatch.setattr(gumbel, "philox", counted)
+    rows, vocab = 40, 8192
+    for kind, least, most in (("peaked", 0.0, 0.2), ("flat", 1.0, 1.1)):
+        computed.clear()
+        fused_confidence(*exact_logits(rows_like(kind, rows, vocab, torch.float32)), temperature=1.0, seed=3)
+        assert least <= sum(computed) / (rows * vocab / 4) <= most
+
+
+# Of 1.2 billion pairs of a seed and a column, the one of the smallest word, 7.
+RARE_SEED, RARE_COLUMN, RARE_NOISE = 133495, 2072, 20.165807
+
+
+@pytest.mark.parametrize("tile_logits", [1 << 20, 1 << 10])
+def test_a_column_far_below_wins_by_its_noise(monkeypatch, tile_logits):
+    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked_confidence, "_SMALL", 0)
+    assert noise(RARE_SEED, RARE_COLUMN) == pytest.approx(RARE_NOISE, abs=1e-4) and RARE_NOISE > 17
+    z = torch.full((1, 4096), -60.0)
+    z[0, 5], z[0, RARE_COLUMN] = 0.0, 0.0
+    seeds = torch.tensor([RARE_SEED])
+    lead = sampled_with_all_noise(z, seeds, 1.0)[1][0, 5] - RARE_NOISE
+    for margin, token in ((0.01, RARE_COLUMN), (-0.01, 5)):
+        z[0, RARE_COLUMN] = lead + margin
+        assert fused_confidence(*exact_logits(z), temperature=1.0, seed=seeds).token.item() == token
+
+
+@pytest.mark.parametrize(("tile_logits", "small"), [(4, 0), (1 << 20, 0), (1 << 20, 1 << 20)])
+def test_infinite_scores_and_nan(monkeypatch, tile_logits, small):
+    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked_confidence, "_SMALL", small)
+    weight, seeds = torch.tensor([1.0, 3, 2, 3, 0, 1, 4, 4, 2, 5])[:, None], torch.arange(3)
+    hidden = torch.tensor([[4.0], [-4.0], [0.0]])
+    # Scores beyond fp32 are equal, and the lowest id wins.
+    scores = weight.T * hidden / 1e-38 + reference.gumbel_noise(seeds[:, None], torch.arange(10), torch.float32)
+    out = fused_confidence(hidden, weight, temperature=1e-38, seed=seeds)
+    assert scores.isinf().sum() > 12 and torch.equal(out.token, scores.argmax(-1))
+    nothing = fused_confidence(hidden, weight, bias=torch.full((10,), -math.inf), temperature=1.0, seed=seeds)
+    assert not nothing.token.any() and (nothing.logit == -math.inf).all()
+    for column in (0, 5, 9):
+        broken = weight.clone()
+        broken[column:] = math.nan
+        out = fused_confidence(hidden, broken, temperature=1.0, seed=seeds)
+        assert (out.token == column).all() and (out.argmax == column).all()
+        assert out.logit.isnan().all() and out.max_logit.isnan().all()
 
 
 def test_one_seed_gives_every_row_its_own():

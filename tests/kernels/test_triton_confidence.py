@@ -13,7 +13,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dopsd_kernels import chunked_confidence, fused_confidence, reference  # noqa: E402
+from dopsd_kernels import fused_confidence, gumbel, reference  # noqa: E402
 from dopsd_kernels.triton import confidence as kernels  # noqa: E402
 from dopsd_kernels.triton import configs, topk  # noqa: E402
 
@@ -223,6 +223,32 @@ def test_a_sample_does_not_depend_on_batch_or_tiles(monkeypatch):
         torch.testing.assert_close(other.logsumexp, together.logsumexp, rtol=4 * U, atol=4 * U)
 
 
+def test_a_column_far_below_wins_by_its_noise(monkeypatch):
+    use(monkeypatch, BLOCK_V=512, SPLITS=1, PROGRAMS=1)
+    seed, column = torch.tensor([133495], device=DEVICE), 2072  # the noise there is 20.166
+    noise = reference.gumbel_noise(seed[:, None], torch.tensor([5, column], device=DEVICE), torch.float32)[0]
+    weight = torch.full((2100, 1), -60.0, device=DEVICE)
+    weight[5] = 0
+    for margin, token in ((0.01, column), (-0.01, 5)):
+        weight[column] = noise[0] - noise[1] + margin
+        assert run(torch.ones(1, 1, device=DEVICE), weight, temperature=1.0, seed=seed).token.item() == token
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts calls in the interpreter")
+def test_tiles_that_cannot_win_get_no_noise(monkeypatch):
+    use(monkeypatch, BLOCK_V=64, SPLITS=1, PROGRAMS=1)
+    tiles, gumbel_noise = [], kernels.gumbel_noise
+    monkeypatch.setattr(kernels, "gumbel_noise", lambda *a, **k: (tiles.append(1), gumbel_noise(*a, **k))[1])
+    weight = randn(320, 1) - 40
+    weight[3] = weight[200] = 0  # the tiles 0 and 3
+    hidden, seed = torch.ones(2, 1, device=DEVICE), torch.arange(2, device=DEVICE)
+    for temperature, count in ((1.0, 2), (3.0, 5)):
+        tiles.clear()
+        token = run(hidden, weight, temperature=temperature, seed=seed).token
+        assert torch.equal(token, fused_confidence(hidden, weight, temperature=temperature, seed=seed).token)
+        assert len(tiles) == count
+
+
 @triton.jit
 def _noise_kernel(seed, out, begin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -252,7 +278,7 @@ def test_noise_is_that_of_the_specification():
     out = torch.empty(4096, device=DEVICE)
     _word_kernel[(1,)](words, out, 4096)
     # 2.6e-7 from 1 - u, and a few roundings of logarithms up to 22.2.
-    expected = chunked_confidence.gumbel_of_word(words, torch.float32)
+    expected = gumbel.gumbel_of_word(words, torch.float32)
     assert ((out - expected).abs() <= 2.6e-7 + 4 * U * (1 + expected.abs())).all()
 
 
@@ -311,7 +337,7 @@ def test_compiles_as_one_graph(backend, temperature):
 
 
 @pytest.mark.parametrize("arch", ["interpret", *configs.SHARED_MEMORY])
-@pytest.mark.parametrize("kernel", ["confidence", "confidence_argmax"])
+@pytest.mark.parametrize("kernel", ["confidence", "confidence_argmax", "confidence_wide"])
 def test_every_architecture_has_a_configuration_for_any_size(kernel, arch):
     entries = [entry for entry in configs.read()[kernel] if arch in entry["arch"]]
     assert set(entries[-1]) == {"arch", "config"}
