@@ -216,7 +216,9 @@ class StepKL(Rows):
         elif self.setting == "forward_kl":
             module = "liger_kernel.ops.fused_linear_kl_div"
             peers = [Provider("liger kl", _loss(_liger_kl), _no_liger_kl(module))]
-        compiled = [] if "top_k" in self.setting else [Provider("compile", _loss(_compiled_kl), no_compiler)]
+        compiled = []
+        if self.setting in ("reverse_kl", "clipped") and self.data == "diffuse":
+            compiled = [Provider("compile", _loss(_compiled_kl), no_compiler)]
         return [
             Provider("floor", _floor_step_kl),
             Provider("eager", _loss(_eager_kl)),
