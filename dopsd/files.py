@@ -29,6 +29,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # whose names some file systems keep without being asked to, and can't be
+            raise
     finally:
         os.close(descriptor)
 

@@ -47,6 +47,7 @@ from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.progress import ProgressBar
 from dopsd.rollout import Decoder, Rollout, Row
+from dopsd.run_folder import on_first_process
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
@@ -400,9 +401,8 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero():
-            checkpoints.begin(folder)
-        self.accelerator.wait_for_everyone()
+        on_first_process(lambda: checkpoints.begin(folder))
+        folder.mkdir(parents=True, exist_ok=True)  # where processes have no disk in common
         pending = {
             "accepted_count": self.accepted_count,
             "slices": [[lesson.to_json() for lesson in lessons] for lessons in self.pending],
@@ -411,10 +411,9 @@ class Trainer(transformers.Trainer):
         (folder / checkpoints.pending_name(self.accelerator.process_index)).write_text(json.dumps(pending))
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        on_first_process(lambda: checkpoints.seal(folder))
         if self.is_world_process_zero():
-            checkpoints.seal(folder)
             checkpoints.rotate(folder, self.kept_checkpoints, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -446,11 +445,13 @@ class Trainer(transformers.Trainer):
 
     def save_adapter(self, folder: Path) -> str:
         """The student's adapter alone, ready for ``--adapter``; returns the hash of its tensors' file."""
-        if self.is_world_process_zero():
+
+        def save() -> str:
             with files.replacing(folder) as part:
                 self.student.save_pretrained(str(part), selected_adapters=[STUDENT])
-        self.accelerator.wait_for_everyone()
-        return files.sha256(folder / checkpoints.ADAPTER_FILE)
+            return files.sha256(folder / checkpoints.ADAPTER_FILE)
+
+        return on_first_process(save)
 
 
 def with_adapter(base: DiffusionModel, arguments: ModelArguments) -> PeftModel:
@@ -485,7 +486,7 @@ class PromptSampler(Sampler[int]):
 
 
 class TeacherFollows(TrainerCallback):
-    """Moves an averaged teacher after each optimiser step that moved the student, to where it is finite."""
+    """After each optimiser step: what it left must be finite, and where it moved the student an average follows."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
