@@ -11,13 +11,14 @@ from pathlib import Path
 import transformers
 
 from dopsd.config import TaskArguments
-from dopsd.errors import RunError, UsageError
+from dopsd.errors import Interrupted, RunError, UsageError
 from dopsd.rollout import Decoder
 from dopsd.tasks import Row, Task, draw, part, without
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Call ``main`` with the command line and exit: 0, 2 for an unusable argument, 1 for any other failure.
+    """Call ``main`` with the command line and exit: 0, 2 for an unusable argument, 128 and the signal's number
+    for a signal, 1 for any other failure.
 
     An error is one sentence on standard error; ``--debug`` shows its traceback as well.
     """
@@ -33,6 +34,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(stop.status) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as error:

@@ -11,6 +11,14 @@ class RunError(RuntimeError):
     """A run can't start or go on for a reason outside its arguments. Exit status 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; ``status`` is the shell's for that signal."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def require(condition: bool, argument: str, given: object, accepted: str) -> None:
     """Raise :class:`UsageError` naming ``argument``, what was ``given`` and what is ``accepted`` unless it holds."""
     if not condition:

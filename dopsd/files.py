@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +24,50 @@ def plain(value: Any) -> Any:
     return value
 
 
+def sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, on disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # whose names some file systems keep without being asked to, and can't be
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write atomically, so that a killed run leaves the old file or the new one."""
+    """Write atomically, so that a killed run leaves the old file or the new one, and so does a power cut."""
     part = path.with_suffix(path.suffix + ".part")
     part.write_text(text)
+    sync(part)
     part.replace(path)
+    sync(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON, atomically."""
     write_text(path, json.dumps(plain(content), indent=1) + "\n")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to write files into; on leaving, each of them replaces the one of its name in ``folder``, whole."""
+    part = folder / "files.part"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+    part.mkdir(parents=True)
+    yield part
+    for path in sorted(part.iterdir()):
+        sync(path)
+        path.replace(folder / path.name)
+    part.rmdir()
+    sync(folder)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

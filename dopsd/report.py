@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,21 +16,17 @@ import torch
 from transformers import TrainerCallback
 
 from dopsd.accuracy import difference, summary
-from dopsd.errors import RunError, require
-from dopsd.files import plain, write_json
+from dopsd.files import write_json, write_text
 from dopsd.memory import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.rollout import Rollout, Row
+from dopsd.run_folder import REPORT_FILE, on_first_process
 from dopsd.step_batch import step_batches
 from dopsd.tables import show
 from dopsd.trainer import Trainer
 
-RUN_FILE = "run.json"
 PICTURES = ("curves.png", "trajectory.png")
 PACKAGES = ("dopsd", "torch", "transformers", "peft", "accelerate", "triton", "numpy")
-
-# transformers options that may differ between a run and its continuation.
-FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name"}
 
 
 def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any) -> dict[str, Any]:
@@ -40,41 +37,6 @@ def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any
     )
 
 
-def check_folder(output: Path, config: Mapping[str, Any], resume: str | None) -> str | None:
-    """Whether ``output`` can be this run's folder; returns the checkpoint to go on from, if any, and writes nothing.
-
-    Raises:
-        UsageError: the folder holds something else, or a run with other options.
-        RunError: the checkpoint to resume from is incomplete.
-    """
-    run_file = output / RUN_FILE
-    if resume is None or resume.lower() == "false":
-        empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-        hint = "an empty or new folder; a run in it goes on with --resume_from_checkpoint true"
-        require(empty, "output_dir", str(output), hint)
-        return None
-    require(run_file.is_file(), "resume_from_checkpoint", resume, f"{output} holds no run to go on with")
-    for group, options in json.loads(run_file.read_text()).items():
-        for name, value in options.items():
-            if name not in FREE:
-                same = plain(config[group].get(name)) == value
-                require(same, name, config[group].get(name), f"the run in {output} has {name}={value!r}")
-    if resume.lower() != "true":
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise RunError(f"resume_from_checkpoint={resume!r} is no complete checkpoint: it has no trainer_state.json")
-        return resume
-    # The Trainer writes this file last, so a checkpoint that was cut short by a kill does not have it.
-    complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def claim(output: Path, config: Mapping[str, Any]) -> None:
-    """Make ``output`` this run's folder, unless it is already."""
-    output.mkdir(parents=True, exist_ok=True)
-    if not (output / RUN_FILE).is_file():
-        write_json(output / RUN_FILE, config)
-
-
 class Metrics(TrainerCallback):
     """Keeps ``metrics.csv`` up to date with the Trainer's log, which survives a resume."""
 
@@ -83,12 +45,18 @@ class Metrics(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            rows = [row for row in state.log_history if "train_runtime" not in row]
-            names = ["step", *sorted({name for row in rows for name in row} - {"step"})]
-            with (self.output / "metrics.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, names, restval="")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_metrics(state.log_history, self.output / "metrics.csv")
+
+
+def write_metrics(log: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The Trainer's log as a table, its last summary apart."""
+    rows = [row for row in log if "train_runtime" not in row]
+    names = ["step", *sorted({name for row in rows for name in row} - {"step"})]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
@@ -109,14 +77,18 @@ def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
             print(f"{' and '.join(PICTURES)} are left out: {reason}")
 
 
-def held_out(trainer: Trainer, rows: Sequence[Row], moment: str, output: Path) -> dict[str, list[float]]:
+def held_out(
+    trainer: Trainer, rows: Sequence[Row], moment: str, output: Path, adapter: str | None = None
+) -> dict[str, list[float]]:
     """Scores on held-out rows by tokens per step, the run's own rate first; kept in ``held_out_<moment>.json``.
 
-    A file that is there already, from before a resume, is read instead.
+    A file that is there already, from before a resume, is read instead if it is about the same ``adapter`` (a hash, or
+    None before training).
     """
     path = output / f"held_out_{moment}.json"
-    if path.is_file():
-        return {rate: [one["score"] for one in ones] for rate, ones in json.loads(path.read_text()).items()}
+    kept = on_first_process(lambda: kept_scores(path, adapter))
+    if kept is not None:
+        return kept
     rollouts = trainer.rollouts
     own = rollouts.decoding()
     decodings = {f"{rollouts.gen_length / own.total_steps:g}": own}
@@ -126,11 +98,22 @@ def held_out(trainer: Trainer, rows: Sequence[Row], moment: str, output: Path) -
         for rate, decoding in decodings.items()
     }
     if trainer.is_world_process_zero():
-        eos_id = trainer.decoder.eos_id
-        write_json(path, {rate: [response(one, eos_id) for one in ones] for rate, ones in results.items()})
         if moment == "before" and why_no_picture() is None:
             draw_trajectory(trainer, next(iter(results.values())), output / "trajectory.png")
+        eos_id = trainer.decoder.eos_id
+        responses = {rate: [response(one, eos_id) for one in ones] for rate, ones in results.items()}
+        write_json(path, {"adapter_sha256": adapter, "tokens_per_step": responses})
     return {rate: [one.score for one in ones] for rate, ones in results.items()}
+
+
+def kept_scores(path: Path, adapter: str | None) -> dict[str, list[float]] | None:
+    """The scores in a file of held-out responses, if it is there and about ``adapter``."""
+    try:
+        kept = json.loads(path.read_text())
+        scores = {rate: [one["score"] for one in ones] for rate, ones in kept["tokens_per_step"].items()}
+        return scores if kept["adapter_sha256"] == adapter else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def response(rollout: Rollout, eos_id: int) -> dict[str, Any]:
@@ -178,16 +161,15 @@ def finish(
     trainer: Trainer,
     output: Path,
     config: Mapping[str, Any],
+    adapter: str,
     before: Mapping[str, list[float]],
     after: Mapping[str, list[float]],
     seconds: float,
-) -> None:
-    """Write ``report.json`` and ``curves.png`` and print the result.
+) -> dict[str, Any]:
+    """Write ``metrics.csv``, ``curves.png`` and, last, ``report.json``, with which the run is finished; returns that.
 
     Pictures that can't be drawn here are left out; the report says which and why.
     """
-    if not trainer.is_world_process_zero():
-        return
     rates = {rate: compare(before[rate], after[rate]) for rate in before}
     own = next(iter(rates.values()))
     memory = (
@@ -201,33 +183,39 @@ def finish(
     )
     reason = why_no_picture()
     left_out = {} if reason is None else {name: reason for name in PICTURES if not (output / name).exists()}
-    write_json(
-        output / "report.json",
-        {
-            **own,
-            "eval_problems": len(next(iter(before.values()))),
-            "tokens_per_step": rates,
-            "updates": trainer.state.global_step,
-            "best_checkpoint": trainer.state.best_model_checkpoint,
-            "seconds": round(seconds, 1),
-            "seed": trainer.args.seed,
-            "device": str(trainer.args.device),
-            "threads": torch.get_num_threads(),
-            "versions": versions(),
-            "memory": memory,
-            "left_out": left_out,
-            "config": config,
-        },
-    )
-    if reason is None:
-        plot_curves(
-            trainer.state.log_history,
-            output / "curves.png",
-            before=own["accuracy_before"],
-            after=own["accuracy_after"],
-            before_error=own["standard_error_before"],
-            after_error=own["standard_error_after"],
-        )
+    result = {
+        **own,
+        "eval_problems": len(next(iter(before.values()))),
+        "tokens_per_step": rates,
+        "adapter_sha256": adapter,
+        "updates": trainer.state.global_step,
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "seconds": round(seconds, 1),
+        "seed": trainer.args.seed,
+        "device": str(trainer.args.device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "memory": memory,
+        "left_out": left_out,
+        "config": config,
+    }
+    if trainer.is_world_process_zero():
+        write_metrics(trainer.state.log_history, output / "metrics.csv")
+        if reason is None:
+            plot_curves(
+                trainer.state.log_history,
+                output / "curves.png",
+                before=own["accuracy_before"],
+                after=own["accuracy_after"],
+                before_error=own["standard_error_before"],
+                after_error=own["standard_error_after"],
+            )
+        write_json(output / REPORT_FILE, result)
+    return result
+
+
+def show_result(result: Mapping[str, Any], output: Path) -> None:
+    """Print what a report says."""
     rows = [
         {
             "tokens per step": rate,
@@ -236,16 +224,16 @@ def finish(
                 for moment, sign in (("before", ""), ("after", ""), ("gain", "+"))
             },
         }
-        for rate, row in rates.items()
+        for rate, row in result["tokens_per_step"].items()
     ]
-    notes = []
+    notes, memory, left_out = [], result["memory"], result["left_out"]
     if memory is not None:
-        peaks = gib(trainer.predicted_peak), gib(trainer.highest)
+        peaks = gib(memory["predicted_peak"]), gib(memory["measured_peak"])
         notes.append(f"memory: {peaks[0]} GiB predicted, {peaks[1]} measured in updates")
-    files = [name for name in ("report.json", "metrics.csv", *PICTURES) if name not in left_out]
+    files = [name for name in (REPORT_FILE, "metrics.csv", *PICTURES) if name not in left_out]
     notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
-    notes.append(f"{seconds:.0f} s; in {output}: the adapter, {', '.join(files)}")
-    show(rows, f"held-out accuracy, {len(next(iter(before.values())))} problems", notes)
+    notes.append(f"{result['seconds']:.0f} s; in {output}: the adapter, {', '.join(files)}")
+    show(rows, f"held-out accuracy, {result['eval_problems']} problems", notes)
 
 
 def compare(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

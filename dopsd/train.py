@@ -6,26 +6,76 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from dopsd import cli, report
-from dopsd.config import parse_train
+from dopsd import checkpoints, cli, report
+from dopsd.config import (
+    ModelArguments,
+    RolloutArguments,
+    TaskArguments,
+    TeachingArguments,
+    TrainingArguments,
+    parse_train,
+)
+from dopsd.interruption import Interruption
 from dopsd.models import load_model
-from dopsd.rollout import Decoder
+from dopsd.rollout import Decoder, Row
+from dopsd.run_folder import RunFolder, on_first_process
 from dopsd.tasks import load_task
 from dopsd.trainer import Trainer, with_adapter
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, build, train, report."""
+    """Parse, build, train, report; what an earlier start has done already is not done again."""
     start = time.monotonic()
-    model_arguments, task_arguments, rollouts, teaching, args = parse_train(argv)
+    groups = parse_train(argv)
+    args = groups[-1]
     (args.output_dir,) = broadcast_object_list([args.output_dir])
     output = Path(args.output_dir)
-    config = report.configuration(model_arguments, task_arguments, rollouts, teaching, args)
-    checkpoint = report.check_folder(output, config, args.resume_from_checkpoint)
+    config = report.configuration(*groups)
+    with Interruption() as interruption, RunFolder(output, config, args.world_size) as folder:
+        checkpoint, result = on_first_process(lambda: folder.open(args.resume_from_checkpoint))
+        if result is None:
+            trainer, test = build(*groups)
+            # Only now is anything written: a run that can't start leaves no folder in the way of the next.
+            trainer.accelerator.wait_for_everyone()
+            on_first_process(folder.claim)
+            interruption.advice = "the same command with --resume_from_checkpoint true goes on"
+            trainer.add_callback(report.Metrics(output))
+            trainer.add_callback(interruption)
+            report.start(trainer, config, len(test))
 
+            before = report.held_out(trainer, test, "before", output)
+            if checkpoint is not None and checkpoints.has_ended(Path(checkpoint)):
+                trainer.restore(checkpoint)
+            else:
+                try:
+                    trainer.train(resume_from_checkpoint=checkpoint)
+                finally:
+                    trainer.bar.close()
+                interruption.stop(f" behind update {trainer.state.global_step} of {trainer.state.max_steps}")
+            adapter = trainer.save_adapter(output)
+            after = report.held_out(trainer, test, "after", output, adapter)
+            result = report.finish(trainer, output, config, adapter, before, after, time.monotonic() - start)
+        elif args.process_index == 0:
+            print(f"the run in {output} has finished: nothing is left to do")
+        if args.process_index == 0:
+            report.show_result(result, output)
+        # A process that left before the first has written its report could abort, and the launcher end the others.
+        PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
+def build(
+    model_arguments: ModelArguments,
+    task_arguments: TaskArguments,
+    rollouts: RolloutArguments,
+    teaching: TeachingArguments,
+    args: TrainingArguments,
+) -> tuple[Trainer, list[Row]]:
+    """The Trainer, and the rows that it is tested on; nothing is written."""
     set_seed(args.seed)
     task = load_task(task_arguments.task, task_arguments.grading)
     rows = cli.splits(task, task_arguments)
@@ -48,24 +98,7 @@ def main(argv: Sequence[str]) -> None:
         rows["validation"],
         processing_class=tokenizer,
     )
-    # Only now is anything written: a run that can't start leaves no folder in the way of the next.
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        report.claim(output, config)
-    trainer.add_callback(report.Metrics(output))
-    report.start(trainer, config, len(rows["test"]))
-
-    before = report.held_out(trainer, rows["test"], "before", output)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        trainer.bar.close()
-    trainer.save_adapter(output)
-    after = report.held_out(trainer, rows["test"], "after", output)
-    report.finish(trainer, output, config, before, after, time.monotonic() - start)
-    # A process that left before the first has written its report could abort, and the launcher would end the others.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    return trainer, rows["test"]
 
 
 if __name__ == "__main__":

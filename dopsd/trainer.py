@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import time
@@ -20,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
+from dopsd import checkpoints, files
 from dopsd.accuracy import mean, standard_error
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.drift import mean_drifts
@@ -44,7 +44,10 @@ from dopsd.memory import (
 from dopsd.models import STUDENT, add_lora, checkpoint_activations, device_of, load_adapter, require_layers
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
+from dopsd.optimizer import require_buildable, require_installed
+from dopsd.progress import ProgressBar
 from dopsd.rollout import Decoder, Rollout, Row
+from dopsd.run_folder import on_first_process
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
@@ -85,7 +88,7 @@ class Trainer(transformers.Trainer):
         require(len(train_rows) > 0, "train_file", "no rows", "at least one row is needed to train")
         require_layers(decoder.model, "reuse", teaching.reuse, "none")
         require_layers(decoder.model, "cache", rollouts.cache, "off")
-        require_optimizer(OptimizerNames(args.optim).value)
+        require_installed(OptimizerNames(args.optim).value)
         self.rollouts, self.teaching, self.decoder = rollouts, teaching, decoder
         self.objective: Objective = teaching.objective()
         self.student = model
@@ -110,6 +113,7 @@ class Trainer(transformers.Trainer):
             data_collator=lambda rows: {"rows": rows},
             **kwargs,
         )
+        require_buildable(self)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
@@ -118,6 +122,8 @@ class Trainer(transformers.Trainer):
         # transformers would switch checkpointing on when training starts, whatever has been planned by then.
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             setattr(args, name, False)
+        # It would also delete the last complete checkpoint before the next is.
+        self.kept_checkpoints, args.save_total_limit = args.save_total_limit, None
         if self.sizes.checkpointing:
             checkpoint_activations(decoder.model, True)
         reusable = isinstance(decoder.model, BidirectionalModel)
@@ -150,10 +156,7 @@ class Trainer(transformers.Trainer):
         if self.accelerator.num_processes > 1:
             loss = self.accelerator.reduce(loss, "sum")
         if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss.item()} at update {self.state.global_step + 1}; checkpoints saved before it "
-                f"in {self.args.output_dir} are unharmed. A lower learning_rate, clip_form=nonnegative or fp32 may help"
-            )
+            raise self.not_finite(f"the loss is {loss.item()} at")
         if outputs:
             work = {"states": states, "tokens": tokens, "distill_seconds": time.monotonic() - start}
             self.update_metrics.append({**mean_metrics(outputs), **work})
@@ -248,6 +251,20 @@ class Trainer(transformers.Trainer):
         """Options of :func:`~dopsd.step_batch.collate`, but for reuse."""
         decoder = self.decoder
         return {"mask_id": decoder.mask_id, "pad_id": decoder.eos_id, "device": device_of(decoder.model)}
+
+    def require_finite(self) -> None:
+        """Raise RunError unless all that an update changed is finite; looks once at the device."""
+        adapters = [parameter for name, parameter in self.student.named_parameters() if ".lora_" in name]
+        finite = torch.stack([parameter.isfinite().all() for parameter in adapters])
+        if not finite.all():
+            count = int((~finite).sum())
+            raise self.not_finite(f"{count} of {len(finite)} tensors of the adapter are not finite behind")
+
+    def not_finite(self, what: str) -> RunError:
+        """The error with which the update under way ends the run."""
+        left = checkpoints.unharmed(Path(self.args.output_dir or "."), self.args.world_size)
+        help = "A lower learning_rate, clip_form=nonnegative or fp32 may help"
+        return RunError(f"{what} update {self.state.global_step + 1}; {left}. {help}")
 
     def sum_gradients(self, model: Any) -> None:
         """Add the ranks' gradients; a parameter without one on some rank counts as zero there."""
@@ -383,20 +400,25 @@ class Trainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # Before the Trainer's own files: its trainer_state.json comes last and marks the checkpoint as complete.
         folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
+        on_first_process(lambda: checkpoints.begin(folder))
+        folder.mkdir(parents=True, exist_ok=True)  # where processes have no disk in common
         pending = {
             "accepted_count": self.accepted_count,
             "slices": [[lesson.to_json() for lesson in lessons] for lessons in self.pending],
             "sizes": asdict(self.sizes),
         }
-        (folder / self.pending_name()).write_text(json.dumps(pending))
+        (folder / checkpoints.pending_name(self.accelerator.process_index)).write_text(json.dumps(pending))
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        on_first_process(lambda: checkpoints.seal(folder))
+        if self.is_world_process_zero():
+            checkpoints.rotate(folder, self.kept_checkpoints, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        pending = json.loads((Path(resume_from_checkpoint) / self.pending_name()).read_text())
+        name = checkpoints.pending_name(self.accelerator.process_index)
+        pending = json.loads((Path(resume_from_checkpoint) / name).read_text())
         self.accepted_count = pending["accepted_count"]
         self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
         sizes = Sizes(**pending["sizes"])
@@ -404,14 +426,32 @@ class Trainer(transformers.Trainer):
             tqdm.write(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
         self.resize(sizes)  # the same sums, and so the same bits
 
-    def pending_name(self) -> str:
-        """The checkpoint file that holds this rank's slices still to be trained on."""
-        return f"pending_{self.accelerator.process_index}.json"
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint or "")
+        why = checkpoints.fault(best, checkpoints.run_id(best.parent), self.args.world_size)
+        if why is None:
+            super()._load_best_model()
+        else:
+            tqdm.write(f"{best}, the best by validation, can't be used: {why}; the last adapter is what is left")
+            self.state.best_model_checkpoint = None
 
-    def save_adapter(self, folder: Path) -> None:
-        """The student's adapter alone, ready for ``--adapter``."""
-        if self.is_world_process_zero():
-            self.student.save_pretrained(str(folder), selected_adapters=[STUDENT])
+    def restore(self, checkpoint: str) -> None:
+        """What training left that ended with ``checkpoint``, without an update: its state, its adapter or the best."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE_FILE))
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}"
+            self._load_best_model()
+
+    def save_adapter(self, folder: Path) -> str:
+        """The student's adapter alone, ready for ``--adapter``; returns the hash of its tensors' file."""
+
+        def save() -> str:
+            with files.replacing(folder) as part:
+                self.student.save_pretrained(str(part), selected_adapters=[STUDENT])
+            return files.sha256(folder / checkpoints.ADAPTER_FILE)
+
+        return on_first_process(save)
 
 
 def with_adapter(base: DiffusionModel, arguments: ModelArguments) -> PeftModel:
@@ -419,13 +459,6 @@ def with_adapter(base: DiffusionModel, arguments: ModelArguments) -> PeftModel:
     if arguments.adapter is not None:
         return load_adapter(base, arguments.adapter, trainable=True)
     return add_lora(base, arguments.lora_targets, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
-
-
-def require_optimizer(optim: str) -> None:
-    """Raise UsageError for an optimiser of bitsandbytes where that is not installed."""
-    theirs = optim.startswith(("adamw_8bit", "adamw_bnb", "paged_", "lion_", "ademamix", "rmsprop_bnb"))
-    hint = "it needs bitsandbytes: pip install 'dopsd[quant]'"
-    require(not theirs or importlib.util.find_spec("bitsandbytes") is not None, "optim", optim, hint)
 
 
 class PromptSampler(Sampler[int]):
@@ -453,53 +486,12 @@ class PromptSampler(Sampler[int]):
 
 
 class TeacherFollows(TrainerCallback):
-    """Moves an averaged teacher after each optimiser step that moved the student."""
+    """After each optimiser step: what it left must be finite, and where it moved the student an average follows."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.require_finite()
         if self.trainer.accepted_count:
             self.trainer.teacher.after_update()
-
-
-class ProgressBar(TrainerCallback):
-    """One bar over the updates, with the figures that tell whether training works; inner bars for its long parts."""
-
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
-        self.bar: tqdm | None = None
-        self.figures: dict[str, str] = {}
-
-    def inner(self) -> dict[str, Any]:
-        """Options of a bar for a part: of an update, or of what comes before and after training."""
-        return {"leave": False, "position": int(self.bar is not None), "disable": not self.shown, "delay": 3.0}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.shown:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="update")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.bar is not None and logs:
-            names = {
-                "loss": "loss",
-                "clip_fraction": "clipped",
-                "tries": "tries",
-                "pass_rate": "pass",
-                "eval_accuracy": "validation",
-            }
-            self.figures |= {name: f"{logs[key]:.3g}" for key, name in names.items() if key in logs}
-            self.bar.set_postfix(self.figures)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the bar's line, also when training ends with an error."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

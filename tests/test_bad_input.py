@@ -371,7 +371,8 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_update(
 def test_a_later_nan_leaves_the_last_checkpoint_unharmed(
     make_trainer: Callable[..., Trainer], random_model: Path
 ) -> None:
-    """A LoRA weight set to NaN after update 1: update 2 is named, checkpoint-1 has the bytes it had."""
+    """A LoRA weight set to NaN after update 1: update 2 is named, checkpoint-1 has the bytes it had and is named; one
+    that has not is not said to be unharmed."""
     from transformers import TrainerCallback
 
     trainer = make_trainer("--model", str(random_model), "--correct_only", "false", "--save_steps", "1")
@@ -386,10 +387,12 @@ def test_a_later_nan_leaves_the_last_checkpoint_unharmed(
             weight.data[0, 0] = torch.nan
 
     trainer.add_callback(Poison())
-    with pytest.raises(RunError, match=r"the loss is nan at update 2; checkpoints saved before it"):
+    with pytest.raises(RunError, match=r"the loss is nan at update 2; .*checkpoint-1, .*, is unharmed"):
         trainer.train()
     assert kept and contents(checkpoint) == kept
     assert not (checkpoint.parent / "checkpoint-2").exists()
+    (checkpoint / "optimizer.pt").write_bytes(kept["optimizer.pt"][:-1])
+    assert "there is no complete checkpoint" in str(trainer.not_finite("the loss is nan at"))
 
 
 # ---- the rest ----

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import dopsd_kernels.step_kl as step_kl
-from dopsd import memory, report, train
+from dopsd import files, memory, train
 from dopsd.errors import RunError, UsageError
 from dopsd.memory import GIB, Curve, Planner, Sizes, Standing, attempt, even_sizes, read_bytes
 from dopsd.objective import Objective
@@ -431,7 +431,7 @@ def test_a_plan_goes_along_and_sizes_survive_a_resume(
     resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
     assert resumed.sizes == trainer.sizes
     assert resumed.objective.workspace_bytes == trainer.sizes.workspace_bytes
-    assert report.plain(trainer.plan.to_json())["sizes"]["states_per_forward"] == states // 2
+    assert files.plain(trainer.plan.to_json())["sizes"]["states_per_forward"] == states // 2
 
 
 # ---- optimisers ----

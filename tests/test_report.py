@@ -100,7 +100,8 @@ def test_versions_name_what_is_missing() -> None:
 def test_held_out_responses_are_kept_and_not_decoded_again(
     make_trainer: Callable[..., Trainer], random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first call decodes every rate and writes the file, the second reads it: the same scores, no decoding."""
+    """The first call decodes every rate and writes the file, the second reads it: the same scores, no decoding. What
+    is kept of another adapter, or damaged, is not read."""
 
     class Grades(Sudoku):
         def score(self, row: Any, response: str) -> float:
@@ -108,11 +109,17 @@ def test_held_out_responses_are_kept_and_not_decoded_again(
 
     trainer = make_trainer("--model", str(random_model), "--eval_tokens_per_step", "8", task=Grades())
     rows = Sudoku().problems("test", 5)
-    first = report.held_out(trainer, rows, "after", tmp_path)
+    first = report.held_out(trainer, rows, "after", tmp_path, "a hash")
     assert first == {rate: [int(row["puzzle"][0]) / 4 for row in rows] for rate in ("4", "8")}
-    written = json.loads((tmp_path / "held_out_after.json").read_text())
-    assert [one["puzzle"] for one in written["4"]] == [row["puzzle"] for row in rows]
+    path = tmp_path / "held_out_after.json"
+    written = json.loads(path.read_text())
+    assert [one["puzzle"] for one in written["tokens_per_step"]["4"]] == [row["puzzle"] for row in rows]
+    assert written["adapter_sha256"] == "a hash"
     monkeypatch.setattr(trainer.decoder.model, "hidden_states", None)  # decoding would fail now
-    assert report.held_out(trainer, rows, "after", tmp_path) == first
+    assert report.held_out(trainer, rows, "after", tmp_path, "a hash") == first
+    for moment, adapter in (("before", None), ("after", "another hash"), ("after", None)):
+        with pytest.raises(TypeError):
+            report.held_out(trainer, rows, moment, tmp_path, adapter)
+    path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(TypeError):
-        report.held_out(trainer, rows, "before", tmp_path)
+        report.held_out(trainer, rows, "after", tmp_path, "a hash")

@@ -17,8 +17,7 @@ import torch
 from processes import start
 from torch import Tensor
 
-from dopsd import report, train
-from dopsd.errors import RunError, UsageError
+from dopsd import train
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
 
@@ -100,17 +99,20 @@ def test_a_checkpoint_is_all_that_is_needed_to_go_on(
         assert log == other_log
 
 
-def test_a_killed_run_ends_as_if_it_had_not_been(small_run: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_if_it_had_not_been(
+    small_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SIGKILL during update 2 or later, then --resume_from_checkpoint true: the same adapter bytes, metrics and
-    held-out responses. A checkpoint that a kill left half-written is passed over for the one before."""
+    held-out responses. A checkpoint that a kill left half-written is passed over for the one before. A run that was
+    killed behind its last update is not trained again, and one that has finished is left as it is."""
     argv = [*small_run, "--max_steps", str(UPDATES), "--save_steps", "1", "--steps", "8"]
-    argv += ["--eval_strategy", "steps", "--eval_steps", "2"]
+    argv += ["--eval_strategy", "steps", "--eval_steps", "1", "--load_best_model_at_end", "true"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     process = start("dopsd.train", [*argv, "--output_dir", str(killed)], tmp_path / "printed")
     try:
         deadline = time.monotonic() + 600
-        while not (killed / "checkpoint-1" / "trainer_state.json").is_file():
+        while not (killed / "checkpoint-1" / "manifest.json").is_file():
             assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "printed").read_text()
             time.sleep(0.005)
         time.sleep(0.05)  # into the next update
@@ -140,32 +142,32 @@ def test_a_killed_run_ends_as_if_it_had_not_been(small_run: list[str], tmp_path:
     train.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
     assert outcome(killed) == expected
 
+    def go_on() -> dict[Path, bytes]:
+        train.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
+        return {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
 
-def test_which_checkpoint_a_folder_goes_on_from(tmp_path: Path) -> None:
-    """The newest that is complete by number, none when there is none yet; another option or no run is an error."""
-    config = {"model": {"model": "tiny"}, "training": {"seed": 1, "output_dir": "a", "nothing": None}}
-    output = tmp_path / "run"
-    assert report.check_folder(output, config, None) is None
-    assert report.check_folder(output, config, "false") is None
-    assert not output.exists()
-    with pytest.raises(UsageError, match="holds no run"):
-        report.check_folder(output, config, "true")
-    report.claim(output, config)
-    assert report.check_folder(output, config, "true") is None
-    with pytest.raises(UsageError, match="output_dir="):
-        report.check_folder(output, config, None)
-    for number in (2, 9, 10, 11):
-        (output / f"checkpoint-{number}").mkdir()
-        if number != 11:
-            (output / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
-    assert report.check_folder(output, config, "true") == str(output / "checkpoint-10")
-    assert report.check_folder(output, config, str(output / "checkpoint-2")) == str(output / "checkpoint-2")
-    with pytest.raises(RunError, match=r"checkpoint-11.*no complete checkpoint"):
-        report.check_folder(output, config, str(output / "checkpoint-11"))
-    elsewhere = {**config, "training": {**config["training"], "output_dir": "b"}}
-    assert report.check_folder(output, elsewhere, "true") == str(output / "checkpoint-10")
-    other = {**config, "training": {**config["training"], "seed": 2}}
-    with pytest.raises(UsageError, match=r"seed=2 can't be used: the run in .* has seed=1"):
-        report.check_folder(output, other, "true")
-    report.claim(output, other)
-    assert json.loads((output / report.RUN_FILE).read_text()) == config
+    monkeypatch.setattr(Trainer, "training_step", None)
+    before = go_on()
+    monkeypatch.setattr(Trainer, "__init__", None)
+    assert go_on() == before and "has finished" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "training_step", None)
+    # A kill in the final evaluation, and before that in the final save; another adapter in the place of this one; and
+    # figures of another.
+    adapter, after = killed / "adapter_model.safetensors", killed / "held_out_after.json"
+    (killed / "report.json").unlink()
+    after.unlink()
+    go_on()
+    assert outcome(killed) == expected
+    adapter.unlink()
+    (killed / "files.part").mkdir()
+    (killed / "files.part" / adapter.name).write_bytes(b"half")
+    go_on()
+    assert outcome(killed) == expected and not (killed / "files.part").exists()
+    adapter.write_bytes(b"of another run")
+    after.write_text(
+        after.read_text().replace('"score": ', '"score": 1').replace('"adapter_sha256": "', '"adapter_sha256": "0')
+    )
+    go_on()
+    assert outcome(killed) == expected
+    assert json.loads((killed / "report.json").read_text())["accuracy_after"] == reports[0]["accuracy_after"]

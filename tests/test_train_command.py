@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -73,9 +74,14 @@ def test_the_report_says_what_was_run_and_what_came_of_it(output: Path) -> None:
     config = result["config"]
     assert (config["model"]["lora_r"], config["rollout"]["steps"], config["teaching"]["clip"]) == (4, 24, 0.5)
     assert (config["training"]["max_steps"], config["task"]["eval_problems"]) == (2, 6)
-    assert strict((output / "run.json").read_text()) == config
+    kept = strict((output / "run.json").read_text())
+    assert len(kept.pop("id")) == 32 and kept == config
 
-    held_out = {moment: strict((output / f"held_out_{moment}.json").read_text()) for moment in ("before", "after")}
+    files = {moment: strict((output / f"held_out_{moment}.json").read_text()) for moment in ("before", "after")}
+    adapter = hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert result["adapter_sha256"] == files["after"]["adapter_sha256"] == adapter
+    assert files["before"]["adapter_sha256"] is None
+    held_out = {moment: file["tokens_per_step"] for moment, file in files.items()}
     rows = Sudoku().problems("test", 6)
     assert list(result["tokens_per_step"]) == list(held_out["before"]) == list(held_out["after"]) == ["2", "8"]
     for rate, numbers in result["tokens_per_step"].items():
@@ -138,7 +144,7 @@ def test_the_adapter_loads_with_evaluate(output: Path, tmp_path: Path) -> None:
         evaluate.main(argv)
         (result,) = strict(path.read_text())["results"]
         held_out = strict((output / f"held_out_{moment}.json").read_text())
-        assert result["responses"] == held_out["2"]
+        assert result["responses"] == held_out["tokens_per_step"]["2"]
         assert result["accuracy"] == strict((output / "report.json").read_text())[f"accuracy_{moment}"]
 
 

@@ -369,7 +369,9 @@ def test_metrics_are_those_of_the_rollouts(make_trainer: Make, random_model: Pat
 # ---- which adapter is kept ----
 
 
-def test_the_best_adapter_by_validation_is_kept(make_trainer: Make, random_model: Path) -> None:
+def test_the_best_adapter_by_validation_is_kept(
+    make_trainer: Make, random_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Validation grades 0.5, 1.0, 0.25 after updates 1, 2, 3: what remains is the adapter of update 2."""
     task = Graded(0.5)
     options = "--max_steps 3 --correct_only false --eval_strategy steps --eval_steps 1 --save_steps 1 --teacher ema "
@@ -398,6 +400,18 @@ def test_the_best_adapter_by_validation_is_kept(make_trainer: Make, random_model
     trainer.save_adapter(folder)
     saved, best = (load_file(path / "adapter_model.safetensors") for path in (folder, folder.parent / "checkpoint-2"))
     assert saved.keys() == best.keys() and not changed(saved, best)
+
+    # A best checkpoint that is not what was saved is not loaded, and not said to be what is left.
+    file = folder.parent / "checkpoint-2" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with torch.no_grad():
+        for value in kept.values():
+            value.zero_()
+    trainer._load_best_model()
+    assert trainer.state.best_model_checkpoint is None and not any(value.any() for value in kept.values())
+    assert (
+        "checkpoint-2, the best by validation, can't be used: its adapter_model.safetensors" in capsys.readouterr().out
+    )
 
 
 # ---- what it is shown ----

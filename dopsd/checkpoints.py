@@ -1,0 +1,150 @@
+"""Checkpoints of a run: which are complete, to which run they belong, and which are deleted.
+
+A manifest, written last, has the name, size and hash of each file, so that whatever a kill, a full disk or a fault of
+the disk leaves is told from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dopsd.errors import RunError
+from dopsd.files import sha256, sync, write_json
+
+MANIFEST = "manifest.json"
+RUN_FILE = "run.json"  # beside checkpoints; its id names the run
+STATE_FILE = "trainer_state.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def number(folder: Path) -> int:
+    """The update behind which a checkpoint was saved."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def folders(output: Path) -> list[Path]:
+    """All checkpoints of a run's folder, complete or not, the newest first."""
+    found = [path for path in output.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
+    return sorted(found, key=number, reverse=True)
+
+
+def run_id(output: Path) -> str | None:
+    """The id of the run in ``output``; None where a Trainer is used without the command."""
+    path = output / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())["id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: it is no JSON object with the run's id") from error
+
+
+def pending_name(process: int) -> str:
+    """The file with a process's slices that are still to be trained on."""
+    return f"pending_{process}.json"
+
+
+def needed(processes: int) -> Iterable[str]:
+    """The files without which some state would silently start anew."""
+    yield from (ADAPTER_FILE, STATE_FILE, "optimizer.pt", "scheduler.pt")
+    for process in range(processes):
+        yield pending_name(process)
+        yield "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
+
+
+def begin(folder: Path) -> None:
+    """An empty folder for a new checkpoint; one of the same update, cut short or gone back from, makes room."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def seal(folder: Path) -> None:
+    """Declare a checkpoint complete, once all of its files are on disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
+        sync(path)
+    entries = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    write_json(folder / MANIFEST, {"run": run_id(folder.parent), "files": entries})
+    sync(folder.parent)
+
+
+def fault(folder: Path, run: str | None, processes: int) -> str | None:
+    """Why ``processes`` processes of ``run`` can't go on from a checkpoint, in a clause; None: they can."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        theirs = manifest["run"]
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, so it was not saved to its end"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} is damaged"
+    if theirs != run:
+        return "it is of another run"
+    for name in needed(processes):
+        if name not in entries:
+            return f"it was saved without {name}, which a run on {processes} process{'es' * (processes > 1)} needs"
+    for name, (size, digest) in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"its {name} is missing"
+        if path.stat().st_size != size:
+            return f"its {name} has {path.stat().st_size} bytes instead of {size}"
+        if sha256(path) != digest:
+            return f"its {name} is not what was saved"
+    return None
+
+
+def newest(output: Path, processes: int) -> Path | None:
+    """The newest checkpoint that is complete; says which it skips and why. None: none was ever saved to its end.
+
+    Raises:
+        RunError: there were some, and none of them is complete any more.
+    """
+    run = run_id(output)
+    faults: dict[str, str] = {}
+    for folder in folders(output):
+        why = fault(folder, run, processes)
+        if why is None:
+            for name, reason in faults.items():
+                print(f"{name} is skipped: {reason}")
+            return folder
+        faults[folder.name] = why
+    said = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
+    if any((output / name / MANIFEST).exists() for name in faults):
+        raise RunError(f"no checkpoint in {output} is complete any more: {said}. Without them the run begins anew")
+    if faults:
+        print(f"{said}: the run begins anew")
+    return None
+
+
+def unharmed(output: Path, processes: int) -> str:
+    """What is left, checked just now, for the sentence with which a run ends that can't go on."""
+    run = run_id(output)
+    left = next((folder for folder in folders(output) if fault(folder, run, processes) is None), None)
+    if left is None:
+        return f"there is no complete checkpoint in {output}"
+    return f"{left}, saved before that, is unharmed, and its adapter can be used"
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a complete checkpoint is that of the last update."""
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    return state["global_step"] >= state["max_steps"]
+
+
+def rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """Keep ``limit`` checkpoints (None or 0: all), among them ``folder``, which was just sealed, and the ``best``."""
+    if not limit:
+        return
+    here = number(folder)
+    # Those of later updates are from before the run went back, so they are the oldest.
+    others = sorted(folders(folder.parent), key=lambda path: (number(path) <= here, number(path)))
+    kept = {folder.name, Path(best or folder).name}
+    extra = len(others) - max(limit, len(kept))
+    for path in [path for path in others if path.name not in kept][: max(0, extra)]:
+        shutil.rmtree(path, ignore_errors=True)
