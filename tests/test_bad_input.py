@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dopsd import evaluate, train
+from dopsd import evaluate, limits, train
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError
+from dopsd.models import add_lora, load_adapter, load_model
 from dopsd.tasks import load_task
 from dopsd.trainer import Trainer
 
@@ -92,6 +93,14 @@ def broken_model(tmp_path: Path, random_model: Path) -> Callable[..., str]:
     return build
 
 
+@pytest.fixture
+def small_adapter(random_model: Path, tmp_path: Path) -> Path:
+    """The folder of an adapter of rank 4 for the small checkpoint, on its seven kinds of layers, two of each."""
+    folder = tmp_path / "adapter"
+    add_lora(load_model(str(random_model))[0], None, 4, 4, 0.0).save_pretrained(str(folder))
+    return folder
+
+
 # ---- models ----
 
 
@@ -152,8 +161,6 @@ def test_a_hub_name_that_cannot_be_read_is_a_usage_error(
 
 def test_a_tokenizer_mask_is_used_when_the_config_names_none(random_model: Path, tmp_path: Path) -> None:
     """A config.json without mask_token_id is completed from the tokenizer, not from another model's default."""
-    from dopsd.models import load_model
-
     folder = tmp_path / "model"
     shutil.copytree(random_model, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -178,7 +185,7 @@ def test_an_adapter_of_another_width_is_refused(
         code, _, err = command(main, *options, *output, "--model", "tiny", "--adapter", str(adapter))
         assert code == 2
         sentence = the_error(err)
-        for word in (f"adapter='{adapter}'", "(4, 16)", "takes 128", "blocks.0."):
+        for word in (f"adapter='{adapter}'", "(4, 16)", "(4, 128)", "blocks.0."):
             assert word in sentence
         code, _, err = command(main, *options, *output, "--adapter", str(random_model))
         assert code == 2
@@ -189,6 +196,111 @@ def test_an_adapter_of_another_width_is_refused(
     assert code == 1 and str(adapter) in the_error(err) and "unexpected" not in err
     assert not (tmp_path / "output").exists()
     assert before == {**contents(adapter), "adapter_model.safetensors": before["adapter_model.safetensors"]}
+
+
+Q = "base_model.model.model.transformer.blocks.1.q_proj.lora_B.weight"
+
+
+def with_tensor(tensors: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """An adapter's tensors with some of the one named Q's entries, or itself, replaced."""
+    changed = tensors[Q].clone()
+    changed[0, 0] = changes.get("entry", 0.0)
+    return {**tensors, Q: changes.get("tensor", changed)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: {}, ["has no ", "and 27 others"]),
+        (lambda tensors: {key: tensors[key] for key in list(tensors)[::2]}, ["has no ", "and 13 others"]),
+        (lambda tensors: {key: tensors[key] for key in tensors if key != Q}, [f"has no {Q}"]),
+        (lambda tensors: with_tensor(tensors, entry=torch.nan), [Q, "no finite numbers"]),
+        (lambda tensors: with_tensor(tensors, entry=-torch.inf), [Q, "no finite numbers"]),
+        (lambda tensors: with_tensor(tensors, tensor=torch.zeros(16, 4, dtype=torch.int8)), [Q, "no finite numbers"]),
+        (lambda tensors: with_tensor(tensors, tensor=torch.zeros(16, 5)), [Q, "(16, 5)", "(16, 4)"]),
+        (
+            lambda tensors: {**tensors, Q.replace("q_proj", "norm"): torch.zeros(1)},
+            ["blocks.1.norm", "no linear layer"],
+        ),
+    ],
+    ids=["none", "half", "one", "nan", "inf", "integers", "rank", "other"],
+)
+def test_every_tensor_of_an_adapter_is_checked(
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    said: list[str],
+    small_adapter: Path,
+    random_model: Path,
+    command: Command,
+    small_run: list[str],
+    tmp_path: Path,
+) -> None:
+    """Training from it and evaluating it are refused with the file and the tensor; nothing is written."""
+    weights = small_adapter / "adapter_model.safetensors"
+    save_file(change(load_file(weights)), weights, {"format": "pt"})
+    output = ["--output_dir", str(tmp_path / "output")]
+    options = ["--model", str(random_model), "--adapter", str(small_adapter)]
+    for main, argv in ((train.main, [*small_run, *output]), (evaluate.main, ["--eval_problems", "2"])):
+        code, out, err = command(main, *argv, *options)
+        assert code == 2 and "accuracy" not in out
+        for word in (f"adapter='{small_adapter}'", *said):
+            assert word in the_error(err)
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({"target_modules": "(.+)+-"}, 1, ["finding the layers", "takes more than"]),
+        ({"rank_pattern": {"(.+)+-": 4}}, 1, ["finding the layers", "takes more than"]),
+        ({"target_modules": "("}, 1, ["adapter_config.json", "none"]),
+        ({"target_modules": None}, 1, ["adapter_config.json", "none"]),
+        ({"target_modules": ["gate"]}, 2, ["names no layer"]),
+        ({"target_modules": ["q_proj"]}, 2, ["attn_out", "does not name"]),
+        ({"r": 999999999999}, 2, ["lora_A.weight is (4, 16)", "(999999999999, 16)"]),
+        ({"lora_alpha": float("nan")}, 2, ["rank, alpha or dropout"]),
+        ({"lora_alpha": "many"}, 1, ["adapter_config.json"]),
+        ({"layer_replication": [[0, 2], [0, 2]]}, 2, ["layer_replication"]),
+        ({"init_lora_weights": "pissa"}, 2, ["init_lora_weights='pissa'"]),
+        ({"peft_type": "LOHA"}, 2, ["peft_type='LOHA'"]),
+    ],
+    ids=lambda part: next(iter(part)) if isinstance(part, dict) else None,
+)
+def test_an_adapters_config_is_not_trusted(
+    changes: dict[str, Any],
+    status: int,
+    said: list[str],
+    small_adapter: Path,
+    random_model: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Patterns that take for ever, sizes that are none, and whatever would change more than the adapter's own part."""
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    config = small_adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    code, _, err = command(evaluate.main, "--model", str(random_model), "--adapter", str(small_adapter))
+    assert code == status, err
+    for word in (f"adapter='{small_adapter}'", *said):
+        assert word in the_error(err)
+    assert "unexpected" not in err
+
+
+def test_an_adapter_with_ranks_of_its_own_is_read(small_adapter: Path, random_model: Path) -> None:
+    """Ranks and scales by pattern, and names instead of a pattern, as PEFT itself reads them."""
+    weights, config = (small_adapter / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = {
+        key: (value[:2] if "lora_A" in key else value[:, :2]) if "q_proj" in key else value
+        for key, value in load_file(weights).items()
+        if "q_proj" in key or "ff_proj" in key
+    }
+    save_file({key: value.contiguous() for key, value in tensors.items()}, weights, {"format": "pt"})
+    changes = {"target_modules": ["q_proj", "ff_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    student = load_adapter(load_model(str(random_model))[0], str(small_adapter), trainable=True)
+    trained = {name.replace(".default", ""): p for name, p in student.named_parameters() if p.requires_grad}
+    assert trained.keys() == tensors.keys() and all(torch.equal(trained[key], tensors[key]) for key in tensors)
+    layer = student.get_submodule(Q.partition(".lora_B")[0])
+    assert layer.scaling == {"default": 3 / 2}
 
 
 # ---- tasks and rows ----

@@ -46,7 +46,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; RunError if it holds none."""
     try:
         content = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise RunError(f"{file}: not valid JSON for this purpose: it holds no object")
