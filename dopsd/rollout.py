@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dopsd.errors import RunError
 from dopsd.sampler import Decoding, decode, mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
@@ -87,7 +88,11 @@ class Decoder:
             for index, trajectory in enumerate(trajectories, start):
                 text = trajectory.tokens[: trajectory.text_length(self.eos_id)]
                 response = self.tokenizer.decode(text.tolist(), skip_special_tokens=True)
-                score = self.task.score(rows[index], response)
+                score = float(self.task.score(rows[index], response))
+                if not 0 <= score <= 1:
+                    raise RunError(
+                        f"{type(self.task).__name__}.score must be from 0 to 1, but is {score} for row {index}"
+                    )
                 rollouts.append(Rollout(rows[index], trajectory, response, score, tries=1))
             if on_rows is not None:
                 on_rows(len(trajectories))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 import dopsd.assets
 from dopsd.errors import RunError, UsageError, require
-from dopsd.models.adapter import STUDENT, add_lora, load_adapter
+from dopsd.models.adapter import STUDENT, adapter_files, add_lora, load_adapter
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.models.checkpoint import check_loaded, first_line, load_tokenizer, read_config, tensors_of
 from dopsd.models.dream import DreamModel
@@ -23,6 +23,7 @@ __all__ = [
     "MODELS",
     "SHIPPED",
     "STUDENT",
+    "adapter_files",
     "add_lora",
     "checkpoint_activations",
     "class_of",

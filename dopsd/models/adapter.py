@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dopsd.errors import RunError, require
+from dopsd.files import read_json
 from dopsd.limits import limited
 from dopsd.models.bidirectional import DiffusionModel
-from dopsd.models.checkpoint import first_line, read_json
+from dopsd.models.checkpoint import first_line
 
 # The name of the adapter that is trained: PEFT's default, so that what is saved loads anywhere.
 STUDENT = "default"
@@ -63,16 +64,21 @@ def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftMo
             the model make; the sentence names the file and the tensor.
         RunError: a file that can't be read, or a config that takes too long.
     """
-    folder = Path(adapter)
-    present = (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()
+    settings, weights = adapter_files(adapter)
+    present = settings.is_file() and weights.is_file()
     require(present, "adapter", adapter, f"it is a folder with {CONFIG} and {WEIGHTS}")
-    config = adapter_config(adapter, read_json(folder / CONFIG))
+    config = adapter_config(adapter, read_json(settings))
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as tensors:
+        with safe_open(weights, framework="pt") as tensors:
             check_tensors(model, adapter, config, tensors)
     except SafetensorError as error:
         raise RunError(f"adapter={adapter!r}: {WEIGHTS} can't be read: {first_line(error)}") from error
-    return PeftModel.from_pretrained(model, folder, adapter_name=STUDENT, is_trainable=trainable, config=config)
+    return PeftModel.from_pretrained(model, Path(adapter), adapter_name=STUDENT, is_trainable=trainable, config=config)
+
+
+def adapter_files(adapter: str) -> tuple[Path, Path]:
+    """The two files that an adapter is read from."""
+    return Path(adapter) / CONFIG, Path(adapter) / WEIGHTS
 
 
 def adapter_config(adapter: str, fields: Mapping[str, Any]) -> LoraConfig:
