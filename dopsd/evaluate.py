@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from dopsd import cli, compare, files, journal, report
 from dopsd.accuracy import is_grade
 from dopsd.config import EvaluationArguments, parse_evaluate
-from dopsd.errors import require
+from dopsd.errors import must_be, require
 from dopsd.journal import Journal
-from dopsd.models import adapter_files, load_adapter, load_model, require_layers
+from dopsd.models import adapter_files, check_model, load_adapter, load_model, require_layers
 from dopsd.results import Setting, columns, label, markdown, result
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
@@ -55,6 +55,10 @@ def main(argv: Sequence[str]) -> None:
         compare.main(first, second, output)
         return
 
+    # What takes no time to find out comes before what fetches datasets.
+    check_model(args.model)
+    if args.adapter is not None:
+        adapter_files(args.adapter)
     tasks = {name: load_task(name, args.grading) for name in args.task}
     rows = {name: problems(task, args) for name, task in tasks.items()}
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
@@ -113,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
 
 def check_output(output: Path, args: EvaluationArguments) -> None:
     """Raise :class:`~dopsd.errors.UsageError` unless results can be written to ``output``, beside what is read."""
-    require(output.suffix == ".json" and not output.is_dir(), "output", str(output), "a file name that ends in .json")
+    must_be(output.suffix == ".json" and not output.is_dir(), "output", str(output), "a file name that ends in .json")
     require(output.parent.is_dir(), "output", str(output), f"{output.parent} is no folder to write to")
     require(os.access(output.parent, os.W_OK), "output", str(output), f"{output.parent} can't be written to")
     for path in filter(os.path.exists, [*(args.compare or []), *([] if args.test_file is None else [args.test_file])]):

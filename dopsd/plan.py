@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 
 from dopsd import cli
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments, parse_plan
-from dopsd.errors import RunError, require
+from dopsd.errors import RunError, must_be, require
 from dopsd.files import read_json
 from dopsd.memory import (
     CUDA_ALLOWANCE,
@@ -345,6 +345,8 @@ def main(argv: Sequence[str]) -> None:
     arguments, model, _, rollouts, teaching, args = parse_plan(argv)
     limit = read_bytes("gpu", arguments.gpu, None)
     config = read_architecture(arguments.model_config or model.model)
+    context = config.max_position_embeddings - arguments.prompt_length
+    must_be(rollouts.gen_length <= context, "gen_length", rollouts.gen_length, f"at most {context}, for the context")
     workspace = workspace_for(limit, "cuda")
     run = DryRun(config, model, rollouts, teaching, args, arguments.prompt_length, workspace)
     probe = DryProbe(run, teaching.reuse if teaching.drift_limit is None else "none", model.quantize)

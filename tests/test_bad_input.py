@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,48 @@ def test_a_hub_name_that_cannot_be_read_is_a_usage_error(
         assert word in the_error(err)
 
 
+@pytest.mark.parametrize("model", ["absent", "gpt2", "tyni"])
+def test_a_model_that_is_not_there_is_said_before_any_rows_are_fetched(
+    model: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, an architecture or a hub id that can't be used, and an adapter: no dataset is asked for."""
+    import huggingface_hub.constants
+
+    def fetch(*_: object) -> None:
+        raise AssertionError("rows were fetched")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("dopsd.tasks.benchmark.hub_rows", fetch)
+    folder = tmp_path / model
+    if model == "gpt2":
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    name = model if model == "tyni" else str(folder)
+    code, _, err = command(evaluate.main, "--task", "gsm8k", "--model", name)
+    assert code == 2 and f"model={name!r}" in the_error(err)
+    code, _, err = command(evaluate.main, "--task", "gsm8k", "--adapter", str(tmp_path))
+    assert code == 2 and f"but is {str(tmp_path)!r}" in the_error(err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--lora_r", "100000"], "lora_r must be at most "),
+        (["--train_problems", "100000000"], "train_problems must be at most 32768"),
+        (["--eval_problems", "100000000"], "eval_problems must be at most 32768"),
+        (["--gen_length", "4000000000"], "the model's context of"),
+    ],
+)
+def test_absurd_sizes_are_refused_at_once(
+    argv: list[str], said: str, command: Command, small_run: list[str], tmp_path: Path
+) -> None:
+    """Before memory is asked for, or problems are made up."""
+    output, start = tmp_path / "output", time.process_time()
+    code, _, err = command(train.main, *small_run, "--steps", "none", "--output_dir", str(output), *argv)
+    assert code and said in the_error(err)
+    assert time.process_time() - start < 10 and not output.exists()
+
+
 def test_a_tokenizer_mask_is_used_when_the_config_names_none(random_model: Path, tmp_path: Path) -> None:
     """A config.json without mask_token_id is completed from the tokenizer, not from another model's default."""
     folder = tmp_path / "model"
@@ -189,7 +232,7 @@ def test_an_adapter_of_another_width_is_refused(
             assert word in sentence
         code, _, err = command(main, *options, *output, "--adapter", str(random_model))
         assert code == 2
-        for word in (f"adapter='{random_model}'", "adapter_config.json", "adapter_model.safetensors"):
+        for word in ("adapter must be", repr(str(random_model)), "adapter_config.json", "adapter_model.safetensors"):
             assert word in the_error(err)
     (adapter / "adapter_model.safetensors").write_bytes(b"no tensors")
     code, _, err = command(evaluate.main, "--model", str(random_model), "--adapter", str(adapter))
@@ -351,17 +394,17 @@ def test_bad_rows_name_the_file(
     [
         (["--task", "sudok"], ["task='sudok'", "sudoku"]),
         (["--lora_targets", "q_proj", "k_prox"], ["lora_targets='k_prox'", "q_proj, k_proj"]),
-        (["--clip", "-1"], ["clip=-1.0", "at least 0, or none"]),
-        (["--retain_ratio", "1.5"], ["retain_ratio=1.5", "[0, 1]"]),
-        (["--pass_k", "0"], ["pass_k=0", "at least 1"]),
-        (["--temperature", "0"], ["temperature=0.0", "pass_k=2"]),
-        (["--gen_length", "50"], ["gen_length=50", "block_length=8"]),
+        (["--clip", "-1"], ["clip must be", "but is -1.0", "at least 0, or none"]),
+        (["--retain_ratio", "1.5"], ["retain_ratio must be", "but is 1.5", "[0, 1]"]),
+        (["--pass_k", "0"], ["pass_k must be", "but is 0", "at least 1"]),
+        (["--temperature", "0"], ["temperature must be", "but is 0.0", "pass_k=2"]),
+        (["--gen_length", "50"], ["block_length must be", "gen_length=50, but is 8"]),
         (["--gradient_accumulation_steps", "2"], ["gradient_accumulation_steps=2", "per_device_train_batch_size"]),
         (["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
-        (["--recipe", "nano"], ["recipe='nano'", "tiny"]),
+        (["--recipe", "nano"], ["recipe must be", "but is 'nano'", "tiny"]),
         (["--load_best_model_at_end", "true", "--eval_strategy", "no"], ["load_best_model_at_end"]),
-        (["--memory_budget", "24x"], ["memory_budget='24x'", "24GiB", "80%"]),
-        (["--memory_budget", "120%"], ["memory_budget='120%'", "share"]),
+        (["--memory_budget", "24x"], ["memory_budget must be", "but is '24x'", "24GiB", "80%"]),
+        (["--memory_budget", "120%"], ["memory_budget must be", "but is '120%'", "share"]),
         (["--resume_from_checkpoint", "true"], ["resume_from_checkpoint='true'", "holds no run"]),
     ],
     ids=lambda part: part[0].removeprefix("--") if part[0].startswith("--") else "",
@@ -381,7 +424,7 @@ def test_an_unusable_option_exits_with_2(
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ("9999GiB", ["memory_budget='9999GiB'", "the device has"]),
+        ("9999GiB", ["memory_budget must be at most", "the device has, but is '9999GiB'"]),
         ("0.01GiB", ["memory_budget='0.01GiB'", "weights 0.0", "--reuse block", "--optim adamw_8bit"]),
     ],
 )
@@ -528,7 +571,7 @@ def test_debug_shows_where(command: Command) -> None:
     code, _, err = command(train.main, "--debug", "--pass_k", "0")
     assert code == 2
     assert "Traceback" in err and "UsageError" in err
-    assert err.strip().splitlines()[-1].startswith("error: pass_k=0")
+    assert err.strip().splitlines()[-1].startswith("error: pass_k must be at least 1, but is 0")
 
 
 def test_an_interrupt_is_no_error(command: Command) -> None:

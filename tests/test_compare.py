@@ -152,4 +152,4 @@ def test_grades_are_checked(score: Any, command: Command, write: Callable[..., s
 def test_a_comparison_takes_two_files(command: Command) -> None:
     """Any other number is told."""
     code, _, err = command(evaluate.main, "--compare", "one.json")
-    assert code == 2 and "compare=['one.json']" in err and "two files" in err
+    assert code == 2 and "but is ['one.json']" in err and "two files" in err

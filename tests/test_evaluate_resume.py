@@ -320,10 +320,10 @@ def test_lines_belong_to_the_adapter(
         (["--task", "sudoku", "gsm9k"], ["task='gsm9k'", "gsm8k"]),
         (["--task", "sudoku", "sudoku"], ["task=['sudoku', 'sudoku']", "once"]),
         (["--task", "sudoku", "countdown", "--test_file", "rows.csv"], ["test_file='rows.csv'", "sudoku, countdown"]),
-        (["--output", "result.md"], ["output='result.md'", ".json"]),
+        (["--output", "result.md"], ["output must be", "but is 'result.md'", ".json"]),
         (["--output", "absent/result.json"], ["output='absent/result.json'", "absent is no folder"]),
         (["--output", "file/result.json"], ["output='file/result.json'", "file is no folder"]),
-        (["--block_length", "0"], ["block_length=0"]),
+        (["--block_length", "0"], ["block_length must be", "but is 0"]),
     ],
     ids=lambda part: "-".join(part).replace("--", "") if part[0].startswith("--") else "",
 )

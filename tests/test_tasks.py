@@ -215,7 +215,7 @@ def test_generated_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["countdown", "gsm8k"])
 def test_an_unknown_split_is_an_error(name: str) -> None:
-    with pytest.raises(UsageError, match="split='dev' can't be used: one of train, validation, test"):
+    with pytest.raises(UsageError, match="split must be one of train, validation, test, but is 'dev'"):
         load_task(name).problems("dev", 1)
 
 

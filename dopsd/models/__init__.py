@@ -25,6 +25,7 @@ __all__ = [
     "STUDENT",
     "adapter_files",
     "add_lora",
+    "check_model",
     "checkpoint_activations",
     "class_of",
     "device_of",
@@ -39,6 +40,17 @@ MODELS: dict[str, type[DiffusionModel]] = {"llada": LLaDAModelLM, "Dream": Dream
 
 # Models that ship with the package, by the name ``--model`` takes.
 SHIPPED = {"tiny": Path(dopsd.assets.__file__).parent / "tiny"}
+
+
+def check_model(model: str) -> tuple[dict[str, Any], type[DiffusionModel]]:
+    """What a model's ``config.json`` says and the class that reads it, before anything else of it is fetched.
+
+    Raises:
+        UsageError: no such model, or of a kind that is not known.
+        RunError: its config.json can't be read.
+    """
+    fields = read_config(model, str(SHIPPED.get(model, model)), SHIPPED)
+    return fields, class_of(model, fields)
 
 
 def load_model(
@@ -65,8 +77,7 @@ def load_model(
         RunError: its files are incomplete, ask for what is not implemented, or it has no mask token.
     """
     path = str(SHIPPED.get(model, model))
-    fields = read_config(model, path, SHIPPED)
-    network_class = class_of(model, fields)
+    fields, network_class = check_model(model)
     generic = issubclass(network_class, FullAttention)
     require(
         generic or not shift_logits, "shift_logits", shift_logits, f"{fields['model_type']} models say it themselves"

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dopsd.errors import RunError, require
+from dopsd.errors import RunError, must_be, require
 from dopsd.files import read_json
 from dopsd.limits import limited
 from dopsd.models.bidirectional import DiffusionModel
@@ -42,7 +42,7 @@ def add_lora(model: DiffusionModel, targets: Sequence[str] | None, r: int, alpha
     """``model`` with a fresh LoRA adapter on ``targets``: names of its linear layers or presets (None: all of them).
 
     Raises:
-        UsageError: a target that the model does not have.
+        UsageError: a target that the model does not have, or a rank above the width of its layers.
     """
     names: list[str] = []
     for target in model.lora_modules if targets is None else targets:
@@ -50,6 +50,9 @@ def add_lora(model: DiffusionModel, targets: Sequence[str] | None, r: int, alpha
     for name in names:
         known = ", ".join((*model.lora_modules, *LORA_PRESETS))
         require(name in model.lora_modules, "lora_targets", name, f"this model has {known}")
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "in_features")]
+    widest = max(max(layer.in_features, layer.out_features) for layer in layers)
+    must_be(r <= widest, "lora_r", r, f"at most {widest}, the width of this model's widest layer")
     pattern = f"{model.lora_path}({'|'.join(map(re.escape, names))})"
     return get_peft_model(
         model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
@@ -65,8 +68,6 @@ def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftMo
         RunError: a file that can't be read, or a config that takes too long.
     """
     settings, weights = adapter_files(adapter)
-    present = settings.is_file() and weights.is_file()
-    require(present, "adapter", adapter, f"it is a folder with {CONFIG} and {WEIGHTS}")
     config = adapter_config(adapter, read_json(settings))
     try:
         with safe_open(weights, framework="pt") as tensors:
@@ -77,8 +78,11 @@ def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftMo
 
 
 def adapter_files(adapter: str) -> tuple[Path, Path]:
-    """The two files that an adapter is read from."""
-    return Path(adapter) / CONFIG, Path(adapter) / WEIGHTS
+    """The two files that an adapter is read from; UsageError if they are not there."""
+    settings, weights = Path(adapter) / CONFIG, Path(adapter) / WEIGHTS
+    present = settings.is_file() and weights.is_file()
+    must_be(present, "adapter", adapter, f"a folder with {CONFIG} and {WEIGHTS}")
+    return settings, weights
 
 
 def adapter_config(adapter: str, fields: Mapping[str, Any]) -> LoraConfig:
