@@ -36,7 +36,7 @@ EPILOG = "An error is one sentence and exit status 2 (an option) or 1 (anything 
 
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
-    "path/to/file.py:ClassName."
+    "path/to/file.py:ClassName, whose code then runs (so a recipe can't name a file)."
 )
 CACHE_HELP = (
     "What a block's later steps take from its first when decoding: nothing (exact), the keys and values of all before "
@@ -462,6 +462,9 @@ class Parser(HfArgumentParser):
                 raise UsageError(f"{source}: unknown option {name!r}{did_you_mean(str(name), known)}")
             if value is False and "off" in (action.choices or ()):
                 value = "off"  # which YAML takes for false
+            if name == "task" and ".py:" in str(value):
+                hint = "the code in that file would run, so it is named on the command line alone: --task"
+                raise UsageError(f"{source}: task={value!r} can't be used in a recipe: {hint}")
             values = value if isinstance(value, list) else ["none" if value is None else value]
             out += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
         return out
@@ -483,14 +486,23 @@ def none_or(kind: Any) -> Any:
     return convert
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without aliases, a few lines of which can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
+        return super().compose_node(parent, index)
+
+
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The options of a shipped recipe or of a YAML file."""
     shipped = sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
     path = RECIPES / f"{recipe}.yaml" if recipe in shipped else Path(recipe)
     must_be(path.is_file(), "recipe", recipe, f"one of {', '.join(shipped)}, or a YAML file")
     try:
-        options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        options = yaml.load(path.read_text(), RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"recipe={recipe!r}: not valid YAML: {' '.join(str(error).split())}") from error
     must_be(isinstance(options, dict), "recipe", recipe, "a YAML file with one option a line")
     return options

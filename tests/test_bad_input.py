@@ -563,6 +563,15 @@ def test_an_unexpected_exception_is_one_line(command: Command) -> None:
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_large_row_is_not_quoted_whole(command: Command, tmp_path: Path) -> None:
+    """What an error quotes of a file of megabytes is its beginning and its end."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"puzzle": "0" * 5_000_000, "solution": "1234"}]))
+    code, _, err = command(evaluate.main, "--test_file", str(path))
+    assert code == 1 and f"{path}: row 0" in the_error(err) and "is no solved grid" in the_error(err)
+    assert len(err) < 2100
+
+
 def test_debug_shows_where(command: Command) -> None:
     """With --debug an unexpected exception is raised as it is, and a usage error prints its traceback as well."""
     with pytest.raises(ZeroDivisionError) as raised:

@@ -109,6 +109,9 @@ def test_a_recipe_names_the_cache(tmp_path: Path, kind: str) -> None:
         ("", ["YAML file with one option a line"]),
         ("pass_k: 0\n", ["pass_k must be", "but is 0", "at least 1"]),
         ("steps: many\n", ["--steps", "many"]),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", ["not valid YAML", "aliases (*a)"]),
+        ("seed: " + "[" * 10**4, ["not valid YAML"]),
+        ("task: here/chess.py:Chess\n", ["recipe.yaml", "task='here/chess.py:Chess'", "command line alone"]),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_named(tmp_path: Path, text: str, said: list[str]) -> None:
@@ -325,6 +328,14 @@ def test_every_option_has_a_help_text(group: type) -> None:
     helps = [f.metadata.get("help", "") for f in own_fields(group)]
     assert helps and all(text.strip().endswith(".") for text in helps)
     assert len(set(helps)) == len(helps)
+
+
+@pytest.mark.parametrize("parse", [parse_train, parse_evaluate])
+def test_help_says_that_a_tasks_file_is_run(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "path/to/file.py:ClassName, whose code then runs (so a recipe can't name a file)" in text
 
 
 @pytest.mark.parametrize(("parse", "groups"), [(parse_train, GROUPS[:-1]), (parse_evaluate, GROUPS[-1:])])
