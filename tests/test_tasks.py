@@ -22,7 +22,7 @@ from dopsd import cli, limits, tasks
 from dopsd.config import TaskArguments
 from dopsd.errors import RunError, UsageError
 from dopsd.rollout import Decoder
-from dopsd.tasks import Task, check_golds, draw, load_task, rows
+from dopsd.tasks import Task, check_golds, draw, load_task
 from dopsd.tasks.countdown import solve
 from dopsd.tasks.rows import read_rows
 from dopsd.tasks.sudoku import all_grids
@@ -356,7 +356,7 @@ def test_text_is_not_interpreted(tmp_path: Path) -> None:
 def test_a_parquet_file_that_unpacks_to_gigabytes(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few kilobytes; refused with the file's name, in little time and memory."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(rows, "MOST", 1 << 24)
+    monkeypatch.setattr("dopsd.tasks.rows.MOST", 1 << 24)
     path = tmp_path / "rows.parquet"
     if kind == "one large value":
         table = pyarrow.table({"puzzle": ["0" * (1 << 25)], "solution": ["1"]})
