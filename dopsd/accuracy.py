@@ -17,6 +17,11 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def is_grade(value: object) -> bool:
+    """Whether ``value``, as JSON has it, is a number in [0, 1]."""
+    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
+
+
 def standard_error(scores: Sequence[float]) -> float:
     """Standard error of the mean of ``scores``; 0 for fewer than two."""
     values = torch.tensor(scores, dtype=torch.float64)

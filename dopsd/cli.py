@@ -15,6 +15,9 @@ from dopsd.errors import Interrupted, RunError, UsageError
 from dopsd.rollout import Decoder
 from dopsd.tasks import Row, Task, draw, part, without
 
+# Characters of an error that are shown.
+LONGEST = 2000
+
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Call ``main`` with the command line and exit: 0, 2 for an unusable argument, 128 and the signal's number
@@ -32,7 +35,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except (UsageError, RunError, OSError, ValueError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -42,9 +45,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except Exception as error:
         if debug:
             raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = one_line(f"{type(error).__name__}: {error}")
         print(f"error: {text} (unexpected; --debug shows where)", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def one_line(text: str) -> str:
+    """``text`` in one line, without its middle if what it quotes is very long."""
+    line = " ".join(text[: 4 * LONGEST].split() + text[4 * LONGEST :][-LONGEST:].split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 def problems(task: Task, split: str, file: str | None, count: int, exclude: Sequence[Row] = ()) -> list[Row]:

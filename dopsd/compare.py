@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dopsd.accuracy import difference, mcnemar
+from dopsd.accuracy import difference, is_grade, mcnemar, summary
 from dopsd.errors import UsageError, require
 from dopsd.files import write_json, write_text
 from dopsd.results import GRADED, SETTING, interval, label, percent
 from dopsd.tables import markdown_table, show
-
-NEEDED = {*SETTING, "accuracy", "standard_error", "responses"}
 
 Result = dict[str, Any]
 
@@ -41,12 +39,26 @@ def read(path: Path) -> dict[str, Any]:
     accepted = "a file that python -m dopsd.evaluate --output has written"
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"compare='{path}' can't be used: {accepted} ({error})") from error
     results = content.get("results") if isinstance(content, dict) else None
-    whole = isinstance(results, list) and all(isinstance(one, dict) and one.keys() >= NEEDED for one in results)
-    require(whole, "compare", str(path), accepted)
+    require(isinstance(results, list) and all(map(is_result, results)), "compare", str(path), accepted)
+    for one in results:  # type: ignore[union-attr]
+        for row, response in enumerate(one["responses"]):
+            score = response["score"]
+            hint = f"{describe(one)}: row {row} has a score of {score!r}, and it must be a number from 0 to 1"
+            require(is_grade(score), "compare", str(path), hint)
     return content
+
+
+def is_result(one: object) -> bool:
+    """Whether a file's entry has a setting and graded responses."""
+    if not isinstance(one, dict) or not all(isinstance(one.get(name), str | int) for name in SETTING):
+        return False
+    responses = one.get("responses")
+    return isinstance(responses, list) and all(
+        isinstance(r, dict) and r.keys() >= {"response", "score"} for r in responses
+    )
 
 
 def by_setting(content: Mapping[str, Any]) -> dict[tuple[Any, ...], Result]:
@@ -79,7 +91,9 @@ def pair(before: Result, after: Result, path: Path) -> dict[str, Any]:
             f"compare='{path}' can't be used: {describe(after)} is about other problems: row {row} is {found[1]} there "
             f"and {found[0]} in the first file"
         )
-    right = [[one["score"] >= 1 for one in side] for side in (ones, others)]
+    scores = [[one["score"] for one in side] for side in (ones, others)]
+    moments = {"before": summary(scores[0]), "after": summary(scores[1])}
+    right = [[score >= 1 for score in side] for side in scores]
     changed = {
         "gained": [index for index, (a, b) in enumerate(zip(*right, strict=True)) if b and not a],
         "lost": [index for index, (a, b) in enumerate(zip(*right, strict=True)) if a and not b],
@@ -97,9 +111,9 @@ def pair(before: Result, after: Result, path: Path) -> dict[str, Any]:
         **{
             f"{name}_{moment}": side[name]
             for name in ("accuracy", "standard_error", "interval")
-            for moment, side in (("before", before), ("after", after))
+            for moment, side in moments.items()
         },
-        **difference([one["score"] for one in ones], [one["score"] for one in others]),
+        **difference(*scores),
         "mcnemar_p": mcnemar(len(changed["gained"]), len(changed["lost"])),
         **changed,
         "examples": examples,

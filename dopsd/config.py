@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import time
 from argparse import Action
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from dopsd.cache import Cache
-from dopsd.errors import UsageError, require
+from dopsd.errors import UsageError, must_be, require
 from dopsd.memory import read_bytes
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
@@ -27,12 +28,15 @@ from dopsd.sampler import Decoding
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
 
+# Of the numbers that options take; seeds go so far.
+LARGEST = 2**32 - 1
+
 RECIPES = files("dopsd") / "recipes"
 EPILOG = "An error is one sentence and exit status 2 (an option) or 1 (anything else); --debug adds its traceback."
 
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
-    "path/to/file.py:ClassName."
+    "path/to/file.py:ClassName, whose code then runs (so a recipe can't name a file)."
 )
 CACHE_HELP = (
     "What a block's later steps take from its first when decoding: nothing (exact), the keys and values of all before "
@@ -46,6 +50,31 @@ def option(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def at_least_one(group: Any, *names: str) -> None:
+    """Raise UsageError unless each of these options of ``group`` is at least 1, or not given."""
+    for name in names:
+        given = getattr(group, name)
+        must_be(given is None or given >= 1, name, given, "at least 1")
+
+
+def given_once(group: Any, *names: str) -> None:
+    """Raise UsageError if a value occurs twice in one of these options of ``group``."""
+    for name in names:
+        given = getattr(group, name) or []
+        require(len(set(given)) == len(given), name, given, "each value may be given once")
+
+
+def check_numbers(name: str, value: Any) -> None:
+    """Raise UsageError if a number in the option's ``value`` means nothing: inf, nan, or absurdly many."""
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_numbers(name, item)
+    elif isinstance(value, float):
+        must_be(math.isfinite(value), name, value, "finite")
+    elif isinstance(value, int):
+        must_be(abs(value) <= LARGEST, name, value, f"at most {LARGEST}")
 
 
 @dataclass
@@ -92,9 +121,8 @@ class ModelArguments(LoadArguments):
     def __post_init__(self) -> None:
         if self.lora_targets is not None and [name.lower() for name in self.lora_targets] == ["none"]:
             self.lora_targets = None
-        require(self.lora_r >= 1, "lora_r", self.lora_r, "it is at least 1")
-        require(self.lora_alpha >= 1, "lora_alpha", self.lora_alpha, "it is at least 1")
-        require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "it lies in [0, 1)")
+        at_least_one(self, "lora_r", "lora_alpha")
+        must_be(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
 
 
 @dataclass
@@ -113,8 +141,7 @@ class TaskArguments:
     eval_problems: int = option(768, "Held-out problems, at most: the first so many.")
 
     def __post_init__(self) -> None:
-        for name in ("train_problems", "validation_problems", "eval_problems"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "it is at least 1")
+        at_least_one(self, "train_problems", "validation_problems", "eval_problems")
 
 
 @dataclass
@@ -139,23 +166,17 @@ class RolloutArguments:
     eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
 
     def __post_init__(self) -> None:
-        require(self.pass_k >= 1, "pass_k", self.pass_k, "it is at least 1")
-        require(
+        at_least_one(self, "pass_k", "sequences_per_forward")
+        must_be(
             self.pass_k == 1 or self.temperature > 0,
             "temperature",
             self.temperature,
-            f"it is positive when pass_k={self.pass_k} allows for more than one try",
+            f"positive when pass_k={self.pass_k} allows for more than one try",
         )
-        require(
-            self.sequences_per_forward >= 1, "sequences_per_forward", self.sequences_per_forward, "it is at least 1"
-        )
+        given_once(self, "eval_tokens_per_step")
         for rate in self.eval_tokens_per_step:
-            require(
-                1 <= rate <= self.block_length,
-                "eval_tokens_per_step",
-                rate,
-                f"it lies between 1 and block_length={self.block_length}",
-            )
+            accepted = f"between 1 and block_length={self.block_length}"
+            must_be(1 <= rate <= self.block_length, "eval_tokens_per_step", rate, accepted)
         self.decoding()
 
     def decoding(self, tokens_per_step: int | None = None) -> Decoding:
@@ -224,17 +245,18 @@ class TeachingArguments:
     )
 
     def __post_init__(self) -> None:
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "it lies in [0, 1)")
-        require(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "it lies in [0, 1]")
-        require(self.update_per_slice >= 1, "update_per_slice", self.update_per_slice, "it is at least 1")
-        require(self.drift_samples >= 0, "drift_samples", self.drift_samples, "it is at least 0")
+        must_be(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        must_be(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "in [0, 1]")
+        at_least_one(self, "update_per_slice", "states_per_forward")
+        must_be(self.drift_samples >= 0, "drift_samples", self.drift_samples, "at least 0")
+        limit = self.drift_limit
+        must_be(limit is None or limit >= 0, "drift_limit", limit, "at least 0, or none")
         require(
-            self.drift_limit is None or (self.drift_limit >= 0 and self.drift_samples > 0 and self.reuse != "none"),
+            limit is None or (self.drift_samples > 0 and self.reuse != "none"),
             "drift_limit",
-            self.drift_limit,
-            "it is at least 0 and goes with a reuse and with drift_samples of at least 1, or none",
+            limit,
+            "it goes with a reuse and with drift_samples of at least 1",
         )
-        require(self.states_per_forward >= 1, "states_per_forward", self.states_per_forward, "it is at least 1")
         if self.memory_budget is not None:
             read_bytes("memory_budget", self.memory_budget, 1 << 62)  # the device is not known yet
         self.objective()
@@ -259,6 +281,14 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             self.output_dir = time.strftime("runs/%Y%m%d-%H%M%S")
+        for f in fields(self):
+            check_numbers(f.name, getattr(self, f.name))
+        for name in ("seed", "data_seed"):
+            given = getattr(self, name)
+            must_be(given is None or given >= 0, name, given, "at least 0")
+        for name in ("save_steps", "eval_steps", "logging_steps"):
+            given = getattr(self, name)
+            must_be(given is None or float(given) > 0, name, given, "positive: updates, or below 1 a share of all")
         # transformers takes bf16 on a machine without an accelerator for a mistake unless this is said.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -272,10 +302,9 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False
         self.label_names = []
         self.logging_nan_inf_filter = False
-        for name in ("per_device_train_batch_size", "max_steps"):
-            given = getattr(self, name)
-            accepted = "it is at least 1" + (", or -1 for num_train_epochs" if name == "max_steps" else "")
-            require(given >= 1 or (name == "max_steps" and given == -1), name, given, accepted)
+        at_least_one(self, "per_device_train_batch_size")
+        accepted = "at least 1, or -1 for num_train_epochs"
+        must_be(self.max_steps >= 1 or self.max_steps == -1, "max_steps", self.max_steps, accepted)
         require(
             self.gradient_accumulation_steps == 1,
             "gradient_accumulation_steps",
@@ -330,32 +359,31 @@ class EvaluationArguments(LoadArguments):
     )
 
     def __post_init__(self) -> None:
-        for name in ("eval_problems", "pass_k", "sequences_per_forward"):
-            given = getattr(self, name)
-            require(given is None or given >= 1, name, given, "it is at least 1")
-        for name in ("task", "gen_length", "tokens_per_step", "reveal"):
-            given = getattr(self, name)
-            require(given is None or len(set(given)) == len(given), name, given, "each is given once")
+        at_least_one(self, "eval_problems", "pass_k", "sequences_per_forward", "block_length")
+        given_once(self, "task", "gen_length", "tokens_per_step", "reveal")
         require(
             self.test_file is None or len(self.task) == 1,
             "test_file",
             self.test_file,
             f"its rows are those of one task, and task names {', '.join(self.task)}",
         )
-        require(self.compare is None or len(self.compare) == 2, "compare", self.compare, "two files of results")
-        require(
+        must_be(self.compare is None or len(self.compare) == 2, "compare", self.compare, "two files of results")
+        must_be(
             self.pass_k == 1 or self.temperature > 0,
             "temperature",
             self.temperature,
-            f"it is positive when pass_k={self.pass_k} allows for more than one try",
+            f"positive when pass_k={self.pass_k} allows for more than one try",
         )
+        must_be(self.seed >= 0, "seed", self.seed, "at least 0")
         for share in self.reveal:
-            require(0 <= share <= 1, "reveal", share, "it lies in [0, 1]")
+            must_be(0 <= share <= 1, "reveal", share, "in [0, 1]")
+        names = {f"{share:g}" for share in self.reveal}
+        require(len(names) == len(self.reveal), "reveal", self.reveal, "each share may be given once, of six digits")
         for task in [load_task(name, self.grading) for name in self.task]:
             block = self.block(task)
             for rate in self.tokens_per_step:
-                accepted = f"it lies between 1 and block_length={block}"
-                require(1 <= rate <= block, "tokens_per_step", rate, accepted)
+                accepted = f"between 1 and block_length={block}"
+                must_be(1 <= rate <= block, "tokens_per_step", rate, accepted)
                 for length in self.lengths(task):
                     self.decoding(task, length, rate)
 
@@ -385,7 +413,7 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         read_bytes("gpu", self.gpu, None)
-        require(self.prompt_length >= 1, "prompt_length", self.prompt_length, "it is at least 1")
+        at_least_one(self, "prompt_length")
 
 
 class Parser(HfArgumentParser):
@@ -414,8 +442,11 @@ class Parser(HfArgumentParser):
             *parsed, unknown = self.parse_args_into_dataclasses(
                 list(argv), look_for_args_file=False, return_remaining_strings=True
             )
-        except (ValueError, ImportError) as error:  # transformers' own checks
+        except (ValueError, ImportError, OverflowError, RecursionError) as error:  # transformers' own checks
             raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
+        for group in parsed:
+            for name, value in vars(group).items():
+                check_numbers(name, value)
         if unknown:
             name = unknown[0].partition("=")[0]
             raise UsageError(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}")
@@ -431,6 +462,9 @@ class Parser(HfArgumentParser):
                 raise UsageError(f"{source}: unknown option {name!r}{did_you_mean(str(name), known)}")
             if value is False and "off" in (action.choices or ()):
                 value = "off"  # which YAML takes for false
+            if name == "task" and ".py:" in str(value):
+                hint = "the code in that file would run, so it is named on the command line alone: --task"
+                raise UsageError(f"{source}: task={value!r} can't be used in a recipe: {hint}")
             values = value if isinstance(value, list) else ["none" if value is None else value]
             out += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
         return out
@@ -452,16 +486,25 @@ def none_or(kind: Any) -> Any:
     return convert
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML without aliases, a few lines of which can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
+        return super().compose_node(parent, index)
+
+
 def read_recipe(recipe: str) -> dict[str, Any]:
     """The options of a shipped recipe or of a YAML file."""
     shipped = sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
     path = RECIPES / f"{recipe}.yaml" if recipe in shipped else Path(recipe)
-    require(path.is_file(), "recipe", recipe, f"one of {', '.join(shipped)}, or a YAML file")
+    must_be(path.is_file(), "recipe", recipe, f"one of {', '.join(shipped)}, or a YAML file")
     try:
-        options = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        options = yaml.load(path.read_text(), RecipeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"recipe={recipe!r}: not valid YAML: {' '.join(str(error).split())}") from error
-    require(isinstance(options, dict), "recipe", recipe, "a YAML file with one option a line")
+    must_be(isinstance(options, dict), "recipe", recipe, "a YAML file with one option a line")
     return options
 
 
@@ -480,7 +523,7 @@ def parse_train(
         epilog=EPILOG,
     )
     known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
-    name = known.recipe or ("tiny" if known.model in SHIPPED else "paper")
+    name = ("tiny" if known.model in SHIPPED else "paper") if known.recipe is None else known.recipe
     return parser.parse([*parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
 
 
@@ -499,7 +542,7 @@ def parse_plan(
         epilog=EPILOG,
     )
     known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
-    name = known.recipe or "paper"
+    name = "paper" if known.recipe is None else known.recipe
     return parser.parse(["--bf16", "true", *parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
 
 

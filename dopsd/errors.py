@@ -19,7 +19,13 @@ class Interrupted(KeyboardInterrupt):
         self.status = status
 
 
-def require(condition: bool, argument: str, given: object, accepted: str) -> None:
-    """Raise :class:`UsageError` naming ``argument``, what was ``given`` and what is ``accepted`` unless it holds."""
+def must_be(condition: bool, argument: str, given: object, accepted: str) -> None:
+    """Raise :class:`UsageError` naming ``argument``, the values that are ``accepted`` and the one ``given``."""
     if not condition:
-        raise UsageError(f"{argument}={given!r} can't be used: {accepted}")
+        raise UsageError(f"{argument} must be {accepted}, but is {given!r}")
+
+
+def require(condition: bool, argument: str, given: object, reason: str) -> None:
+    """Raise :class:`UsageError` naming ``argument``, what was ``given``, and the ``reason`` why it can't be used."""
+    if not condition:
+        raise UsageError(f"{argument}={given!r} can't be used: {reason}")

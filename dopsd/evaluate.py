@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dopsd import cli, compare, files, journal, report
+from dopsd.accuracy import is_grade
 from dopsd.config import EvaluationArguments, parse_evaluate
-from dopsd.errors import require
+from dopsd.errors import must_be, require
 from dopsd.journal import Journal
-from dopsd.models import load_adapter, load_model, require_layers
+from dopsd.models import adapter_files, check_model, load_adapter, load_model, require_layers
 from dopsd.results import Setting, columns, label, markdown, result
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
@@ -43,15 +46,19 @@ def main(argv: Sequence[str]) -> None:
     args = parse_evaluate(argv)
     output = None if args.output is None else Path(args.output)
     if output is not None:
-        check_output(output)
+        check_output(output, args)
+    folder = None if output is None or args.compare is not None else output.with_name(f"{output.name}.partial")
+    taken = output is not None and output.exists() and not (folder is not None and folder.exists())
+    require(args.overwrite or not taken, "output", args.output, "it exists; --overwrite replaces it")
     if args.compare is not None:
         first, second = map(Path, args.compare)
         compare.main(first, second, output)
         return
-    folder = None if output is None else output.with_name(f"{output.name}.partial")
-    taken = output is not None and folder is not None and output.exists() and not folder.exists()
-    require(args.overwrite or not taken, "output", args.output, "it exists; --overwrite replaces it")
 
+    # What takes no time to find out comes before what fetches datasets.
+    check_model(args.model)
+    if args.adapter is not None:
+        adapter_files(args.adapter)
     tasks = {name: load_task(name, args.grading) for name in args.task}
     rows = {name: problems(task, args) for name, task in tasks.items()}
     process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
@@ -69,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
     for name, task in tasks.items():
         cli.check_lengths(decoders[name], [task.prompt(row) for row in rows[name]], max(args.lengths(task)))
 
+    settings = identity(args, model, rows)
     if folder is not None:
-        settings = identity(args, model, rows)
         if not args.overwrite:
             journal.check(folder, settings)
         process.wait_for_everyone()
@@ -79,7 +86,8 @@ def main(argv: Sequence[str]) -> None:
                 journal.remove(folder)
             journal.claim(folder, settings)
         process.wait_for_everyone()
-    kept = Journal(folder, process.process_index)
+    checks = partial(check_entry, settings=list(plan(args, decoders)), args=args, rows=rows)
+    kept = Journal(folder, process.process_index, hashed(json.dumps(files.plain(settings)).encode()), checks)
     decode_all(args, decoders, rows, kept, process)
     kept.close()
     entries = kept.entries
@@ -107,11 +115,15 @@ def main(argv: Sequence[str]) -> None:
     process.destroy_process_group()
 
 
-def check_output(output: Path) -> None:
-    """Raise :class:`~dopsd.errors.UsageError` unless results can be written to ``output``."""
-    require(output.suffix == ".json" and not output.is_dir(), "output", str(output), "a file name that ends in .json")
+def check_output(output: Path, args: EvaluationArguments) -> None:
+    """Raise :class:`~dopsd.errors.UsageError` unless results can be written to ``output``, beside what is read."""
+    must_be(output.suffix == ".json" and not output.is_dir(), "output", str(output), "a file name that ends in .json")
     require(output.parent.is_dir(), "output", str(output), f"{output.parent} is no folder to write to")
     require(os.access(output.parent, os.W_OK), "output", str(output), f"{output.parent} can't be written to")
+    for path in filter(os.path.exists, [*(args.compare or []), *([] if args.test_file is None else [args.test_file])]):
+        for written in (output, output.with_suffix(".md")):
+            same = written.exists() and written.samefile(path)
+            require(not same, "output", str(output), f"{written} is {path}, which is read")
 
 
 def problems(task: Task, args: EvaluationArguments) -> list[Row]:
@@ -122,9 +134,11 @@ def problems(task: Task, args: EvaluationArguments) -> list[Row]:
 
 
 def identity(args: EvaluationArguments, model: nn.Module, rows: dict[str, list[Row]]) -> dict[str, Any]:
-    """What makes two runs the same: options, weights and problems, the latter two as hashes."""
+    """What makes two runs the same: options, weights, adapter and problems, all but the first as hashes."""
     options = {name: value for name, value in vars(args).items() if name not in FREE}
     hashes = {f"problems of {name}": hashed(json.dumps(some).encode()) for name, some in rows.items()}
+    if args.adapter is not None:
+        hashes["adapter's files"] = hashed(*(path.read_bytes() for path in adapter_files(args.adapter)))
     return {**options, "weights": hashed(*samples(model)), **hashes}
 
 
@@ -320,6 +334,29 @@ def rollout_of(row: Row, entry: journal.Entry) -> Rollout:
     """The response to ``row`` that a journal has kept."""
     trajectory = Trajectory.from_json(entry["trajectory"])
     return Rollout(row, trajectory, entry["response"], entry["score"], entry["tries"])
+
+
+def check_entry(
+    entry: journal.Entry,
+    settings: Sequence[tuple[Setting, Decoding]],
+    args: EvaluationArguments,
+    rows: dict[str, list[Row]],
+) -> None:
+    """Raise ValueError, in a clause, unless a journal's ``entry`` can be a response of this run."""
+    task, length, rate, measure, index = journal.key_of(entry)
+    if Setting(task, length, rate) not in [setting for setting, _ in settings] or measure not in measures(args):
+        raise ValueError(f"no {measure} of {task}, {length} tokens and {rate} a step, is measured")
+    if type(index) is not int or not 0 <= index < len(rows[task]):
+        raise ValueError(f"there is no row {index}")
+    if not is_grade(entry["score"]):
+        raise ValueError(f"score {entry['score']!r} must be a number from 0 to 1")
+    seconds, tries = entry["seconds"], entry["tries"]
+    if not isinstance(entry["response"], str) or type(tries) is not int or not 1 <= tries <= args.pass_k:
+        raise ValueError(f"response and tries must be a text and a number from 1 to {args.pass_k}")
+    if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds {seconds!r} must be a number of at least 0")
+    if len(Trajectory.from_json(entry["trajectory"]).tokens) != length:
+        raise ValueError(f"its response has not {length} tokens")
 
 
 def collect(

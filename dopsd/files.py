@@ -12,6 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dopsd.errors import RunError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; RunError, naming the file, if it holds none."""
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{file}: not valid JSON for this purpose: it holds no object")
+    return content
+
 
 def plain(value: Any) -> Any:
     """``value`` as JSON allows it: no infinities, no nan."""

@@ -1,19 +1,19 @@
 """What a long evaluation has done so far, kept on disk, so that it goes on where it was stopped.
 
-A folder holds the settings of the run and one file of JSON lines per process, a line per response. The lines of a batch
-are written and synced together; a last line that was cut short by a kill is dropped.
+A folder holds the settings of the run and one file of JSON lines per process, a line per response that says which run
+it is of. The lines of a batch are written and synced together; a last line that was cut short by a kill is dropped.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dopsd.errors import RunError, UsageError
-from dopsd.files import plain, write_json
+from dopsd.files import plain, read_json, write_json
 
 SETTINGS = "settings.json"
 KEY = ("task", "gen_length", "tokens_per_step", "measure", "index")
@@ -28,10 +28,16 @@ class Journal:
     Args:
         folder: where they are kept; None: in memory only.
         process: the number of this process, which writes a file of its own.
+        run: names the run; other runs' lines are refused.
+        check: raises ValueError, in a clause that says why, for an entry that can't be one of this run.
+
+    Raises:
+        RunError: a line that is damaged or can't be one of this run; the sentence names it.
     """
 
-    def __init__(self, folder: Path | None, process: int) -> None:
+    def __init__(self, folder: Path | None, process: int, run: str, check: Callable[[Entry], None]) -> None:
         self.entries: dict[Key, Entry] = {}
+        self.run = run
         self.file = None
         if folder is None:
             return
@@ -39,9 +45,13 @@ class Journal:
             for line, text in enumerate(complete(path).splitlines()):
                 try:
                     entry = json.loads(text)
+                    if entry.pop("run") != run:
+                        raise ValueError("it is of another run")
+                    check(entry)
                     self.entries[key_of(entry)] = entry
-                except (ValueError, KeyError) as error:
-                    raise RunError(f"{path}: line {line + 1} is damaged; --overwrite starts anew") from error
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                    why = f"line {line + 1} can't be used ({type(error).__name__}: {error})"
+                    raise RunError(f"{path}: {why}; --overwrite starts anew") from error
         own = folder / f"process-{process}.jsonl"
         self.file = own.open("ab")
         self.file.truncate(len(complete(own)))
@@ -51,7 +61,7 @@ class Journal:
         new = {key_of(entry): entry for entry in entries}
         self.entries |= new
         if self.file is not None:
-            self.file.write("".join(json.dumps(entry) + "\n" for entry in new.values()).encode())
+            self.file.write("".join(json.dumps({"run": self.run, **entry}) + "\n" for entry in new.values()).encode())
             self.file.flush()
             os.fsync(self.file.fileno())
 
@@ -76,7 +86,7 @@ def complete(path: Path) -> bytes:
 def check(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise :class:`~dopsd.errors.UsageError` if ``folder`` is a run's with other settings."""
     if (folder / SETTINGS).is_file():
-        kept = json.loads((folder / SETTINGS).read_text())
+        kept = read_json(folder / SETTINGS)
         given = plain(settings)
         for name in [*given, *(kept.keys() - given.keys())]:
             old, new = kept.get(name), given.get(name)

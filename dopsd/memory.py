@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dopsd.errors import UsageError, require
+from dopsd.errors import UsageError, must_be, require
 from dopsd.models import device_of
 from dopsd.objective import Objective
 from dopsd.rollout import Decoder, Rollout
@@ -83,14 +84,15 @@ def read_bytes(argument: str, text: str, total: int | None) -> int:
     shares = "" if total is None else ", or a share of the device's memory (0.8, 80%)"
     accepted = f"a positive number of GiB (24, 24GiB){shares}"
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(gib|%)?", text.strip().lower())
-    require(found is not None, argument, text, accepted)
+    must_be(found is not None, argument, text, accepted)
     number, unit = float(found[1]), found[2]  # type: ignore[index]
-    require(number > 0, argument, text, accepted)
+    must_be(0 < number < math.inf, argument, text, accepted)
     if unit == "%" or (unit is None and number <= 1 and total is not None):
         share = number / 100 if unit == "%" else number
-        require(total is not None and share <= 1, argument, text, accepted)
+        must_be(total is not None and share <= 1, argument, text, accepted)
         return int(share * (total or 0))
-    require(total is None or number * GIB <= total, argument, text, f"the device has {(total or 0) / GIB:.1f} GiB")
+    accepted = f"at most the {(total or 0) / GIB:.1f} GiB that the device has"
+    must_be(total is None or number * GIB <= total, argument, text, accepted)
     return int(number * GIB)
 
 

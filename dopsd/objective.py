@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dopsd.confidence import Confidence, choose_tokens, most_confident
-from dopsd.errors import require
+from dopsd.errors import must_be
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import inference, mix_seeds
 from dopsd.step_batch import Inputs, Lesson, PackedInputs, Reuse, StepBatch
@@ -93,10 +93,10 @@ class Objective:
     workspace_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        require(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "it lies in [0, 1]")
-        require(self.clip is None or self.clip >= 0, "clip", self.clip, "it is at least 0, or none")
-        require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "it is at least 1, or none")
-        require(0 < self.beta < 1, "beta", self.beta, "it lies strictly between 0 and 1")
+        must_be(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "in [0, 1]")
+        must_be(self.clip is None or self.clip >= 0, "clip", self.clip, "at least 0, or none")
+        must_be(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or none")
+        must_be(0 < self.beta < 1, "beta", self.beta, "strictly between 0 and 1")
 
     def lesson(self, rollout: Rollout, decoder: Decoder, seed: int) -> Lesson:
         """Which steps of a rollout are trained on, and what its teacher sees at each; drawn from ``seed`` alone."""

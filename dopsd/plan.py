@@ -25,7 +25,8 @@ from transformers import AttentionInterface
 
 from dopsd import cli
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments, parse_plan
-from dopsd.errors import RunError, require
+from dopsd.errors import RunError, must_be, require
+from dopsd.files import read_json
 from dopsd.memory import (
     CUDA_ALLOWANCE,
     Planner,
@@ -41,7 +42,7 @@ from dopsd.memory import (
 )
 from dopsd.models import MODELS, SHIPPED, add_lora, checkpoint_activations, class_of
 from dopsd.models.bidirectional import BidirectionalModel
-from dopsd.models.checkpoint import first_line, read_config, read_json
+from dopsd.models.checkpoint import first_line, read_config
 from dopsd.rollout import Decoder
 from dopsd.sampler import inference
 from dopsd.step_batch import Lesson, Reuse, StepBatch
@@ -344,6 +345,8 @@ def main(argv: Sequence[str]) -> None:
     arguments, model, _, rollouts, teaching, args = parse_plan(argv)
     limit = read_bytes("gpu", arguments.gpu, None)
     config = read_architecture(arguments.model_config or model.model)
+    context = config.max_position_embeddings - arguments.prompt_length
+    must_be(rollouts.gen_length <= context, "gen_length", rollouts.gen_length, f"at most {context}, for the context")
     workspace = workspace_for(limit, "cuda")
     run = DryRun(config, model, rollouts, teaching, args, arguments.prompt_length, workspace)
     probe = DryProbe(run, teaching.reuse if teaching.drift_limit is None else "none", model.quantize)

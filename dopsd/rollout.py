@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
+from dopsd.errors import RunError
+from dopsd.limits import limited
 from dopsd.sampler import Decoding, decode, mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
@@ -56,7 +59,11 @@ class Decoder:
         """(P,) token ids of a prompt, on the model's device; as a user's turn if the tokenizer has a chat template."""
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            try:
+                with limited("the tokenizer's chat template"):
+                    text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
+                raise RunError(f"the tokenizer's chat template fails: {type(error).__name__}: {error}") from error
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         return ids.to(self.model.lm_head_weight.device)
 
@@ -87,7 +94,11 @@ class Decoder:
             for index, trajectory in enumerate(trajectories, start):
                 text = trajectory.tokens[: trajectory.text_length(self.eos_id)]
                 response = self.tokenizer.decode(text.tolist(), skip_special_tokens=True)
-                score = self.task.score(rows[index], response)
+                score = float(self.task.score(rows[index], response))
+                if not 0 <= score <= 1:
+                    raise RunError(
+                        f"{type(self.task).__name__}.score must be from 0 to 1, but is {score} for row {index}"
+                    )
                 rollouts.append(Rollout(rows[index], trajectory, response, score, tries=1))
             if on_rows is not None:
                 on_rows(len(trajectories))

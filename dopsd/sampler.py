@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dopsd.cache import BlockCache, Cache
 from dopsd.confidence import Confidence, choose_tokens, most_confident
-from dopsd.errors import require
+from dopsd.errors import must_be, require
 from dopsd.trajectory import NEVER, Trajectory
 
 Remasking = Literal["low_confidence", "random", "margin", "entropy"]
@@ -48,36 +48,36 @@ class Decoding:
     cache: Cache = "off"
 
     def __post_init__(self) -> None:
-        require(self.gen_length >= 1, "gen_length", self.gen_length, "it is at least 1")
-        require(
+        must_be(self.gen_length >= 1, "gen_length", self.gen_length, "at least 1")
+        must_be(
             self.block_length >= 1 and self.gen_length % self.block_length == 0,
             "block_length",
             self.block_length,
-            f"it divides gen_length={self.gen_length}",
+            f"a divisor of gen_length={self.gen_length}",
         )
-        require(
+        must_be(
             self.blocks <= self.total_steps <= self.gen_length,
             "steps",
             self.steps,
-            f"every one of the {self.blocks} blocks takes between 1 and {self.block_length} steps, so it is between "
-            f"{self.blocks} and {self.gen_length}",
+            f"between {self.blocks} and {self.gen_length}, 1 to {self.block_length} for every one of the {self.blocks} "
+            "blocks",
         )
-        require(self.temperature >= 0, "temperature", self.temperature, "it is at least 0")
-        require(self.threshold is None or 0 < self.threshold <= 1, "threshold", self.threshold, "it lies in (0, 1]")
-        require(self.remasking in get_args(Remasking), "remasking", self.remasking, f"one of {get_args(Remasking)}")
+        must_be(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        must_be(self.threshold is None or 0 < self.threshold <= 1, "threshold", self.threshold, "in (0, 1], or none")
+        must_be(self.remasking in get_args(Remasking), "remasking", self.remasking, f"one of {get_args(Remasking)}")
         require(
             self.threshold is None or self.remasking == "low_confidence",
             "threshold",
             self.threshold,
             f"it is a probability and goes with remasking='low_confidence', not {self.remasking!r}",
         )
-        require(
+        must_be(
             self.sampling_dtype in ("float32", "float64"),
             "sampling_dtype",
             self.sampling_dtype,
             "one of 'float32', 'float64'",
         )
-        require(self.cache in get_args(Cache), "cache", self.cache, f"one of {get_args(Cache)}")
+        must_be(self.cache in get_args(Cache), "cache", self.cache, f"one of {get_args(Cache)}")
 
     @property
     def blocks(self) -> int:

@@ -20,7 +20,7 @@ from dopsd.config import (
     parse_train,
 )
 from dopsd.interruption import Interruption
-from dopsd.models import load_model
+from dopsd.models import adapter_files, check_model, load_model
 from dopsd.rollout import Decoder, Row
 from dopsd.run_folder import RunFolder, on_first_process
 from dopsd.tasks import load_task
@@ -78,6 +78,9 @@ def build(
     """The Trainer, and the rows that it is tested on; nothing is written."""
     set_seed(args.seed)
     task = load_task(task_arguments.task, task_arguments.grading)
+    check_model(model_arguments.model)
+    if model_arguments.adapter is not None:
+        adapter_files(model_arguments.adapter)
     rows = cli.splits(task, task_arguments)
     base, tokenizer = load_model(**model_arguments.loading())
     decoder = Decoder(

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dopsd import evaluate, train
+from dopsd import evaluate, limits, train
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError
+from dopsd.models import add_lora, load_adapter, load_model
 from dopsd.tasks import load_task
 from dopsd.trainer import Trainer
 
@@ -92,6 +94,14 @@ def broken_model(tmp_path: Path, random_model: Path) -> Callable[..., str]:
     return build
 
 
+@pytest.fixture
+def small_adapter(random_model: Path, tmp_path: Path) -> Path:
+    """The folder of an adapter of rank 4 for the small checkpoint, on its seven kinds of layers, two of each."""
+    folder = tmp_path / "adapter"
+    add_lora(load_model(str(random_model))[0], None, 4, 4, 0.0).save_pretrained(str(folder))
+    return folder
+
+
 # ---- models ----
 
 
@@ -150,10 +160,50 @@ def test_a_hub_name_that_cannot_be_read_is_a_usage_error(
         assert word in the_error(err)
 
 
+@pytest.mark.parametrize("model", ["absent", "gpt2", "tyni"])
+def test_a_model_that_is_not_there_is_said_before_any_rows_are_fetched(
+    model: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder, an architecture or a hub id that can't be used, and an adapter: no dataset is asked for."""
+    import huggingface_hub.constants
+
+    def fetch(*_: object) -> None:
+        raise AssertionError("rows were fetched")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("dopsd.tasks.benchmark.hub_rows", fetch)
+    folder = tmp_path / model
+    if model == "gpt2":
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    name = model if model == "tyni" else str(folder)
+    code, _, err = command(evaluate.main, "--task", "gsm8k", "--model", name)
+    assert code == 2 and f"model={name!r}" in the_error(err)
+    code, _, err = command(evaluate.main, "--task", "gsm8k", "--adapter", str(tmp_path))
+    assert code == 2 and f"but is {str(tmp_path)!r}" in the_error(err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--lora_r", "100000"], "lora_r must be at most "),
+        (["--train_problems", "100000000"], "train_problems must be at most 32768"),
+        (["--eval_problems", "100000000"], "eval_problems must be at most 32768"),
+        (["--gen_length", "4000000000"], "the model's context of"),
+    ],
+)
+def test_absurd_sizes_are_refused_at_once(
+    argv: list[str], said: str, command: Command, small_run: list[str], tmp_path: Path
+) -> None:
+    """Before memory is asked for, or problems are made up."""
+    output, start = tmp_path / "output", time.process_time()
+    code, _, err = command(train.main, *small_run, "--steps", "none", "--output_dir", str(output), *argv)
+    assert code and said in the_error(err)
+    assert time.process_time() - start < 10 and not output.exists()
+
+
 def test_a_tokenizer_mask_is_used_when_the_config_names_none(random_model: Path, tmp_path: Path) -> None:
     """A config.json without mask_token_id is completed from the tokenizer, not from another model's default."""
-    from dopsd.models import load_model
-
     folder = tmp_path / "model"
     shutil.copytree(random_model, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -178,17 +228,122 @@ def test_an_adapter_of_another_width_is_refused(
         code, _, err = command(main, *options, *output, "--model", "tiny", "--adapter", str(adapter))
         assert code == 2
         sentence = the_error(err)
-        for word in (f"adapter='{adapter}'", "(4, 16)", "takes 128", "blocks.0."):
+        for word in (f"adapter='{adapter}'", "(4, 16)", "(4, 128)", "blocks.0."):
             assert word in sentence
         code, _, err = command(main, *options, *output, "--adapter", str(random_model))
         assert code == 2
-        for word in (f"adapter='{random_model}'", "adapter_config.json", "adapter_model.safetensors"):
+        for word in ("adapter must be", repr(str(random_model)), "adapter_config.json", "adapter_model.safetensors"):
             assert word in the_error(err)
     (adapter / "adapter_model.safetensors").write_bytes(b"no tensors")
     code, _, err = command(evaluate.main, "--model", str(random_model), "--adapter", str(adapter))
     assert code == 1 and str(adapter) in the_error(err) and "unexpected" not in err
     assert not (tmp_path / "output").exists()
     assert before == {**contents(adapter), "adapter_model.safetensors": before["adapter_model.safetensors"]}
+
+
+Q = "base_model.model.model.transformer.blocks.1.q_proj.lora_B.weight"
+
+
+def with_tensor(tensors: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """An adapter's tensors with some of the one named Q's entries, or itself, replaced."""
+    changed = tensors[Q].clone()
+    changed[0, 0] = changes.get("entry", 0.0)
+    return {**tensors, Q: changes.get("tensor", changed)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: {}, ["has no ", "and 27 others"]),
+        (lambda tensors: {key: tensors[key] for key in list(tensors)[::2]}, ["has no ", "and 13 others"]),
+        (lambda tensors: {key: tensors[key] for key in tensors if key != Q}, [f"has no {Q}"]),
+        (lambda tensors: with_tensor(tensors, entry=torch.nan), [Q, "no finite numbers"]),
+        (lambda tensors: with_tensor(tensors, entry=-torch.inf), [Q, "no finite numbers"]),
+        (lambda tensors: with_tensor(tensors, tensor=torch.zeros(16, 4, dtype=torch.int8)), [Q, "no finite numbers"]),
+        (lambda tensors: with_tensor(tensors, tensor=torch.zeros(16, 5)), [Q, "(16, 5)", "(16, 4)"]),
+        (
+            lambda tensors: {**tensors, Q.replace("q_proj", "norm"): torch.zeros(1)},
+            ["blocks.1.norm", "no linear layer"],
+        ),
+    ],
+    ids=["none", "half", "one", "nan", "inf", "integers", "rank", "other"],
+)
+def test_every_tensor_of_an_adapter_is_checked(
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    said: list[str],
+    small_adapter: Path,
+    random_model: Path,
+    command: Command,
+    small_run: list[str],
+    tmp_path: Path,
+) -> None:
+    """Training from it and evaluating it are refused with the file and the tensor; nothing is written."""
+    weights = small_adapter / "adapter_model.safetensors"
+    save_file(change(load_file(weights)), weights, {"format": "pt"})
+    output = ["--output_dir", str(tmp_path / "output")]
+    options = ["--model", str(random_model), "--adapter", str(small_adapter)]
+    for main, argv in ((train.main, [*small_run, *output]), (evaluate.main, ["--eval_problems", "2"])):
+        code, out, err = command(main, *argv, *options)
+        assert code == 2 and "accuracy" not in out
+        for word in (f"adapter='{small_adapter}'", *said):
+            assert word in the_error(err)
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({"target_modules": "(.+)+-"}, 1, ["finding the layers", "takes more than"]),
+        ({"rank_pattern": {"(.+)+-": 4}}, 1, ["finding the layers", "takes more than"]),
+        ({"target_modules": "("}, 1, ["adapter_config.json", "none"]),
+        ({"target_modules": None}, 1, ["adapter_config.json", "none"]),
+        ({"target_modules": ["gate"]}, 2, ["names no layer"]),
+        ({"target_modules": ["q_proj"]}, 2, ["attn_out", "does not name"]),
+        ({"r": 999999999999}, 2, ["lora_A.weight is (4, 16)", "(999999999999, 16)"]),
+        ({"lora_alpha": float("nan")}, 2, ["rank, alpha or dropout"]),
+        ({"lora_alpha": "many"}, 1, ["adapter_config.json"]),
+        ({"layer_replication": [[0, 2], [0, 2]]}, 2, ["layer_replication"]),
+        ({"init_lora_weights": "pissa"}, 2, ["init_lora_weights='pissa'"]),
+        ({"peft_type": "LOHA"}, 2, ["peft_type='LOHA'"]),
+    ],
+    ids=lambda part: next(iter(part)) if isinstance(part, dict) else None,
+)
+def test_an_adapters_config_is_not_trusted(
+    changes: dict[str, Any],
+    status: int,
+    said: list[str],
+    small_adapter: Path,
+    random_model: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Patterns that take for ever, sizes that are none, and whatever would change more than the adapter's own part."""
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    config = small_adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    code, _, err = command(evaluate.main, "--model", str(random_model), "--adapter", str(small_adapter))
+    assert code == status, err
+    for word in (f"adapter='{small_adapter}'", *said):
+        assert word in the_error(err)
+    assert "unexpected" not in err
+
+
+def test_an_adapter_with_ranks_of_its_own_is_read(small_adapter: Path, random_model: Path) -> None:
+    """Ranks and scales by pattern, and names instead of a pattern, as PEFT itself reads them."""
+    weights, config = (small_adapter / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors = {
+        key: (value[:2] if "lora_A" in key else value[:, :2]) if "q_proj" in key else value
+        for key, value in load_file(weights).items()
+        if "q_proj" in key or "ff_proj" in key
+    }
+    save_file({key: value.contiguous() for key, value in tensors.items()}, weights, {"format": "pt"})
+    changes = {"target_modules": ["q_proj", "ff_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    student = load_adapter(load_model(str(random_model))[0], str(small_adapter), trainable=True)
+    trained = {name.replace(".default", ""): p for name, p in student.named_parameters() if p.requires_grad}
+    assert trained.keys() == tensors.keys() and all(torch.equal(trained[key], tensors[key]) for key in tensors)
+    layer = student.get_submodule(Q.partition(".lora_B")[0])
+    assert layer.scaling == {"default": 3 / 2}
 
 
 # ---- tasks and rows ----
@@ -239,17 +394,17 @@ def test_bad_rows_name_the_file(
     [
         (["--task", "sudok"], ["task='sudok'", "sudoku"]),
         (["--lora_targets", "q_proj", "k_prox"], ["lora_targets='k_prox'", "q_proj, k_proj"]),
-        (["--clip", "-1"], ["clip=-1.0", "at least 0, or none"]),
-        (["--retain_ratio", "1.5"], ["retain_ratio=1.5", "[0, 1]"]),
-        (["--pass_k", "0"], ["pass_k=0", "at least 1"]),
-        (["--temperature", "0"], ["temperature=0.0", "pass_k=2"]),
-        (["--gen_length", "50"], ["gen_length=50", "block_length=8"]),
+        (["--clip", "-1"], ["clip must be", "but is -1.0", "at least 0, or none"]),
+        (["--retain_ratio", "1.5"], ["retain_ratio must be", "but is 1.5", "[0, 1]"]),
+        (["--pass_k", "0"], ["pass_k must be", "but is 0", "at least 1"]),
+        (["--temperature", "0"], ["temperature must be", "but is 0.0", "pass_k=2"]),
+        (["--gen_length", "50"], ["block_length must be", "gen_length=50, but is 8"]),
         (["--gradient_accumulation_steps", "2"], ["gradient_accumulation_steps=2", "per_device_train_batch_size"]),
         (["--learning_rat", "1"], ["--learning_rat", "--learning_rate"]),
-        (["--recipe", "nano"], ["recipe='nano'", "tiny"]),
+        (["--recipe", "nano"], ["recipe must be", "but is 'nano'", "tiny"]),
         (["--load_best_model_at_end", "true", "--eval_strategy", "no"], ["load_best_model_at_end"]),
-        (["--memory_budget", "24x"], ["memory_budget='24x'", "24GiB", "80%"]),
-        (["--memory_budget", "120%"], ["memory_budget='120%'", "share"]),
+        (["--memory_budget", "24x"], ["memory_budget must be", "but is '24x'", "24GiB", "80%"]),
+        (["--memory_budget", "120%"], ["memory_budget must be", "but is '120%'", "share"]),
         (["--resume_from_checkpoint", "true"], ["resume_from_checkpoint='true'", "holds no run"]),
     ],
     ids=lambda part: part[0].removeprefix("--") if part[0].startswith("--") else "",
@@ -269,7 +424,7 @@ def test_an_unusable_option_exits_with_2(
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ("9999GiB", ["memory_budget='9999GiB'", "the device has"]),
+        ("9999GiB", ["memory_budget must be at most", "the device has, but is '9999GiB'"]),
         ("0.01GiB", ["memory_budget='0.01GiB'", "weights 0.0", "--reuse block", "--optim adamw_8bit"]),
     ],
 )
@@ -411,6 +566,15 @@ def test_an_unexpected_exception_is_one_line(command: Command) -> None:
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_large_row_is_not_quoted_whole(command: Command, tmp_path: Path) -> None:
+    """What an error quotes of a file of megabytes is its beginning and its end."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"puzzle": "0" * 5_000_000, "solution": "1234"}]))
+    code, _, err = command(evaluate.main, "--test_file", str(path))
+    assert code == 1 and f"{path}: row 0" in the_error(err) and "is no solved grid" in the_error(err)
+    assert len(err) < 2100
+
+
 def test_debug_shows_where(command: Command) -> None:
     """With --debug an unexpected exception is raised as it is, and a usage error prints its traceback as well."""
     with pytest.raises(ZeroDivisionError) as raised:
@@ -419,7 +583,7 @@ def test_debug_shows_where(command: Command) -> None:
     code, _, err = command(train.main, "--debug", "--pass_k", "0")
     assert code == 2
     assert "Traceback" in err and "UsageError" in err
-    assert err.strip().splitlines()[-1].startswith("error: pass_k=0")
+    assert err.strip().splitlines()[-1].startswith("error: pass_k must be at least 1, but is 0")
 
 
 def test_an_interrupt_is_no_error(command: Command) -> None:

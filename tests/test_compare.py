@@ -109,7 +109,47 @@ def test_files_that_cannot_be_compared(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("kind", ["first", "second", "symbolic link", "hard link", "markdown", "exists"])
+def test_no_input_is_written_over(kind: str, command: Command, write: Callable[..., str], tmp_path: Path) -> None:
+    """Neither a file that is compared, under whatever name, nor a table's neighbour, nor results that are there."""
+    first, second, output = write("first", entry(BEFORE)), write("second", entry(AFTER)), tmp_path / "out.json"
+    if kind in ("first", "second"):
+        output = Path(first if kind == "first" else second)
+    elif kind == "markdown":
+        first = str(Path(first).rename(tmp_path / "out.md"))
+    elif kind == "exists":
+        output.write_text("hours of work")
+    else:
+        (output.symlink_to if kind == "symbolic link" else output.hardlink_to)(first)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    overwrite = [] if kind == "exists" else ["--overwrite"]
+    code, _, err = command(evaluate.main, "--compare", first, second, "--output", str(output), *overwrite)
+    assert code == 2 and f"output='{output}'" in err and ("is read" in err or kind == "exists")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_no_file_of_rows_is_written_over(command: Command, tmp_path: Path) -> None:
+    """Not even with --overwrite."""
+    rows = tmp_path / "rows.json"
+    rows.write_text('[{"puzzle": "1200341221434321", "solution": "1234341221434321"}]')
+    before = rows.read_bytes()
+    code, _, err = command(evaluate.main, "--test_file", str(rows), "--output", str(rows), "--overwrite")
+    assert code == 2 and f"{rows} is {rows}, which is read" in err and rows.read_bytes() == before
+
+
+@pytest.mark.parametrize("score", [7, -0.5, float("nan"), True, "1", None])
+def test_grades_are_checked(score: Any, command: Command, write: Callable[..., str]) -> None:
+    """What is no number from 0 to 1 is named with its file and row."""
+    wrong = entry(AFTER)
+    wrong["responses"][3]["score"] = score
+    first, second = write("first", entry(BEFORE)), write("second", wrong)
+    code, _, err = command(evaluate.main, "--compare", first, second)
+    assert code == 2 and "unexpected" not in err
+    for word in (f"compare='{second}'", "row 3", repr(score), "from 0 to 1"):
+        assert word in err
+
+
 def test_a_comparison_takes_two_files(command: Command) -> None:
     """Any other number is told."""
     code, _, err = command(evaluate.main, "--compare", "one.json")
-    assert code == 2 and "compare=['one.json']" in err and "two files" in err
+    assert code == 2 and "but is ['one.json']" in err and "two files" in err

@@ -107,8 +107,11 @@ def test_a_recipe_names_the_cache(tmp_path: Path, kind: str) -> None:
         ("clip: [\n", ["not valid YAML"]),
         ("just words\n", ["YAML file with one option a line"]),
         ("", ["YAML file with one option a line"]),
-        ("pass_k: 0\n", ["pass_k=0", "at least 1"]),
+        ("pass_k: 0\n", ["pass_k must be", "but is 0", "at least 1"]),
         ("steps: many\n", ["--steps", "many"]),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", ["not valid YAML", "aliases (*a)"]),
+        ("seed: " + "[" * 10**4, ["not valid YAML"]),
+        ("task: here/chess.py:Chess\n", ["recipe.yaml", "task='here/chess.py:Chess'", "command line alone"]),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_named(tmp_path: Path, text: str, said: list[str]) -> None:
@@ -215,34 +218,34 @@ def test_transformers_own_checks_are_usage_errors() -> None:
     ("argv", "said"),
     [
         (["--gradient_accumulation_steps", "2"], ["gradient_accumulation_steps=2", "per_device_train_batch_size"]),
-        (["--gen_length", "50", "--block_length", "8"], ["block_length=8", "gen_length=50"]),
-        (["--steps", "5"], ["steps=5", "between 6 and 48"]),
-        (["--clip", "-0.1"], ["clip=-0.1", "at least 0"]),
-        (["--retain_ratio", "1.2"], ["retain_ratio=1.2", "[0, 1]"]),
-        (["--retain_ratio", "-0.2"], ["retain_ratio=-0.2", "[0, 1]"]),
-        (["--pass_k", "0"], ["pass_k=0", "at least 1"]),
-        (["--temperature", "0"], ["temperature=0.0", "pass_k=8"]),
-        (["--top_k", "0"], ["top_k=0", "at least 1, or none"]),
-        (["--beta", "1"], ["beta=1.0"]),
-        (["--ema_decay", "1"], ["ema_decay=1.0"]),
-        (["--threshold", "1.5"], ["threshold=1.5"]),
+        (["--gen_length", "50", "--block_length", "8"], ["block_length must be", "gen_length=50, but is 8"]),
+        (["--steps", "5"], ["steps must be", "but is 5", "between 6 and 48"]),
+        (["--clip", "-0.1"], ["clip must be", "but is -0.1", "at least 0"]),
+        (["--retain_ratio", "1.2"], ["retain_ratio must be", "but is 1.2", "[0, 1]"]),
+        (["--retain_ratio", "-0.2"], ["retain_ratio must be", "but is -0.2", "[0, 1]"]),
+        (["--pass_k", "0"], ["pass_k must be", "but is 0", "at least 1"]),
+        (["--temperature", "0"], ["temperature must be", "but is 0.0", "pass_k=8"]),
+        (["--top_k", "0"], ["top_k must be", "but is 0", "at least 1, or none"]),
+        (["--beta", "1"], ["beta must be", "but is 1.0"]),
+        (["--ema_decay", "1"], ["ema_decay must be", "but is 1.0"]),
+        (["--threshold", "1.5"], ["threshold must be", "but is 1.5"]),
         (["--threshold", "0.9", "--remasking", "margin"], ["threshold=0.9", "low_confidence", "margin"]),
-        (["--score_threshold", "2"], ["score_threshold=2.0"]),
-        (["--update_per_slice", "0"], ["update_per_slice=0"]),
-        (["--states_per_forward", "0"], ["states_per_forward=0"]),
+        (["--score_threshold", "2"], ["score_threshold must be", "but is 2.0"]),
+        (["--update_per_slice", "0"], ["update_per_slice must be", "but is 0"]),
+        (["--states_per_forward", "0"], ["states_per_forward must be", "but is 0"]),
         (["--reuse", "all"], ["--reuse", "'all'", "'block'"]),
         (["--cache", "both"], ["--cache", "'both'", "'dual'"]),
-        (["--drift_samples", "-1"], ["drift_samples=-1"]),
+        (["--drift_samples", "-1"], ["drift_samples must be", "but is -1"]),
         (["--drift_limit", "0.1"], ["drift_limit=0.1", "reuse"]),
-        (["--reuse", "block", "--drift_limit", "-1"], ["drift_limit=-1.0"]),
+        (["--reuse", "block", "--drift_limit", "-1"], ["drift_limit must be", "but is -1.0"]),
         (["--reuse", "block", "--drift_limit", "0.1", "--drift_samples", "0"], ["drift_limit=0.1", "drift_samples"]),
-        (["--sequences_per_forward", "0"], ["sequences_per_forward=0"]),
-        (["--eval_tokens_per_step", "9"], ["eval_tokens_per_step=9", "block_length=8"]),
-        (["--train_problems", "0"], ["train_problems=0"]),
-        (["--lora_r", "0"], ["lora_r=0"]),
-        (["--lora_dropout", "1"], ["lora_dropout=1.0"]),
-        (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size=0"]),
-        (["--max_steps", "0"], ["max_steps=0"]),
+        (["--sequences_per_forward", "0"], ["sequences_per_forward must be", "but is 0"]),
+        (["--eval_tokens_per_step", "9"], ["eval_tokens_per_step must be", "but is 9", "block_length=8"]),
+        (["--train_problems", "0"], ["train_problems must be", "but is 0"]),
+        (["--lora_r", "0"], ["lora_r must be", "but is 0"]),
+        (["--lora_dropout", "1"], ["lora_dropout must be", "but is 1.0"]),
+        (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size must be", "but is 0"]),
+        (["--max_steps", "0"], ["max_steps must be", "but is 0"]),
     ],
     ids=lambda part: "-".join(part).replace("--", "") if isinstance(part, list) else None,
 )
@@ -254,14 +257,55 @@ def test_a_value_out_of_range_names_the_option_and_what_is_accepted(argv: list[s
         assert word in str(error.value)
 
 
+MEANINGLESS = [
+    *([f"--{name}", value] for name in ("learning_rate", "max_grad_norm", "weight_decay") for value in ("inf", "nan")),
+    *(
+        [f"--{name}", value]
+        for name in ("temperature", "clip", "retain_ratio", "drift_limit")
+        for value in ("inf", "nan")
+    ),
+    *([f"--{name}", "nan"] for name in ("ema_decay", "score_threshold", "beta", "threshold", "lora_dropout")),
+    *([f"--{name}", "inf"] for name in ("save_steps", "logging_steps", "warmup_steps", "num_train_epochs")),
+    ["--lr_scheduler_kwargs", '{"lr_end": NaN}'],
+    *([f"--{name}", "0"] for name in ("save_steps", "eval_steps", "logging_steps")),
+    ["--save_steps", "-5"],
+    ["--seed", "-1"],
+    ["--eval_tokens_per_step", "2", "1", "2"],
+    ["--recipe", ""],
+    ["--memory_budget", "9" * 400],
+    *([f"--{name}", "999999999999"] for name in ("train_problems", "pass_k", "lora_r", "sequences_per_forward")),
+    *([f"--{name}", "999999999999"] for name in ("per_device_train_batch_size", "max_steps", "seed", "top_k")),
+]
+
+
+@pytest.mark.parametrize("argv", MEANINGLESS, ids=lambda argv: "-".join(argv)[2:40])
+def test_a_value_that_means_nothing_is_refused(argv: list[str]) -> None:
+    """While parsing, in a sentence with the option's name."""
+    reuse = ["--reuse", "block"] if argv[0] == "--drift_limit" else []
+    with pytest.raises(UsageError, match=rf"^{argv[0].removeprefix('--')}(=| must be )"):
+        parse_train([*argv, *reuse])
+
+
+def test_a_value_out_of_range_reads_as_it_is_meant() -> None:
+    """What is accepted is what it must be, and what was given is not."""
+    with pytest.raises(UsageError, match=r"^pass_k must be at least 1, but is 0$"):
+        parse_train(["--pass_k", "0"])
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--tokens_per_step", "2", "2"], ["tokens_per_step=[2, 2]", "once"]),
+        (["--reveal", "0.25", "0.250000001"], ["reveal=[0.25, 0.250000001]", "once"]),
+        (["--reveal", "nan"], ["reveal must be", "but is nan"]),
+        (["--temperature", "inf"], ["temperature must be finite, but is inf"]),
+        (["--eval_problems", "999999999999"], ["eval_problems must be at most"]),
+        (["--seed", "-1"], ["seed must be at least 0"]),
         (["--gen_length", "48", "50"], ["gen_length=50"]),
-        (["--tokens_per_step", "9"], ["tokens_per_step=9", "block_length=8"]),
-        (["--reveal", "1.5"], ["reveal=1.5"]),
-        (["--eval_problems", "0"], ["eval_problems=0"]),
-        (["--pass_k", "4", "--temperature", "0"], ["temperature=0.0", "pass_k=4"]),
+        (["--tokens_per_step", "9"], ["tokens_per_step must be", "but is 9", "block_length=8"]),
+        (["--reveal", "1.5"], ["reveal must be", "but is 1.5"]),
+        (["--eval_problems", "0"], ["eval_problems must be", "but is 0"]),
+        (["--pass_k", "4", "--temperature", "0"], ["temperature must be", "but is 0.0", "pass_k=4"]),
         (["--adaptor", "x"], ["--adaptor", "--adapter"]),
         (["--adapter"], ["--adapter"]),
     ],
@@ -284,6 +328,14 @@ def test_every_option_has_a_help_text(group: type) -> None:
     helps = [f.metadata.get("help", "") for f in own_fields(group)]
     assert helps and all(text.strip().endswith(".") for text in helps)
     assert len(set(helps)) == len(helps)
+
+
+@pytest.mark.parametrize("parse", [parse_train, parse_evaluate])
+def test_help_says_that_a_tasks_file_is_run(parse: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "path/to/file.py:ClassName, whose code then runs (so a recipe can't name a file)" in text
 
 
 @pytest.mark.parametrize(("parse", "groups"), [(parse_train, GROUPS[:-1]), (parse_evaluate, GROUPS[-1:])])

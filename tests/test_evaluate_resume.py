@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from dopsd import evaluate, journal
 from dopsd.errors import RunError
 from dopsd.journal import Journal
+from dopsd.models import add_lora, load_model
 from dopsd.rollout import Decoder
 
 Command = Callable[..., tuple[int, str, str]]
@@ -80,6 +81,19 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
     monkeypatch.setattr(Journal, "add", interrupted)
 
 
+@pytest.fixture
+def unfinished(
+    command: Command, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], Path]:
+    """A command that was stopped when it had kept two of three batches, and the folder of its journal."""
+    path = tmp_path / "unfinished.json"
+    argv = ["--model", str(random_model), "--eval_problems", "6", "--tokens_per_step", "8"]
+    argv += ["--sequences_per_forward", "2", "--output", str(path)]
+    stop_after(monkeypatch, 2)
+    assert command(evaluate.main, *argv)[0] == 130
+    return argv, tmp_path / "unfinished.json.partial"
+
+
 def test_a_killed_evaluation_goes_on_where_it_was(
     command: Command, tmp_path: Path, random_model: Path, lottery: str, decoded: list[int]
 ) -> None:
@@ -140,6 +154,14 @@ def test_partial_grades(tmp_path: Path, random_model: Path, lottery: str) -> Non
     assert "fully correct (%)" in page and "mean ± 1.96" in page and "published" not in page
 
 
+def test_a_grade_that_is_none_is_named(command: Command, random_model: Path, lottery: str) -> None:
+    """A task of one's own that counts to ten."""
+    file = Path(lottery.partition(":")[0])
+    file.write_text(file.read_text().replace("% 4 / 3", "% 4 + 7"))
+    code, _, err = command(evaluate.main, "--model", str(random_model), "--task", lottery)
+    assert code == 1 and "Lottery.score must be from 0 to 1, but is" in err
+
+
 def test_an_unfinished_run_goes_on_only_as_it_began(
     command: Command, tmp_path: Path, random_model: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[int]
 ) -> None:
@@ -192,25 +214,104 @@ def test_a_journal_has_what_every_process_kept(tmp_path: Path) -> None:
     def line(index: int) -> dict[str, Any]:
         return {"task": "t", "gen_length": 8, "tokens_per_step": 2, "measure": "greedy", "index": index, "score": 0.1}
 
-    first, second = Journal(tmp_path, 0), Journal(tmp_path, 1)
+    def check(entry: dict[str, Any]) -> None:
+        if entry["score"] > 1:
+            raise ValueError("too much")
+
+    def open_journal(process: int, run: str = "r") -> Journal:
+        return Journal(tmp_path, process, run, check)
+
+    first, second = open_journal(0), open_journal(1)
     first.add([line(0), line(2)])
     second.add([line(1)])
     first.close()
     second.close()
     with (tmp_path / "process-1.jsonl").open("a") as file:
         file.write('{"task": "t", "gen_')
-    again = Journal(tmp_path, 1)
+    again = open_journal(1)
     assert sorted(key[-1] for key in again.entries) == [0, 1, 2]
     assert again.entries["t", 8, 2, "greedy", 1] == line(1)
     again.add([line(3)])
     again.close()
     assert [json.loads(text)["index"] for text in (tmp_path / "process-1.jsonl").read_text().splitlines()] == [1, 3]
-    (tmp_path / "process-0.jsonl").write_text("{}\n" + json.dumps(line(0)) + "\n")
-    with pytest.raises(RunError, match=r"process-0\.jsonl: line 1 is damaged"):
-        Journal(tmp_path, 0)
+    for text, said in (
+        ("{}", "line 1 can't be used"),
+        ("{", "line 1 can't be used"),
+        ("[" * 10**5, "line 1 can't be used"),
+        (json.dumps({"run": "r", **line(0), "score": 7}), "line 1 can't be used .*too much"),
+        (json.dumps({"run": "s", **line(0)}), "line 1 can't be used .*it is of another run"),
+    ):
+        (tmp_path / "process-0.jsonl").write_text(text + "\n" + json.dumps({"run": "r", **line(0)}) + "\n")
+        with pytest.raises(RunError, match=rf"process-0\.jsonl: {said}.*--overwrite starts anew"):
+            open_journal(0)
     (tmp_path / "notes.txt").write_text("of others")
     journal.remove(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"score": 7}, ["score 7", "from 0 to 1"]),
+        ({"score": float("nan")}, ["score nan", "from 0 to 1"]),
+        ({"score": "1"}, ["score '1'"]),
+        ({"index": 6}, ["no row 6"]),
+        ({"index": 0.0}, ["no row 0.0"]),
+        ({"measure": "grady"}, ["no grady of sudoku"]),
+        ({"gen_length": 64}, ["sudoku, 64 tokens"]),
+        ({"tries": 2}, ["tries", "from 1 to 1"]),
+        ({"response": None}, ["response"]),
+        ({"seconds": -1.0}, ["seconds -1.0"]),
+        ({"trajectory": {}}, ["KeyError"]),
+        ({"run": "0"}, ["another run"]),
+    ],
+    ids=lambda part: str(part) if isinstance(part, dict) else None,
+)
+def test_lines_that_are_none_of_the_run_are_named(
+    changes: dict[str, Any], said: list[str], command: Command, unfinished: tuple[list[str], Path]
+) -> None:
+    """A line of a journal with an impossible score, row or measure, or another run's: the file, the line, the value."""
+    argv, folder = unfinished
+    file = folder / "process-0.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], json.dumps({**json.loads(lines[1]), **changes}), ""]))
+    before = file.read_bytes()
+    code, _, err = command(evaluate.main, *argv)
+    assert code == 1, err
+    for word in (f"{file}: line 2", *said):
+        assert word in err
+    assert "unexpected" not in err and file.read_bytes() == before
+
+
+def test_lines_belong_to_the_adapter(
+    command: Command, unfinished: tuple[list[str], Path], random_model: Path, tmp_path: Path
+) -> None:
+    """One entry of an adapter's file that no sample of it sees is another adapter; so are another's lines."""
+    adapter, path = tmp_path / "adapter", tmp_path / "adapted.json"
+    add_lora(load_model(str(random_model))[0], None, 16, 4, 0.0).save_pretrained(str(adapter))
+    argv, _ = unfinished
+    argv = [*argv, "--adapter", str(adapter), "--output", str(path)]
+    folder = tmp_path / "adapted.json.partial"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        assert command(evaluate.main, *argv)[0] == 130
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if "lora_A" in key)
+    tensors[name][0, 1] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    code, _, err = command(evaluate.main, *argv)
+    assert code == 2 and "adapter's files=" in err and str(folder) in err
+    settings = folder / "settings.json"
+    kept = settings.read_bytes()
+    settings.unlink()
+    code, _, err = command(evaluate.main, *argv)
+    assert code == 1 and "process-0.jsonl: line 1" in err and "another run" in err
+    settings.write_bytes(b"[" * 10**5)
+    code, _, err = command(evaluate.main, *argv)
+    assert code == 1 and f"{settings}: not valid JSON" in err
+    settings.write_bytes(kept)
+    assert command(evaluate.main, *argv, "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -219,10 +320,10 @@ def test_a_journal_has_what_every_process_kept(tmp_path: Path) -> None:
         (["--task", "sudoku", "gsm9k"], ["task='gsm9k'", "gsm8k"]),
         (["--task", "sudoku", "sudoku"], ["task=['sudoku', 'sudoku']", "once"]),
         (["--task", "sudoku", "countdown", "--test_file", "rows.csv"], ["test_file='rows.csv'", "sudoku, countdown"]),
-        (["--output", "result.md"], ["output='result.md'", ".json"]),
+        (["--output", "result.md"], ["output must be", "but is 'result.md'", ".json"]),
         (["--output", "absent/result.json"], ["output='absent/result.json'", "absent is no folder"]),
         (["--output", "file/result.json"], ["output='file/result.json'", "file is no folder"]),
-        (["--block_length", "0"], ["block_length=0"]),
+        (["--block_length", "0"], ["block_length must be", "but is 0"]),
     ],
     ids=lambda part: "-".join(part).replace("--", "") if part[0].startswith("--") else "",
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -186,6 +188,22 @@ def test_a_worker_that_was_killed_is_replaced() -> None:
     assert not worker.equal("1/2", "0.5")
     assert worker.equal("1/2", "0.5")
     worker.close()
+
+
+def test_a_worker_imports_no_script_of_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one in the current folder, the script's or on PYTHONPATH, though it has the name of a standard module."""
+    marker = tmp_path / "started"
+    for name in ("copy", "sympy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(marker)!r}, 'w').close()\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    worker = MathWorker(10.0)
+    try:
+        assert worker.equal("1/2", "0.5")
+    finally:
+        worker.close()
+    assert not marker.exists()
 
 
 def test_a_worker_that_can_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

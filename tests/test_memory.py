@@ -52,10 +52,10 @@ def test_budgets(text: str, expected: float) -> None:
 @pytest.mark.parametrize("text", ["", "0", "-1", "101", "101%", "24GB", "nan", "1e3"])
 def test_budgets_that_are_none(text: str) -> None:
     """Also more than the device has."""
-    with pytest.raises(UsageError, match="memory_budget="):
+    with pytest.raises(UsageError, match="memory_budget must be "):
         read_bytes("memory_budget", text, 100 * GIB)
     if text != "101":
-        with pytest.raises(UsageError, match="gpu="):
+        with pytest.raises(UsageError, match="gpu must be "):
             read_bytes("gpu", text.replace("101%", "80%"), None)
 
 

@@ -481,7 +481,7 @@ def test_mean_metrics_weigh_every_row_alike() -> None:
 )
 def test_bad_options_are_named(name: str, value: float) -> None:
     """A value outside its range is an error that names the option."""
-    with pytest.raises(UsageError, match=f"^{name}="):
+    with pytest.raises(UsageError, match=f"^{name} must be "):
         Objective(**{**DEFAULTS, name: value})
 
 

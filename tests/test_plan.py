@@ -181,12 +181,13 @@ def test_an_averaged_teacher_is_not_quantised() -> None:
     [
         (["--gpu", "10GiB"], ["gpu='10GiB'", "weights 14.93", "takes 2", "--quantize nf4", "--reuse block"]),
         (["--model-config", "nowhere/config.json"], ["model_config='nowhere/config.json'", "no such file"]),
-        (["--gpu", "80%"], ["gpu='80%'", "GiB"]),
-        (["--gpu", "much"], ["gpu='much'", "24GiB"]),
-        (["--gpu", "0"], ["gpu='0'"]),
-        (["--prompt_length", "0"], ["prompt_length=0"]),
+        (["--gpu", "80%"], ["gpu must be", "but is '80%'", "GiB"]),
+        (["--gpu", "much"], ["gpu must be", "but is 'much'", "24GiB"]),
+        (["--gpu", "0"], ["gpu must be", "but is '0'"]),
+        (["--prompt_length", "0"], ["prompt_length must be at least 1, but is 0"]),
         (["--lora_targets", "qq"], ["lora_targets='qq'"]),
         (["--gen_lenth", "64"], ["--gen_length"]),
+        (["--gen_length", "4000000000", "--steps", "none"], ["gen_length must be at most ", "but is 4000000000"]),
     ],
 )
 def test_bad_options(argv: list[str], said: list[str], llada_8b: tuple[Path, DryRun], command: Command) -> None:

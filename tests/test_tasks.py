@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import resource
+import signal
+import time
 from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd import cli, tasks
+from dopsd import cli, limits, tasks
 from dopsd.config import TaskArguments
 from dopsd.errors import RunError, UsageError
 from dopsd.rollout import Decoder
@@ -181,6 +184,33 @@ class ChatTokenizer:
         return {"input_ids": torch.tensor([[ord(character) for character in text]])}
 
 
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LOOP, "takes more than 0.2 seconds"),
+        ("{{ 'x' * 20000000000 }}", "takes more than 1 GiB"),
+        ("{{ raise_exception('no') }}", "fails: TemplateError: no"),
+        ("{{ messages[7].content + 1 }}", "fails: UndefinedError"),
+        ("{% for %}", "fails: TemplateSyntaxError"),
+    ],
+    ids=["loop", "memory", "raise", "undefined", "syntax"],
+)
+def test_a_chat_template_that_does_not_end_or_work(
+    template: str, said: str, shipped: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence; afterwards there is neither a timer nor a limit."""
+    monkeypatch.setattr(limits, "SECONDS", 0.2)
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
+    shipped.tokenizer.chat_template = template
+    with pytest.raises(RunError, match=f"the tokenizer's chat template {said}"):
+        shipped.encode("1")
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
 def test_prompts_are_a_users_turn_where_there_is_a_chat_template() -> None:
     class Model:
         lm_head_weight = torch.zeros(1)
@@ -215,7 +245,7 @@ def test_generated_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["countdown", "gsm8k"])
 def test_an_unknown_split_is_an_error(name: str) -> None:
-    with pytest.raises(UsageError, match="split='dev' can't be used: one of train, validation, test"):
+    with pytest.raises(UsageError, match="split must be one of train, validation, test, but is 'dev'"):
         load_task(name).problems("dev", 1)
 
 
@@ -320,6 +350,38 @@ def test_text_is_not_interpreted(tmp_path: Path) -> None:
         path = tmp_path / f"rows.{kind}"
         path.write_bytes(text.encode())
         assert read_rows(path, ("question", "answer")) == [row] * 2
+
+
+@pytest.mark.parametrize("kind", ["one value a million times", "nothing ten million times", "one large value"])
+def test_a_parquet_file_that_unpacks_to_gigabytes(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes; refused with the file's name, in little time and memory."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("dopsd.tasks.rows.MOST", 1 << 24)
+    path = tmp_path / "rows.parquet"
+    if kind == "one large value":
+        table = pyarrow.table({"puzzle": ["0" * (1 << 25)], "solution": ["1"]})
+    else:
+        value, count = ("0" * 10**6, 10**6) if kind == "one value a million times" else ("", 10**7)
+        indices = pyarrow.nulls(count, pyarrow.int32()).fill_null(0)
+        column = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array([value]))
+        table = pyarrow.table({"puzzle": column, "solution": column})
+    parquet.write_table(table, path, compression="zstd", store_schema=False)
+    del table
+    assert path.stat().st_size < 1 << 20
+    start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"rows\.parquet: can't be read as parquet: it unpacks to more than 16 MiB"):
+        load_task("sudoku").read(path)
+    assert time.process_time() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 1 << 20  # in KiB
+
+
+@pytest.mark.parametrize("name", ["deep.json", "deep.jsonl"])
+def test_a_nest_of_lists_is_an_error(tmp_path: Path, name: str) -> None:
+    """A hundred thousand deep; the file is named."""
+    path = tmp_path / name
+    path.write_text(("" if name == "deep.json" else '{"puzzle": ') + "[" * 10**5)
+    with pytest.raises(ValueError, match=rf"{name}: can't be read as"):
+        load_task("sudoku").read(path)
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

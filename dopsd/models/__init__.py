@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import importlib.util
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig
 
 import dopsd.assets
 from dopsd.errors import RunError, UsageError, require
+from dopsd.models.adapter import STUDENT, adapter_files, add_lora, load_adapter
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.models.checkpoint import check_loaded, first_line, load_tokenizer, read_config, tensors_of
 from dopsd.models.dream import DreamModel
 from dopsd.models.generic import FullAttention, full_attention
 from dopsd.models.llada import LLaDAModelLM
 
+__all__ = [
+    "MODELS",
+    "SHIPPED",
+    "STUDENT",
+    "adapter_files",
+    "add_lora",
+    "check_model",
+    "checkpoint_activations",
+    "class_of",
+    "device_of",
+    "load_adapter",
+    "load_model",
+    "quantization",
+    "require_layers",
+]
+
 # model_type in a checkpoint's config.json -> the class that reads it. All others are transformers' own.
 MODELS: dict[str, type[DiffusionModel]] = {"llada": LLaDAModelLM, "Dream": DreamModel}
-
-# The name of the adapter that is trained: PEFT's default, so that what is saved loads anywhere.
-STUDENT = "default"
 
 # Models that ship with the package, by the name ``--model`` takes.
 SHIPPED = {"tiny": Path(dopsd.assets.__file__).parent / "tiny"}
 
-# Sets of linear layers, by the name ``--lora_targets`` takes.
-LORA_PRESETS = {"reference": ("q_proj", "k_proj", "v_proj", "up_proj")}
+
+def check_model(model: str) -> tuple[dict[str, Any], type[DiffusionModel]]:
+    """What a model's ``config.json`` says and the class that reads it, before anything else of it is fetched.
+
+    Raises:
+        UsageError: no such model, or of a kind that is not known.
+        RunError: its config.json can't be read.
+    """
+    fields = read_config(model, str(SHIPPED.get(model, model)), SHIPPED)
+    return fields, class_of(model, fields)
 
 
 def load_model(
@@ -58,8 +77,7 @@ def load_model(
         RunError: its files are incomplete, ask for what is not implemented, or it has no mask token.
     """
     path = str(SHIPPED.get(model, model))
-    fields = read_config(model, path, SHIPPED)
-    network_class = class_of(model, fields)
+    fields, network_class = check_model(model)
     generic = issubclass(network_class, FullAttention)
     require(
         generic or not shift_logits, "shift_logits", shift_logits, f"{fields['model_type']} models say it themselves"
@@ -142,52 +160,6 @@ def quantization(kind: str) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-
-
-def add_lora(model: DiffusionModel, targets: Sequence[str] | None, r: int, alpha: int, dropout: float) -> PeftModel:
-    """``model`` with a fresh LoRA adapter on ``targets``: names of its linear layers or presets (None: all of them).
-
-    Raises:
-        UsageError: a target that the model does not have.
-    """
-    names: list[str] = []
-    for target in model.lora_modules if targets is None else targets:
-        names += LORA_PRESETS.get(target, (target,))
-    for name in names:
-        known = ", ".join((*model.lora_modules, *LORA_PRESETS))
-        require(name in model.lora_modules, "lora_targets", name, f"this model has {known}")
-    pattern = f"{model.lora_path}({'|'.join(map(re.escape, names))})"
-    return get_peft_model(
-        model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
-    )
-
-
-def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftModel:
-    """``model`` with the PEFT adapter in the folder ``adapter``.
-
-    Raises:
-        UsageError: no adapter there, or one whose tensors do not fit the model; the sentence names the tensor.
-    """
-    folder = Path(adapter)
-    weights = folder / "adapter_model.safetensors"
-    present = weights.is_file() and (folder / "adapter_config.json").is_file()
-    require(present, "adapter", adapter, "it is a folder with adapter_config.json and adapter_model.safetensors")
-    try:
-        with safe_open(weights, framework="pt") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise RunError(f"adapter={adapter!r}: {weights.name} can't be read: {first_line(error)}") from error
-    modules = dict(model.named_modules())
-    for key, shape in shapes.items():
-        found = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", key)
-        require(found is not None, "adapter", adapter, f"its tensors are lora_A and lora_B weights, and {key} is not")
-        name, side = found.groups()  # type: ignore[union-attr]
-        layer = modules.get(name)
-        require(layer is not None, "adapter", adapter, f"it adapts {name}, which this model does not have")
-        width = layer.in_features if side == "A" else layer.out_features  # type: ignore[union-attr]
-        fits = shape[1 if side == "A" else 0] == width
-        require(fits, "adapter", adapter, f"its {key} is {shape}, and this model's {name} takes {width}")
-    return PeftModel.from_pretrained(model, folder, adapter_name=STUDENT, is_trainable=trainable)
 
 
 def require_layers(model: Any, argument: str, given: str, exact: str) -> None:

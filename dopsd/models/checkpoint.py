@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from dopsd.errors import RunError, UsageError, require
+from dopsd.files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -40,17 +40,6 @@ def read_config(model: str, path: str, shipped: Collection[str]) -> dict[str, An
                 f"that can be read ({first_line(error)})"
             ) from error
     return read_json(local)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; RunError if it holds none."""
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise RunError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise RunError(f"{file}: not valid JSON for this purpose: it holds no object")
-    return content
 
 
 def tensors_of(model: str, path: str) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from dopsd.errors import require
+from dopsd.errors import must_be
 from dopsd.tasks.rows import hub_rows, read_rows
 from dopsd.tasks.task import SPLITS, Row, Task, check_golds, part
 
@@ -79,7 +79,7 @@ class HubBenchmark(Benchmark):
         ``test``: the first ones, in the dataset's order. ``train`` and ``validation``: shuffled by ``seed``; in which
         of the two a row of the training set is (a sixteenth is validation) depends on its problem alone.
         """
-        require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
+        must_be(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
         source = self.test_source if split == "test" else self.train_source
         rows = hub_rows(*source, self.columns)
         if split != "test":

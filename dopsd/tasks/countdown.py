@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import combinations
 
-from dopsd.errors import require
+from dopsd.errors import must_be
 from dopsd.tasks.answers import in_tags, marked
 from dopsd.tasks.benchmark import Benchmark
 from dopsd.tasks.task import SPLITS, Row, split_of
@@ -173,7 +173,7 @@ class Countdown(Benchmark):
 
         Which split a problem is in depends on its numbers, in any order, and its target alone: no seed moves it.
         """
-        require(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
+        must_be(split in SPLITS, "split", split, f"one of {', '.join(SPLITS)}")
         rng = random.Random(f"countdown-{split}-{seed}")
         rows: dict[str, Row] = {}
         while len(rows) < count:

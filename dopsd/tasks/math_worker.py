@@ -5,7 +5,8 @@ runs in C. So it is off here, and each question is asked of a worker process tha
 handles: the kernel ends the process at the deadline, whatever it is doing, also if its parent is gone. The worker's
 memory is limited as well. It outlives its questions; one that has ended is replaced at the next. POSIX only.
 
-This file is both sides: the parent's :class:`MathWorker`, and, run as a module, the worker. They exchange JSON lines.
+This file is both sides: the parent's :class:`MathWorker`, and the worker's loop. They exchange JSON lines. The worker
+finds modules where Python and its packages are installed, and this package where it is: no script of the caller's.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from threading import Lock
 
 from dopsd.errors import RunError
 
 MEMORY = 4 * 2**30
+
+# What the worker runs, with folders as arguments. Neither the current folder nor PYTHONPATH comes before the standard
+# library, where a caller's ``copy.py`` would be taken for its copy.
+START = (
+    "import sys; sys.path[:] = [*filter(None, sys.path), *sys.argv[1:]]; "
+    "from dopsd.tasks.math_worker import answer_questions; answer_questions()"
+)
 
 
 class MathWorker:
@@ -53,12 +62,13 @@ class MathWorker:
     def start(self) -> None:
         """Start a worker and wait until it has imported what it needs."""
         self.owner = os.getpid()
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dopsd.tasks.math_worker"],
+            [sys.executable, "-c", START, *folders()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "0"},
+            env={**environment, "PYTHONHASHSEED": "0"},
             start_new_session=True,  # an interrupt from the keyboard is for its parent, whose end it sees
             text=True,
         )
@@ -83,6 +93,13 @@ class MathWorker:
             self.process.kill()
             self.process.communicate()
             self.process = None
+
+
+def folders() -> list[str]:
+    """Where this package and math-verify with what it needs are, if not where packages are installed."""
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    callers = {"", os.getcwd(), *([] if script is None else [str(Path(script).resolve().parent)])}
+    return [*(path for path in sys.path if path not in callers), str(Path(__file__).parents[2])]
 
 
 def answer_questions() -> None:
@@ -116,7 +133,3 @@ def answer_questions() -> None:
             same = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply(same)
-
-
-if __name__ == "__main__":
-    answer_questions()

@@ -11,6 +11,11 @@ from typing import Any
 
 from dopsd.errors import RunError
 
+# Characters of a file's rows, and bytes of it: more is no file of problems.
+MOST = 1 << 28
+# Bytes that a row takes beside its text.
+ROW = 256
+
 
 def csv_rows(path: Path) -> list[Mapping[str, Any]]:
     """Rows of text: a puzzle such as 0140432014020000 does not become a number."""
@@ -40,7 +45,21 @@ def parquet_rows(path: Path) -> list[Mapping[str, Any]]:
     import pyarrow.parquet
 
     with path.open("rb") as file:  # by its path, the folders it lies in could be read as columns
-        return pyarrow.parquet.read_table(file).to_pylist()
+        table = pyarrow.parquet.ParquetFile(file)
+        parts = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+        chunks = [part.column(number).total_uncompressed_size for part in parts for number in range(part.num_columns)]
+        # A value is no larger than its column is in the file; repeated, it may be there once.
+        largest = max(chunks, default=0)
+        if largest > MOST:
+            raise ValueError(f"it unpacks to more than {MOST >> 20} MiB")
+        rows: list[Mapping[str, Any]] = []
+        size = 0
+        for batch in table.iter_batches(max(1, min(1024, MOST // max(1, largest) // 4)), use_threads=False):
+            size += batch.nbytes + ROW * len(batch)
+            if size > MOST:
+                raise ValueError(f"it unpacks to more than {MOST >> 20} MiB")
+            rows += batch.to_pylist()
+        return rows
 
 
 READERS = {".csv": csv_rows, ".json": json_rows, ".jsonl": json_rows, ".parquet": parquet_rows}
@@ -66,8 +85,10 @@ def read_rows(
     if path.suffix not in READERS:
         raise ValueError(f"{path}: a task file ends in one of {', '.join(READERS)}")
     try:
+        if path.stat().st_size > MOST:
+            raise ValueError(f"it has more than {MOST >> 20} MiB")
         found = READERS[path.suffix](path)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}: can't be read as {path.suffix[1:]}: {error}") from error
     rows = text_rows(found, dict.fromkeys(name for row in found for name in row), columns, str(path))
     for number, row in enumerate(rows):

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from dopsd.errors import RunError
+from dopsd.errors import RunError, must_be
 
 Row = Mapping[str, str]
 Grading = Literal["strict", "lenient"]
 SPLITS = ("train", "validation", "test")
 SHOWN = 5
+# Problems that are made up for a split; more take minutes.
+MOST = 1 << 15
 
 
 class Task(ABC):
@@ -67,7 +69,13 @@ class Task(ABC):
 
 
 def draw(task: Task, split: str, count: int, seed: int = 0, exclude: Sequence[Row] = ()) -> list[Row]:
-    """``count`` rows of a split as ``task.problems`` has them, without those that pose a problem of ``exclude``."""
+    """``count`` rows of a split as ``task.problems`` has them, without those that pose a problem of ``exclude``.
+
+    Raises:
+        UsageError: that many are not made up.
+    """
+    name = "eval_problems" if split == "test" else f"{split}_problems"
+    must_be(not task.generated or count <= MOST, name, count, f"at most {MOST} of a task that makes its problems up")
     return without(task, task.problems(split, count + len(exclude), seed), exclude)[:count]
 
 

@@ -1,0 +1,151 @@
+"""PEFT adapters: which layers get a fresh one, and the checks before one is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from dopsd.errors import RunError, must_be, require
+from dopsd.files import read_json
+from dopsd.limits import limited
+from dopsd.models.bidirectional import DiffusionModel
+from dopsd.models.checkpoint import first_line
+
+# The name of the adapter that is trained: PEFT's default, so that what is saved loads anywhere.
+STUDENT = "default"
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Sets of linear layers, by the name ``--lora_targets`` takes.
+LORA_PRESETS = {"reference": ("q_proj", "k_proj", "v_proj", "up_proj")}
+
+# Fields of an adapter's config that say what it computes, and those that do not matter here.
+READ = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
+ABOUT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config")
+# Values of others, beside nothing and their defaults. Weights drawn in yet other ways go with a change of the model's.
+ALSO = {"peft_type": ("LORA",), "task_type": ("CAUSAL_LM",), "init_lora_weights": ("gaussian", "orthogonal")}
+
+
+def add_lora(model: DiffusionModel, targets: Sequence[str] | None, r: int, alpha: int, dropout: float) -> PeftModel:
+    """``model`` with a fresh LoRA adapter on ``targets``: names of its linear layers or presets (None: all of them).
+
+    Raises:
+        UsageError: a target that the model does not have, or a rank above the width of its layers.
+    """
+    names: list[str] = []
+    for target in model.lora_modules if targets is None else targets:
+        names += LORA_PRESETS.get(target, (target,))
+    for name in names:
+        known = ", ".join((*model.lora_modules, *LORA_PRESETS))
+        require(name in model.lora_modules, "lora_targets", name, f"this model has {known}")
+    layers: list[Any] = [layer for layer in model.modules() if hasattr(layer, "in_features")]
+    widest = max(max(layer.in_features, layer.out_features) for layer in layers)
+    must_be(r <= widest, "lora_r", r, f"at most {widest}, the width of this model's widest layer")
+    pattern = f"{model.lora_path}({'|'.join(map(re.escape, names))})"
+    return get_peft_model(
+        model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
+    )
+
+
+def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftModel:
+    """``model`` with the PEFT adapter in the folder ``adapter``, whose every tensor is there, fits and is finite.
+
+    Raises:
+        UsageError: no adapter there, one of another kind than LoRA, or tensors other than those that its config and
+            the model make; the sentence names the file and the tensor.
+        RunError: a file that can't be read, or a config that takes too long.
+    """
+    settings, weights = adapter_files(adapter)
+    config = adapter_config(adapter, read_json(settings))
+    try:
+        with safe_open(weights, framework="pt") as tensors:
+            check_tensors(model, adapter, config, tensors)
+    except SafetensorError as error:
+        raise RunError(f"adapter={adapter!r}: {WEIGHTS} can't be read: {first_line(error)}") from error
+    return PeftModel.from_pretrained(model, Path(adapter), adapter_name=STUDENT, is_trainable=trainable, config=config)
+
+
+def adapter_files(adapter: str) -> tuple[Path, Path]:
+    """The two files that an adapter is read from; UsageError if they are not there."""
+    settings, weights = Path(adapter) / CONFIG, Path(adapter) / WEIGHTS
+    present = settings.is_file() and weights.is_file()
+    must_be(present, "adapter", adapter, f"a folder with {CONFIG} and {WEIGHTS}")
+    return settings, weights
+
+
+def adapter_config(adapter: str, fields: Mapping[str, Any]) -> LoraConfig:
+    """The LoRA of a config's ``fields``; UsageError if it is more than two products and a scale."""
+    plain = LoraConfig().to_dict()
+    for name, value in fields.items():
+        known = name in (*READ, *ABOUT) or not value or value in (plain.get(name), *ALSO.get(name, ()))
+        require(known, "adapter", adapter, f"its {CONFIG} says {name}={value!r}, and plain LoRA alone is read")
+    try:
+        config = LoraConfig(**{name: fields[name] for name in READ if name in fields})
+        ranks, scales = (
+            [first, *dict(others or {}).values()]
+            for first, others in ((config.r, config.rank_pattern), (config.lora_alpha, config.alpha_pattern))
+        )
+        fine = all(type(rank) is int and rank > 0 for rank in ranks)
+        fine &= all(map(math.isfinite, scales)) and 0 <= config.lora_dropout < 1
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"adapter={adapter!r}: {CONFIG} can't be used: {first_line(error)}") from error
+    require(fine, "adapter", adapter, f"{CONFIG} has a rank, alpha or dropout that is none")
+    return config
+
+
+def check_tensors(model: nn.Module, adapter: str, config: LoraConfig, tensors: Any) -> None:
+    """Raise UsageError unless an open file's ``tensors`` are those that ``config`` makes for ``model``, and finite."""
+    modules = dict(model.named_modules())
+    stored = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+    for key in stored:
+        found = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", key)
+        require(found is not None, "adapter", adapter, f"its tensors are lora_A and lora_B weights, and {key} is not")
+        name = found[1]  # type: ignore[index]
+        known = hasattr(modules.get(name), "in_features")
+        require(known, "adapter", adapter, f"it adapts {name}, which is no linear layer of this model")
+    expected = adapted(modules, adapter, config)
+    require(bool(expected), "adapter", adapter, f"{CONFIG} names no layer that this model has")
+    for key, shape in stored.items():
+        require(key in expected, "adapter", adapter, f"{WEIGHTS} has {key}, which {CONFIG} does not name")
+        hint = f"{WEIGHTS}: {key} is {shape}, and {CONFIG} and this model make it {expected[key]}"
+        require(shape == expected[key], "adapter", adapter, hint)
+    missing = [key for key in expected if key not in stored]
+    more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+    require(not missing, "adapter", adapter, f"{WEIGHTS} has no {''.join(missing[:1])}{more}")
+    for key in stored:
+        tensor = tensors.get_tensor(key)
+        finite = tensor.is_floating_point() and bool(tensor.float().isfinite().all())
+        require(finite, "adapter", adapter, f"{WEIGHTS}: {key} has values that are no finite numbers")
+
+
+def adapted(modules: Mapping[str, nn.Module], adapter: str, config: LoraConfig) -> dict[str, tuple[int, int]]:
+    """The tensors that ``config`` makes for a model of these ``modules``, with their shapes."""
+    by_rank, by_alpha = config.rank_pattern or {}, list(config.alpha_pattern or {})
+    shapes = {}
+    try:
+        with limited(f"adapter={adapter!r}: finding the layers that {CONFIG} names"):
+            names = [name for name in modules if check_target_module_exists(config, name)]
+            ranks = {name: by_rank.get(get_pattern_key(list(by_rank), name), config.r) for name in names}
+            for name in names:
+                get_pattern_key(by_alpha, name)  # as PEFT will
+    except (re.error, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise RunError(f"adapter={adapter!r}: {CONFIG} has names or patterns that are none: {error}") from error
+    for name, rank in ranks.items():
+        layer: Any = modules[name]
+        linear = hasattr(layer, "in_features")
+        require(linear, "adapter", adapter, f"{CONFIG} names {name}, which is no linear layer")
+        shapes[f"base_model.model.{name}.lora_A.weight"] = (rank, layer.in_features)
+        shapes[f"base_model.model.{name}.lora_B.weight"] = (layer.out_features, rank)
+    return shapes
