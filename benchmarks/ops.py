@@ -210,22 +210,21 @@ class StepKL(Rows):
             # Liger's and TRL's JSD with beta 1 is the reverse KL.
             peers = [
                 Provider("liger", _loss(_liger_jsd), installed("liger-kernel", "liger_kernel", gpu=True)),
-                Provider("liger chunked", _loss(_liger_chunked), installed("liger-kernel", "liger_kernel")),
                 Provider("trl", _loss(_trl), installed("trl", "trl")),
             ]
+            if self.data == "diffuse":  # compiling takes longer than all else
+                liger = installed("liger-kernel", "liger_kernel")
+                peers.append(Provider("liger chunked", _loss(_liger_chunked), liger))
+                peers.append(Provider("compile", _loss(_compiled_kl), no_compiler))
         elif self.setting == "forward_kl":
             module = "liger_kernel.ops.fused_linear_kl_div"
             peers = [Provider("liger kl", _loss(_liger_kl), _no_liger_kl(module))]
-        compiled = []
-        if self.setting in ("reverse_kl", "clipped") and self.data == "diffuse":
-            compiled = [Provider("compile", _loss(_compiled_kl), no_compiler)]
         return [
             Provider("floor", _floor_step_kl),
             Provider("eager", _loss(_eager_kl)),
             Provider("ours torch", ours("torch")),
             Provider("ours triton", ours("triton"), no_triton),
             *peers,
-            *compiled,
         ]
 
 

@@ -56,7 +56,7 @@ def measured(request: pytest.FixtureRequest, recorder: Recorder) -> Iterator[Any
     def find(process: Executor | None, case: Case) -> tuple[list[Provider], list[Any], list[Trial]]:
         if case not in known:
             rounds = (2, 2) if rehearsal else (3, 15)
-            rows, trials = kernels.measure_case(case, case.providers(), limits, process, 2.0, rounds)
+            rows, trials = kernels.measure_case(case, case.providers(), limits, process, 1.0, rounds)
             recorder.add(rows)
             known[case] = case.providers(), rows, trials
         return known[case]
