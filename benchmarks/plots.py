@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import cases, name_of
-from benchmarks.results import Content, Row
+from benchmarks.results import Content, Row, cases, name_of
 
 # Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies; ours are the saturated ones.
 COLORS = {

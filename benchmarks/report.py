@@ -21,10 +21,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import results
-from benchmarks.results import ABOUT, COLUMNS, FOLDER, ROOT, Content, Row
+from benchmarks import plots, results
+from benchmarks.results import ABOUT, COLUMNS, FOLDER, ROOT, Content, Row, cases, name_of
 from dopsd.results import percent
 from dopsd.tables import markdown_table
 
@@ -37,23 +36,6 @@ NOT_MEASURED = "Not measured."
 # ------------------------------------------------------------------------------------------------------------
 # Ops
 # ------------------------------------------------------------------------------------------------------------
-
-
-def cases(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows by case: those that differ in the provider alone."""
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        names = [name for name in ABOUT[row["part"]] if name not in ("provider", "variant")]
-        found.setdefault((row["part"], *(row[name] for name in names)), []).append(row)
-    return list(found.values())
-
-
-def name_of(row: Row) -> str:
-    """A case, in a few words."""
-    if row["part"] == "attention":
-        return f"attention {row['phase']}, T = {row['length']}, P = {row['prefix']}"
-    peaked = ", peaked" if row["data"] == "peaked" else ""
-    return f"{row['op']} {row['setting'].replace('_', ' ')}{peaked}, N = {row['rows']}"
 
 
 def ours_of(case: Sequence[Row]) -> Row | None:
@@ -468,8 +450,6 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(stale))
     for path in stale:
         path.write_text(wanted[path])
-
-    from benchmarks import plots
 
     measured = {kind: content for kind in ("cpu", "gpu") if (content := newest(kind, "kernels"))}
     plots.draw_ops(measured, ROOT / "docs")

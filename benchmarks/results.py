@@ -98,6 +98,23 @@ def identity(row: Row) -> tuple[Any, ...]:
     return (row["part"], *(row[name] for name in ABOUT[row["part"]]))
 
 
+def cases(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by case: those that differ in the provider alone."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        names = [name for name in ABOUT[row["part"]] if name not in ("provider", "variant")]
+        found.setdefault((row["part"], *(row[name] for name in names)), []).append(row)
+    return list(found.values())
+
+
+def name_of(row: Row) -> str:
+    """A case, in a few words."""
+    if row["part"] == "attention":
+        return f"attention {row['phase']}, T = {row['length']}, P = {row['prefix']}"
+    peaked = ", peaked" if row["data"] == "peaked" else ""
+    return f"{row['op']} {row['setting'].replace('_', ' ')}{peaked}, N = {row['rows']}"
+
+
 def fault(row: Row) -> str | None:
     """What is wrong with a row, or None."""
     if row.get("part") not in ABOUT:
