@@ -32,7 +32,10 @@ from dopsd.tasks import Grading, Task, load_task
 LARGEST = 2**32 - 1
 
 RECIPES = files("dopsd") / "recipes"
-EPILOG = "An error is one sentence and exit status 2 (an option) or 1 (anything else); --debug adds its traceback."
+EPILOG = (
+    "An error is one sentence and exit status 2 (an option) or 1 (anything else); --debug adds its traceback. "
+    "Ctrl-C and SIGTERM end with 130 and 143."
+)
 
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "

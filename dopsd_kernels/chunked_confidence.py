@@ -99,7 +99,8 @@ def _add(
     score, token, logit = max_logit, argmax, max_logit
     if seed is not None:
         score, token, logit = _sample(best, z, begin, 1 / temperature, seed, max_logit, argmax)
-    top_values, top_indices = _top(best, z, begin, top_k) if top_k else (z[:, :0], argmax[:, None][:, :0])
+    nothing = z.new_empty((len(z), 0)), argmax.new_empty((len(z), 0))  # no views: outputs may not share memory
+    top_values, top_indices = _top(best, z, begin, top_k) if top_k else nothing
     # The largest entry's term is exactly 1, so the sum cannot vanish; a row of -inf alone has the logsumexp
     # -inf.
     shift = peak.clamp(min=torch.finfo(z.dtype).min)

@@ -223,7 +223,16 @@ def test_the_mask_token_is_named_somewhere(save: Save) -> None:
 
 def test_reuse_is_refused(save: Save, tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """Their layers give no keys and values to reuse: a sentence that names the option, and no folder."""
-    options = ["--model", save(MODELS["llama"]), "--recipe", "tiny", "--output_dir", str(tmp_path / "run")]
+    options = [
+        "--model",
+        save(MODELS["llama"]),
+        "--recipe",
+        "tiny",
+        "--lora_r",
+        "4",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     for name, kind in (("reuse", "block"), ("cache", "dual")):
         status, _, said = command(train.main, *options, "--train_problems", "4", f"--{name}", kind)
         assert status == 2 and f"{name}='{kind}'" in said and "LlamaForCausalLM" in said

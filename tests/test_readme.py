@@ -32,6 +32,6 @@ def test_every_section_is_in_a_document() -> None:
 
 def test_both_commands_are_where_ci_looks_for_them() -> None:
     text = (ROOT / "README.md").read_text()
-    for heading, end in (("## Run it", "-m dopsd.train"), ("## Test it", "-m pytest")):
+    for heading, end in (("## Run it", "-m dopsd.train"), ("## Test it", "-m pytest -n auto --dist loadfile")):
         block = text.partition(f"{heading}\n")[2].partition("```bash\n")[2].partition("\n```")[0]
         assert block.startswith("python3 -m venv") and block.endswith(end)
