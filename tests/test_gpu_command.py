@@ -112,6 +112,7 @@ def test_what_ends_a_process_costs_its_own_rows(tmp_path: Path, own_environment:
 
 SLEEP = """
 import os, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", deaf])
 print(os.getpid(), child.pid, flush=True)
