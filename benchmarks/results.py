@@ -16,7 +16,6 @@ import shutil
 import statistics
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from dopsd.files import write_text
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
-PEERS = ("numpy", "triton", "liger-kernel", "trl", "flash-attn", "bitsandbytes")
+PEERS = ("liger-kernel", "trl", "flash-attn", "bitsandbytes")
 # What nvidia-smi is asked for.
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
 
@@ -266,7 +265,7 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda or torch.version.hip,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {**versions(), **{name: _version(name) for name in PEERS}},
+        "versions": versions(*PEERS),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "revision": _output("git", "describe", "--always", "--dirty"),
     }
@@ -277,13 +276,6 @@ def query_gpu(*fields: str) -> dict[str, str]:
     line = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     values = [] if line is None else [value.strip() for value in line.split(",")]
     return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:

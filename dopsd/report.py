@@ -247,10 +247,10 @@ def compare(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a result; None for one that is missing."""
+def versions(*others: str) -> dict[str, str | None]:
+    """Versions of Python, of the packages that decide a result and of ``others``; None for one that is missing."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *others):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
