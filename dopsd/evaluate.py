@@ -138,7 +138,7 @@ def identity(args: EvaluationArguments, model: nn.Module, rows: dict[str, list[R
     options = {name: value for name, value in vars(args).items() if name not in FREE}
     hashes = {f"problems of {name}": hashed(json.dumps(some).encode()) for name, some in rows.items()}
     if args.adapter is not None:
-        hashes["adapter's files"] = hashed(*(path.read_bytes() for path in adapter_files(args.adapter)))
+        hashes["adapter's files"] = hashed(*(files.sha256(path).encode() for path in adapter_files(args.adapter)))
     return {**options, "weights": hashed(*samples(model)), **hashes}
 
 
