@@ -11,12 +11,9 @@ from pathlib import Path
 import transformers
 
 from dopsd.config import TaskArguments
-from dopsd.errors import Interrupted, RunError, UsageError
+from dopsd.errors import Interrupted, RunError, UsageError, ending
 from dopsd.rollout import Decoder
 from dopsd.tasks import Row, Task, draw, part, without
-
-# Characters of an error that are shown.
-LONGEST = 2000
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -35,8 +32,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except (UsageError, RunError, OSError, ValueError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
+        status, text = ending(error)
+        print(f"error: {text}", file=sys.stderr)
+        raise SystemExit(status) from None
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(stop.status) from None
@@ -45,15 +43,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     except Exception as error:
         if debug:
             raise
-        text = one_line(f"{type(error).__name__}: {error}")
+        status, text = ending(error)
         print(f"error: {text} (unexpected; --debug shows where)", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def one_line(text: str) -> str:
-    """``text`` in one line, without its middle if what it quotes is very long."""
-    line = " ".join(text[: 4 * LONGEST].split() + text[4 * LONGEST :][-LONGEST:].split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+        raise SystemExit(status) from None
 
 
 def problems(task: Task, split: str, file: str | None, count: int, exclude: Sequence[Row] = ()) -> list[Row]:

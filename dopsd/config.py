@@ -10,6 +10,7 @@ import time
 from argparse import Action
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, get_args
@@ -19,6 +20,7 @@ import transformers
 import yaml
 from transformers import HfArgumentParser
 
+from dopsd import ranks
 from dopsd.cache import Cache
 from dopsd.errors import UsageError, must_be, require
 from dopsd.memory import read_bytes
@@ -298,6 +300,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.metric_for_best_model = "accuracy"
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_bf16(self.use_cpu)
+        ranks.join(self.use_cpu, self.ddp_backend, timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         kwargs = self.gradient_checkpointing_kwargs
         accepted = "none: layers are checkpointed one by one, without re-entry"

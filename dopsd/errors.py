@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Characters of an error that are shown.
+LONGEST = 2000
+
 
 class UsageError(ValueError):
     """An argument has a value that can't be used. Exit status 2."""
@@ -17,6 +20,24 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """The status and the sentence with which ``error`` ends a command."""
+    if isinstance(error, Interrupted):
+        return error.status, one_line(str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by SIGINT"
+    status = 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, (UsageError, RunError, OSError, ValueError)):
+        return status, one_line(str(error))
+    return status, one_line(f"{type(error).__name__}: {error}")
+
+
+def one_line(text: str) -> str:
+    """``text`` in one line, without its middle if what it quotes is very long."""
+    line = " ".join(text[: 4 * LONGEST].split() + text[4 * LONGEST :][-LONGEST:].split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 def must_be(condition: bool, argument: str, given: object, accepted: str) -> None:

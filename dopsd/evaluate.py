@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,8 +23,10 @@ from dopsd import cli, compare, files, journal, report
 from dopsd.accuracy import is_grade
 from dopsd.config import EvaluationArguments, parse_evaluate
 from dopsd.errors import must_be, require
+from dopsd.interruption import Interruption
 from dopsd.journal import Journal
 from dopsd.models import adapter_files, check_model, load_adapter, load_model, require_layers
+from dopsd.ranks import Ranks, gather, join, meet, on_first_process
 from dopsd.results import Setting, columns, label, markdown, result
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
@@ -35,8 +36,8 @@ from dopsd.trajectory import Trajectory
 
 # Options that may differ between a run and its continuation: what a response is does not depend on them.
 FREE = ("output", "overwrite", "compare", "sequences_per_forward")
-# Processes wait for the slowest before results are put together; a batch of long responses takes its time.
-PATIENCE = timedelta(days=7)
+# After which a process of several that nothing has been heard of is given up.
+SILENCE = timedelta(minutes=10)
 SAMPLE = 64
 
 
@@ -55,13 +56,23 @@ def main(argv: Sequence[str]) -> None:
         compare.main(first, second, output)
         return
 
+    process = join(not torch.accelerator.is_available(), None, SILENCE)
+    advice = "the same command starts again" if folder is None else "what is decoded is kept: the same command goes on"
+    with Interruption(advice), Ranks(SILENCE, lambda: advice):
+        evaluate(args, output, folder, process, start)
+    process.destroy_process_group()
+
+
+def evaluate(
+    args: EvaluationArguments, output: Path | None, folder: Path | None, process: PartialState, start: float
+) -> None:
+    """Decode every setting, this process's share of it, into the journal in ``folder``; the first writes results."""
     # What takes no time to find out comes before what fetches datasets.
     check_model(args.model)
     if args.adapter is not None:
         adapter_files(args.adapter)
     tasks = {name: load_task(name, args.grading) for name in args.task}
     rows = {name: problems(task, args) for name, task in tasks.items()}
-    process = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     model, tokenizer = load_model(**args.loading())
     require_layers(model, "cache", args.cache, "off")
     if args.adapter is not None:
@@ -80,19 +91,13 @@ def main(argv: Sequence[str]) -> None:
     if folder is not None:
         if not args.overwrite:
             journal.check(folder, settings)
-        process.wait_for_everyone()
-        if process.is_main_process:
-            if args.overwrite:
-                journal.remove(folder)
-            journal.claim(folder, settings)
-        process.wait_for_everyone()
+        meet()  # all have looked
+        on_first_process(partial(claim, folder, settings, args.overwrite))
     checks = partial(check_entry, settings=list(plan(args, decoders)), args=args, rows=rows)
     kept = Journal(folder, process.process_index, hashed(json.dumps(files.plain(settings)).encode()), checks)
     decode_all(args, decoders, rows, kept, process)
     kept.close()
-    entries = kept.entries
-    if process.num_processes > 1:
-        entries = {key: entry for part in gather_object([entries]) for key, entry in part.items()}
+    entries = {key: entry for part in gather(kept.entries) for key, entry in part.items()}
     if process.is_main_process:
         results = collect(args, decoders, rows, entries)
         if output is not None:
@@ -111,8 +116,14 @@ def main(argv: Sequence[str]) -> None:
             journal.remove(folder)
         show(columns(results), "accuracy (%)", [f"{time.monotonic() - start:.0f} s"])
     # A process that left before the first has written its results could abort, and the launcher would end the others.
-    process.wait_for_everyone()
-    process.destroy_process_group()
+    meet()
+
+
+def claim(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Make ``folder`` this run's, without what it holds if that is to be overwritten."""
+    if overwrite:
+        journal.remove(folder)
+    journal.claim(folder, settings)
 
 
 def check_output(output: Path, args: EvaluationArguments) -> None:

@@ -8,12 +8,10 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from dopsd.errors import Interrupted
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from dopsd.ranks import SIGNALS, gather
 
 
 class Interruption(TrainerCallback):
@@ -23,11 +21,11 @@ class Interruption(TrainerCallback):
     lost by stopping where it is. ``advice`` says how to go on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, advice: str = "nothing was written: the same command starts again") -> None:
         self.received: signal.Signals | None = None
         self.updating = False
         self.saved = -1  # the update behind which the last checkpoint was saved
-        self.advice = "nothing was written: the same command starts again"
+        self.advice = advice
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -56,15 +54,12 @@ class Interruption(TrainerCallback):
         if self.received is not None:
             raise Interrupted(f"stopped by {self.received.name}{behind}; {self.advice}", 128 + self.received)
 
-    def agreed(self, args: Any) -> bool:
+    def agreed(self) -> bool:
         """Whether any process got a signal; all call it at the same places."""
-        if args.world_size == 1:
-            return self.received is not None
-        number = torch.tensor(int(self.received or 0), device=args.device)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        number = max(gather(int(self.received or 0)))
         if number:
-            self.received = signal.Signals(int(number))
-        return bool(number)
+            self.received = signal.Signals(number)
+        return number > 0
 
     # ---- what the Trainer calls ----
 
@@ -75,18 +70,18 @@ class Interruption(TrainerCallback):
         self.updating = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= self.agreed(args)
+        control.should_training_stop |= self.agreed()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= self.agreed(args)
+        control.should_training_stop |= self.agreed()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.saved = state.global_step
-        control.should_training_stop |= self.agreed(args)
+        control.should_training_stop |= self.agreed()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Also called when training stops within an epoch, which is then not evaluated as its end would be."""
-        if not self.agreed(args):
+        if not self.agreed():
             return
         control.should_training_stop = True
         control.should_save = self.saved < state.global_step

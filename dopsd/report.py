@@ -19,8 +19,9 @@ from dopsd.accuracy import difference, summary
 from dopsd.files import write_json, write_text
 from dopsd.memory import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
+from dopsd.ranks import on_first_process
 from dopsd.rollout import Rollout, Row
-from dopsd.run_folder import REPORT_FILE, on_first_process
+from dopsd.run_folder import REPORT_FILE
 from dopsd.step_batch import step_batches
 from dopsd.tables import show
 from dopsd.trainer import Trainer

@@ -6,14 +6,11 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from uuid import uuid4
-
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from dopsd import checkpoints
 from dopsd.checkpoints import ADAPTER_FILE, RUN_FILE
@@ -27,8 +24,6 @@ CLAIM = {LOCK_FILE, f"{RUN_FILE}.part"}
 
 # transformers options that may differ between a run and its continuation.
 FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name"}
-
-T = TypeVar("T")
 
 
 class Start(NamedTuple):
@@ -131,17 +126,3 @@ def finished(output: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return result if same else None
-
-
-def on_first_process(do: Callable[[], T]) -> T:
-    """What ``do`` returns or raises on the first process, on all of them."""
-    answer: list[Any] = [None]
-    if PartialState().is_main_process:
-        try:
-            answer = [do()]
-        except Exception as error:
-            answer = [error]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]

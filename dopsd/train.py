@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from dopsd import checkpoints, cli, report
@@ -21,8 +21,9 @@ from dopsd.config import (
 )
 from dopsd.interruption import Interruption
 from dopsd.models import adapter_files, check_model, load_model
+from dopsd.ranks import Ranks, meet, on_first_process
 from dopsd.rollout import Decoder, Row
-from dopsd.run_folder import RunFolder, on_first_process
+from dopsd.run_folder import RunFolder
 from dopsd.tasks import load_task
 from dopsd.trainer import Trainer, with_adapter
 
@@ -32,40 +33,49 @@ def main(argv: Sequence[str]) -> None:
     start = time.monotonic()
     groups = parse_train(argv)
     args = groups[-1]
-    (args.output_dir,) = broadcast_object_list([args.output_dir])
-    output = Path(args.output_dir)
-    config = report.configuration(*groups)
-    with Interruption() as interruption, RunFolder(output, config, args.world_size) as folder:
-        checkpoint, result = on_first_process(lambda: folder.open(args.resume_from_checkpoint))
-        if result is None:
-            trainer, test = build(*groups)
-            # Only now is anything written: a run that can't start leaves no folder in the way of the next.
-            trainer.accelerator.wait_for_everyone()
-            on_first_process(folder.claim)
-            interruption.advice = "the same command with --resume_from_checkpoint true goes on"
-            trainer.add_callback(report.Metrics(output))
-            trainer.add_callback(interruption)
-            report.start(trainer, config, len(test))
+    silence = timedelta(seconds=args.ddp_timeout)
+    with Interruption() as interruption, Ranks(silence, lambda: left(args, interruption)):
+        output = Path(on_first_process(lambda: args.output_dir or "."))
+        args.output_dir = str(output)
+        config = report.configuration(*groups)
+        with RunFolder(output, config, args.world_size) as folder:
+            checkpoint, result = on_first_process(lambda: folder.open(args.resume_from_checkpoint))
+            if result is None:
+                trainer, test = build(*groups)
+                # Only now is anything written: a run that can't start leaves no folder in the way of the next.
+                meet()
+                on_first_process(folder.claim)
+                interruption.advice = "the same command with --resume_from_checkpoint true goes on"
+                trainer.add_callback(report.Metrics(output))
+                trainer.add_callback(interruption)
+                report.start(trainer, config, len(test))
 
-            before = report.held_out(trainer, test, "before", output)
-            if checkpoint is not None and checkpoints.has_ended(Path(checkpoint)):
-                trainer.restore(checkpoint)
-            else:
-                try:
-                    trainer.train(resume_from_checkpoint=checkpoint)
-                finally:
-                    trainer.bar.close()
-                interruption.stop(f" behind update {trainer.state.global_step} of {trainer.state.max_steps}")
-            adapter = trainer.save_adapter(output)
-            after = report.held_out(trainer, test, "after", output, adapter)
-            result = report.finish(trainer, output, config, adapter, before, after, time.monotonic() - start)
-        elif args.process_index == 0:
-            print(f"the run in {output} has finished: nothing is left to do")
-        if args.process_index == 0:
-            report.show_result(result, output)
-        # A process that left before the first has written its report could abort, and the launcher end the others.
-        PartialState().wait_for_everyone()
+                before = report.held_out(trainer, test, "before", output)
+                meet()  # the first draws a trajectory
+                if checkpoint is not None and checkpoints.has_ended(Path(checkpoint)):
+                    trainer.restore(checkpoint)
+                else:
+                    try:
+                        trainer.train(resume_from_checkpoint=checkpoint)
+                    finally:
+                        trainer.bar.close()
+                    meet()  # what was agreed ends all at the same place
+                    interruption.stop(f" behind update {trainer.state.global_step} of {trainer.state.max_steps}")
+                adapter = trainer.save_adapter(output)
+                after = report.held_out(trainer, test, "after", output, adapter)
+                result = report.finish(trainer, output, config, adapter, before, after, time.monotonic() - start)
+            elif args.process_index == 0:
+                print(f"the run in {output} has finished: nothing is left to do")
+            if args.process_index == 0:
+                report.show_result(result, output)
+            # A process that left before the first has written its report could abort, and the launcher end the others.
+            meet()
     PartialState().destroy_process_group()
+
+
+def left(args: TrainingArguments, interruption: Interruption) -> str:
+    """What a run on several processes leaves, and how it goes on, when one of them is gone."""
+    return f"{checkpoints.unharmed(Path(args.output_dir or '.'), args.world_size)}; {interruption.advice}"
 
 
 def build(

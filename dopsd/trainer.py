@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -22,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from dopsd import checkpoints, files
+from dopsd import checkpoints, files, ranks
 from dopsd.accuracy import mean, standard_error
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.drift import mean_drifts
@@ -41,13 +40,13 @@ from dopsd.memory import (
     too_little,
     workspace_for,
 )
+from dopsd.metrics import Figures, combined
 from dopsd.models import STUDENT, add_lora, checkpoint_activations, device_of, load_adapter, require_layers
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.progress import ProgressBar
 from dopsd.rollout import Decoder, Rollout, Row
-from dopsd.run_folder import on_first_process
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
@@ -99,7 +98,7 @@ class Trainer(transformers.Trainer):
         self.pending: list[list[Lesson]] = []  # slices of the current batch that are still to be trained on
         self.said_drift = False  # that some trajectory was computed without reuse
         self.accepted_count = 0  # over all ranks, in the current batch
-        self.update_metrics: list[dict[str, float]] = []
+        self.update_metrics: list[Figures] = []  # of this process, since the last log
         self.sizes = Sizes(teaching.states_per_forward, bool(args.gradient_checkpointing), decoder.batch_size)
         self.meter: Meter | None = None  # with a budget, as are the planner and its plan
         self.planner: Planner | None = None
@@ -152,18 +151,16 @@ class Trainer(transformers.Trainer):
             if self.meter is not None:
                 self.meter.lap()  # nor is what did not fit
         outputs, loss, tokens = done
-        self.sum_gradients(model)
-        if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss, "sum")
+        self.sum_over_processes(model, loss)
         if not math.isfinite(loss):
             raise self.not_finite(f"the loss is {loss.item()} at")
         if outputs:
-            work = {"states": states, "tokens": tokens, "distill_seconds": time.monotonic() - start}
-            self.update_metrics.append({**mean_metrics(outputs), **work})
+            self.note(sum(len(output.kl) for output in outputs), **mean_metrics(outputs))
+            self.note(1, states=states, tokens=tokens, distill_seconds=time.monotonic() - start)
         if self.meter is not None:
             peak = self.meter.lap()
             self.highest = max(self.highest, peak)
-            self.update_metrics.append({"peak_gib": peak / GIB, "predicted_peak_gib": self.predicted_peak / GIB})
+            self.note(1, peak_gib=peak / GIB, predicted_peak_gib=self.predicted_peak / GIB)
         return loss
 
     def distil(
@@ -198,18 +195,16 @@ class Trainer(transformers.Trainer):
         threshold = self.teaching.score_threshold if self.teaching.correct_only else 0.0
         kept = [index for index, rollout in enumerate(rollouts) if rollout.score >= threshold]
         lessons = lessons_of(self.objective, [rollouts[index] for index in kept], self.decoder, seeds[kept].tolist())
-        count = torch.tensor(len(lessons), device=self.args.device)
-        self.accepted_count = int(self.accelerator.reduce(count, "sum"))
+        self.accepted_count = sum(ranks.gather(len(lessons)))
         lengths = [rollout.trajectory.text_length(self.decoder.eos_id) for rollout in rollouts]
-        self.update_metrics.append(
-            {
-                "pass_rate": mean([float(rollout.score >= 1) for rollout in rollouts]),
-                "first_try": mean([float(rollout.score >= 1 and rollout.tries == 1) for rollout in rollouts]),
-                "accepted": len(kept) / len(rollouts),
-                "tries": mean([float(rollout.tries) for rollout in rollouts]),
-                "completion_length": mean([float(length) for length in lengths]),
-                "rollout_seconds": time.monotonic() - start,
-            }
+        self.note(
+            len(rollouts),
+            pass_rate=mean([float(rollout.score >= 1) for rollout in rollouts]),
+            first_try=mean([float(rollout.score >= 1 and rollout.tries == 1) for rollout in rollouts]),
+            accepted=len(kept) / len(rollouts),
+            tries=mean([float(rollout.tries) for rollout in rollouts]),
+            completion_length=mean([float(length) for length in lengths]),
+            rollout_seconds=time.monotonic() - start,
         )
         slices = self.teaching.update_per_slice
         return [
@@ -235,7 +230,7 @@ class Trainer(transformers.Trainer):
                 size=min(size, self.sizes.sequences_per_forward),
                 **options,
             )
-        self.update_metrics.append({"drift": float(drifts.mean())})
+        self.note(len(drifts), drift=float(drifts.mean()))
         far = [limit is not None and drift > limit for drift in drifts.tolist()]
         if any(far) and not self.said_drift:
             self.said_drift = True
@@ -266,15 +261,15 @@ class Trainer(transformers.Trainer):
         help = "A lower learning_rate, clip_form=nonnegative or fp32 may help"
         return RunError(f"{what} update {self.state.global_step + 1}; {left}. {help}")
 
-    def sum_gradients(self, model: Any) -> None:
-        """Add the ranks' gradients; a parameter without one on some rank counts as zero there."""
+    def sum_over_processes(self, model: Any, loss: Tensor) -> None:
+        """Add the ranks' gradients, and losses; a parameter without a gradient on some rank counts as zero there."""
         if self.accelerator.num_processes == 1:
             return
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        ranks.add(loss, *(parameter.grad for parameter in trained))
 
     # ---- memory ----
 
@@ -372,9 +367,7 @@ class Trainer(transformers.Trainer):
             desc=description,
             unit="problem",
         )
-        if world == 1:
-            return mine
-        parts = gather_object([mine])
+        parts = ranks.gather(mine)
         return [parts[index % world][index // world] for index in range(len(rows))]
 
     # ---- what the Trainer asks for ----
@@ -388,20 +381,20 @@ class Trainer(transformers.Trainer):
         """Not estimated: the Trainer's formula is for one forward and backward over given inputs."""
         return 0
 
+    def note(self, over: int, **values: float) -> None:
+        """Keep metrics of the update under way for the log; means are over so many things."""
+        self.update_metrics.append(Figures(self.state.global_step, over, values))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of this method's metrics since the last log."""
-        if "loss" in logs and self.update_metrics:
-            gathered = self.update_metrics
-            if self.accelerator.num_processes > 1:
-                gathered = gather_object(gathered)
-            for key in sorted({key for metrics in gathered for key in metrics}):
-                logs[key] = mean([metrics[key] for metrics in gathered if key in metrics])
+        """Add this method's metrics since the last log, over all processes."""
+        if "loss" in logs:
+            logs |= combined(chain(*ranks.gather(self.update_metrics)))
             self.update_metrics = []
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
-        on_first_process(lambda: checkpoints.begin(folder))
+        ranks.on_first_process(lambda: checkpoints.begin(folder))
         folder.mkdir(parents=True, exist_ok=True)  # where processes have no disk in common
         pending = {
             "accepted_count": self.accepted_count,
@@ -410,8 +403,8 @@ class Trainer(transformers.Trainer):
         }
         (folder / checkpoints.pending_name(self.accelerator.process_index)).write_text(json.dumps(pending))
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        on_first_process(lambda: checkpoints.seal(folder))
+        ranks.meet()
+        ranks.on_first_process(lambda: checkpoints.seal(folder))
         if self.is_world_process_zero():
             checkpoints.rotate(folder, self.kept_checkpoints, self.state.best_model_checkpoint)
 
@@ -451,7 +444,7 @@ class Trainer(transformers.Trainer):
                 self.student.save_pretrained(str(part), selected_adapters=[STUDENT])
             return files.sha256(folder / checkpoints.ADAPTER_FILE)
 
-        return on_first_process(save)
+        return ranks.on_first_process(save)
 
 
 def with_adapter(base: DiffusionModel, arguments: ModelArguments) -> PeftModel:
