@@ -35,7 +35,8 @@ class Interruption(TrainerCallback):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self.receive:  # a process of several that leaves with an error ignores them
+                signal.signal(number, handler)
 
     def receive(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""

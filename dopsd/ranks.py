@@ -213,6 +213,8 @@ class Ranks:
         flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # which waits if someone is in it
         flush.start()
         flush.join(GRACE)
+        if self.ends:
+            time.sleep(GRACE)  # the one that ended the run exits first, and the launcher names it
         os._exit(cause.status)
 
     def what_is_left(self) -> str:

@@ -6,14 +6,16 @@ import multiprocessing
 import os
 import runpy
 import sys
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 
 import torch
 from torch.distributed import TCPStore
 
 
-def start(module: str, argv: list[str], output: Path, **environment: str) -> ForkServerProcess:
+def start(module: str, argv: list[str], output: Path, **environment: str) -> Process:
     """``python -m module`` with ``argv``; what it prints goes to the file ``output``."""
     fork = multiprocessing.get_context("forkserver")
     process = fork.Process(target=_run, args=(module, argv, str(output), environment))
@@ -21,8 +23,9 @@ def start(module: str, argv: list[str], output: Path, **environment: str) -> For
     return process
 
 
-def run_two(module: str, argv: list[str], folder: Path, **environment: str) -> list[str]:
-    """The same as a launcher starts it on two processes, to their end: what each printed."""
+@contextmanager
+def two(module: str, argv: list[str], folder: Path, **environment: str) -> Iterator[list[tuple[Process, Path]]]:
+    """The same as a launcher starts it on two processes, and what each prints; killed at the end if they still run."""
     # The launcher keeps the store by which they meet, so that none takes it along when it leaves.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -33,13 +36,19 @@ def run_two(module: str, argv: list[str], folder: Path, **environment: str) -> l
         for rank, output in enumerate(outputs)
     ]
     try:
-        for process, output in zip(processes, outputs, strict=True):
-            process.join(600)
-            assert process.exitcode == 0, output.read_text()[-3000:]
+        yield list(zip(processes, outputs, strict=True))
     finally:
         for process in processes:
             process.kill()
-    return [output.read_text() for output in outputs]
+
+
+def run_two(module: str, argv: list[str], folder: Path, **environment: str) -> list[str]:
+    """Two processes to their end, which is to be a good one: what each printed."""
+    with two(module, argv, folder, **environment) as processes:
+        for process, output in processes:
+            process.join(600)
+            assert process.exitcode == 0, output.read_text()[-3000:]
+    return [output.read_text() for _, output in processes]
 
 
 def _run(module: str, argv: list[str], output: str, environment: dict[str, str]) -> None:
