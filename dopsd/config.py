@@ -279,6 +279,11 @@ class TrainingArguments(transformers.TrainingArguments):
 
     output_dir: str | None = option(None, "Where everything is written; none: runs/DATE-TIME.")
     disable_tqdm: bool = option(False, "No progress bars.")
+    ddp_timeout: int = option(
+        1800,
+        "Seconds after which a run on several processes ends if one of them is silent. How long work takes does not "
+        "count, but it must be more than loading or writing the largest file takes.",
+    )
     bf16: bool | None = option(  # type: ignore[assignment]
         None, "Compute in bf16 (autocast); none: where the GPU or CPU has it in hardware."
     )
@@ -294,6 +299,7 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in ("save_steps", "eval_steps", "logging_steps"):
             given = getattr(self, name)
             must_be(given is None or float(given) > 0, name, given, "positive: updates, or below 1 a share of all")
+        must_be(self.ddp_timeout >= ranks.LOST, "ddp_timeout", self.ddp_timeout, f"at least {ranks.LOST:g} seconds")
         # transformers takes bf16 on a machine without an accelerator for a mistake unless this is said.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.load_best_model_at_end and self.metric_for_best_model is None:

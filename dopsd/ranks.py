@@ -73,14 +73,14 @@ class Ranks:
     """This process among the others of its run, between entering and leaving this; nothing where there are none.
 
     Args:
-        silence: after which another process is given up, counted while this one runs.
+        silence: after which another process is given up, counted while this one runs; at least ``LOST``.
         left: what is left for the user then, for the end of a sentence.
     """
 
     def __init__(self, silence: timedelta, left: Callable[[], str]) -> None:
         state = PartialState()
         self.rank, self.world = state.process_index, state.num_processes
-        self.patience, self.left = max(silence.total_seconds(), LOST), left
+        self.patience, self.left = silence.total_seconds(), left
         others = [rank for rank in range(self.world) if rank != self.rank]
         self.heard = dict.fromkeys(others, -1)  # the last beat of each
         self.silent = dict.fromkeys(others, 0.0)  # seconds since then
@@ -190,16 +190,17 @@ class Ranks:
 
         Ends that are as much in doubt as ``below`` don't count.
         """
-        enough = LOST if self.ends or self.end is not None else self.patience
-        lost = [other for other, seconds in self.silent.items() if seconds >= enough and other not in self.ends]
+        ends = self.ends.copy()  # the other thread adds to it
+        enough = LOST if ends or self.end is not None else self.patience
+        lost = [other for other, seconds in self.silent.items() if seconds >= enough and other not in ends]
         if lost:
             who = f"process{'es' * (len(lost) > 1)} {', '.join(map(str, lost))} of {self.world}"
             seconds = min(self.silent[other] for other in lost)
             return End(1, f"nothing has been heard of {who} for {seconds:.0f} s", doubt=2), 0.0
-        doubt, rank = min(((end.doubt, rank) for rank, end in self.ends.items()), default=(below, 0))
+        doubt, rank = min(((end.doubt, rank) for rank, end in ends.items()), default=(below, 0))
         if doubt >= below:
             return None
-        end = self.ends[rank]
+        end = ends[rank]
         status = end.status if end.status >= 128 else 1
         said = f"process {rank} of {self.world} ended the run: {end.sentence}"
         return End(status, said, doubt=2), GRACE + (LOST if doubt else 0.0)

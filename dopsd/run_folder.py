@@ -23,7 +23,7 @@ REPORT_FILE = "report.json"
 CLAIM = {LOCK_FILE, f"{RUN_FILE}.part"}
 
 # transformers options that may differ between a run and its continuation.
-FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name"}
+FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "ddp_timeout"}
 
 
 class Start(NamedTuple):
