@@ -53,7 +53,8 @@ class End(NamedTuple):
     Args:
         status: what it exits with.
         sentence: why.
-        doubt: 0, it is what ended the run; 1, it may follow from another's end; 2, it does.
+        doubt: 0, it is what ended the run; 1, a signal, or 2, a failed collective, which may follow from another's end;
+            3, it does.
     """
 
     status: int
@@ -132,8 +133,8 @@ class Ranks:
         """
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # it won't be long
-        follows = isinstance(error, KeyboardInterrupt) or type(error) is RuntimeError or isinstance(error, DistError)
-        self.end = own = End(*ending(error), doubt=int(follows))
+        collective = isinstance(error, DistError) or type(error) is RuntimeError  # gloo's
+        self.end = own = End(*ending(error), doubt=1 if isinstance(error, KeyboardInterrupt) else 2 * collective)
         deadline = time.monotonic() + HURRY
         while time.monotonic() < deadline and any(
             other not in self.ends and seconds < LOST for other, seconds in self.silent.items()
@@ -185,7 +186,7 @@ class Ranks:
             if cause is not None and ended >= cause[1] and self.closing.acquire(blocking=False):
                 self.close(cause[0])
 
-    def cause(self, below: int = 3) -> tuple[End, float] | None:
+    def cause(self, below: int = 4) -> tuple[End, float] | None:
         """What ended the run, and how long this process has to end by itself; None: the run goes on.
 
         Ends that are as much in doubt as ``below`` don't count.
@@ -196,14 +197,14 @@ class Ranks:
         if lost:
             who = f"process{'es' * (len(lost) > 1)} {', '.join(map(str, lost))} of {self.world}"
             seconds = min(self.silent[other] for other in lost)
-            return End(1, f"nothing has been heard of {who} for {seconds:.0f} s", doubt=2), 0.0
+            return End(1, f"nothing has been heard of {who} for {seconds:.0f} s", doubt=3), 0.0
         doubt, rank = min(((end.doubt, rank) for rank, end in ends.items()), default=(below, 0))
         if doubt >= below:
             return None
         end = ends[rank]
         status = end.status if end.status >= 128 else 1
         said = f"process {rank} of {self.world} ended the run: {end.sentence}"
-        return End(status, said, doubt=2), GRACE + (LOST if doubt else 0.0)
+        return End(status, said, doubt=3), GRACE + (LOST if doubt else 0.0)
 
     def close(self, cause: End) -> None:
         """End this process from a thread, wherever the others are."""
@@ -214,8 +215,6 @@ class Ranks:
         flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # which waits if someone is in it
         flush.start()
         flush.join(GRACE)
-        if self.ends:
-            time.sleep(GRACE)  # the one that ended the run exits first, and the launcher names it
         os._exit(cause.status)
 
     def what_is_left(self) -> str:
