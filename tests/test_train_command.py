@@ -104,16 +104,17 @@ def test_the_report_says_what_was_run_and_what_came_of_it(output: Path) -> None:
 
 
 def test_metrics_have_a_row_for_every_update_and_evaluation(output: Path) -> None:
-    """metrics.csv: steps 1 and 2 with a loss each, and with a validation accuracy each."""
+    """metrics.csv: steps 1 and 2 with a loss each, and with a validation accuracy each, as has the start."""
     with (output / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row["loss"]] == ["1", "2"]
-    assert [row["step"] for row in rows if row["eval_accuracy"]] == ["1", "2"]
-    assert len(rows) == 4
+    assert [row["step"] for row in rows if row["eval_accuracy"]] == ["0", "1", "2"]
+    assert len(rows) == 5
     for row in rows:
         assert all(math.isfinite(float(value)) for value in row.values() if value)
     names = {"loss", "kl", "clip_fraction", "overlap_top20", "tries", "pass_rate", "accepted", "completion_length"}
     assert names <= rows[0].keys()
+    assert not any("collapse" in name for name in rows[0])
 
 
 @pytest.mark.parametrize("name", ["curves.png", "trajectory.png"])
