@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from dopsd import collapse
 from dopsd.accuracy import difference, summary
+from dopsd.checkpoints import number
 from dopsd.files import write_json, write_text
 from dopsd.memory import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
@@ -230,6 +231,9 @@ def show_result(result: Mapping[str, Any], output: Path) -> None:
     ]
     memory, left_out = result["memory"], result["left_out"]
     notes = [collapse.sentence(one) for one in result["collapse"]]
+    if result["config"]["training"]["load_best_model_at_end"] and result["best_checkpoint"] is not None:
+        best = number(Path(result["best_checkpoint"]))
+        notes.append(f"the adapter is that of update {best} of {result['updates']}, the best by validation")
     if memory is not None:
         peaks = gib(memory["predicted_peak"]), gib(memory["measured_peak"])
         notes.append(f"memory: {peaks[0]} GiB predicted, {peaks[1]} measured in updates")
