@@ -346,9 +346,9 @@ class TrainingArguments(transformers.TrainingArguments):
             return self.eval_strategy != "no"
         if self.eval_strategy != self.save_strategy or self.eval_strategy == "no":
             return False
-        save, evaluate = float(self.save_steps), float(self.eval_steps or self.logging_steps)
-        # Updates, or shares of all; a share is no multiple of a number of updates.
-        return self.eval_strategy == "epoch" or ((save < 1) == (evaluate < 1) and save % evaluate == 0)
+        # Updates, or shares of all, as transformers compares them; a share is no multiple of a number of updates.
+        save, evaluate = 1e6 * float(self.save_steps), 1e6 * float(self.eval_steps or self.logging_steps)
+        return self.eval_strategy == "epoch" or ((save < 1e6) == (evaluate < 1e6) and save % evaluate == 0)
 
 
 def has_bf16(cpu: bool) -> bool:
