@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from dopsd import checkpoints, collapse, plots, train
+from dopsd import checkpoints, collapse, plots, report, train
 from dopsd.collapse import CollapseGuard, Tally, first_try_fall, fisher, tallies_of, validation_fall
 from dopsd.config import parse_train
 from dopsd.errors import UsageError
@@ -335,6 +335,7 @@ def test_a_run_that_collapses_says_so_and_has_finished(
         from matplotlib.axes import Axes
 
         monkeypatch.setattr(Axes, "axvline", lambda self, x, **_: lines.append(x))
+    monkeypatch.setattr(report, "draw_trajectory", lambda *_: None)
     output = tmp_path / "run"
     argv = [*small_run, "--max_steps", "3", "--eval_steps", "1", "--save_steps", "1", "--learning_rate", "3"]
     argv += ["--load_best_model_at_end", "none", "--validation_problems", "24", "--correct_only", "false"]
@@ -343,11 +344,11 @@ def test_a_run_that_collapses_says_so_and_has_finished(
     assert status == 0
     assert " ".join(out.split()).count("collapse at update 1: validation accuracy fell from ") == 2
     assert "the adapter is that of update 0 of 1, the best by validation" in " ".join(out.split())
-    report = json.loads((output / "report.json").read_text())
-    (event,) = report["collapse"]
+    result = json.loads((output / "report.json").read_text())
+    (event,) = result["collapse"]
     assert (event["update"], event["action"], event["back_to"]) == (1, "stop", 0)
-    assert 0.3 < event["from"] < 0.7 and event["to"] == 0 and report["updates"] == 1
-    assert report["accuracy_before"] == report["accuracy_after"]
+    assert 0.3 < event["from"] < 0.7 and event["to"] == 0 and result["updates"] == 1
+    assert result["accuracy_before"] == result["accuracy_after"]
     with (output / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["collapse"]) for row in rows if row["collapse"]] == [("1", "validation accuracy")]
