@@ -287,6 +287,19 @@ class TrainingArguments(transformers.TrainingArguments):
     bf16: bool | None = option(  # type: ignore[assignment]
         None, "Compute in bf16 (autocast); none: where the GPU or CPU has it in hardware."
     )
+    load_best_model_at_end: bool | None = option(  # type: ignore[assignment]
+        None, "Leave the best adapter by validation, not the last; none: where checkpoints are saved at evaluations."
+    )
+    on_collapse: Literal["stop", "rollback", "ignore"] = option(
+        "stop",
+        "What is done when validation or first-try accuracy falls far below its best: end the run there, with the best "
+        "adapter; go on from that one at half the learning rate; or only say so.",
+    )
+    collapse_threshold: float | None = option(
+        None,
+        "Fall of validation accuracy below its best that is a collapse (0.1: ten points); none: five points or three "
+        "standard errors, whichever is more.",
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -302,6 +315,8 @@ class TrainingArguments(transformers.TrainingArguments):
         must_be(self.ddp_timeout >= ranks.LOST, "ddp_timeout", self.ddp_timeout, f"at least {ranks.LOST:g} seconds")
         # transformers takes bf16 on a machine without an accelerator for a mistake unless this is said.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.saves_evaluations()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"
         if self.bf16 is None:
@@ -315,6 +330,16 @@ class TrainingArguments(transformers.TrainingArguments):
         self.label_names = []
         self.logging_nan_inf_filter = False
         at_least_one(self, "per_device_train_batch_size")
+        limit = self.collapse_threshold
+        must_be(limit is None or 0 < limit <= 1, "collapse_threshold", limit, "above 0 and at most 1, or none")
+        hint = "validation accuracy is not measured with eval_strategy=no"
+        require(limit is None or self.eval_strategy != "no", "collapse_threshold", limit, hint)
+        require(
+            self.on_collapse != "rollback" or (self.load_best_model_at_end and not self.save_only_model),
+            "on_collapse",
+            self.on_collapse,
+            "it goes back to a checkpoint: it needs load_best_model_at_end, and all that a run goes on from in it",
+        )
         accepted = "at least 1, or -1 for num_train_epochs"
         must_be(self.max_steps >= 1 or self.max_steps == -1, "max_steps", self.max_steps, accepted)
         require(
@@ -323,6 +348,16 @@ class TrainingArguments(transformers.TrainingArguments):
             self.gradient_accumulation_steps,
             "an update already accumulates every state of its batch; raise per_device_train_batch_size instead",
         )
+
+    def saves_evaluations(self) -> bool:
+        """Whether each checkpoint is saved at an evaluation, so that the best can be told."""
+        if self.save_strategy == "best":
+            return self.eval_strategy != "no"
+        if self.eval_strategy != self.save_strategy or self.eval_strategy == "no":
+            return False
+        # Updates, or shares of all, as transformers compares them; a share is no multiple of a number of updates.
+        save, evaluate = 1e6 * float(self.save_steps), 1e6 * float(self.eval_steps or self.logging_steps)
+        return self.eval_strategy == "epoch" or ((save < 1e6) == (evaluate < 1e6) and save % evaluate == 0)
 
 
 def has_bf16(cpu: bool) -> bool:

@@ -86,7 +86,7 @@ def plot_curves(
     A panel appears for whatever the history has: loss and unclipped KL, accuracy, solved prompts and rollouts that
     were trained on, tries, overlap and clip fraction, completion length. Series of more than 15 points are drawn
     faint under their centred running mean. Values that are not finite are left
-    out: a gap in the line, nothing in the mean.
+    out: a gap in the line, nothing in the mean. A dotted line marks a collapse.
 
     Args:
         history: rows as in ``TrainerState.log_history``, each with ``step``; accuracies and shares lie in [0, 1].
@@ -127,6 +127,7 @@ def plot_curves(
     first = min(steps[0] for steps, _ in curves.values())
     last = max(steps[-1] for steps, _ in curves.values())
     margin = 0.03 * (last - first) or 1.0
+    collapses = [row["step"] for row in history if "collapse" in row]
 
     layout = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05, wspace=0.04, hspace=0.02)
     figure = Figure(figsize=(2.4 * columns, 2.3 * rows), dpi=DPI, layout=layout)
@@ -134,6 +135,8 @@ def plot_curves(
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_xlim(first - margin, last + margin)
+        for step in collapses:
+            axes.axvline(step, color=BLACK, linestyle=":", linewidth=1.0)
         drawn = [(key, name) for key, name in panel.series if key in curves]
         right = axes.twinx() if panel.may_split and _apart([curves[key][1] for key, _ in drawn]) else None
         handles: list[Any] = []
@@ -179,9 +182,11 @@ def plot_curves(
             handler_map={tuple: HandlerTuple(ndivide=1)},
             **LEGEND,
         )
+    notes = ["dotted: collapse"] if collapses else []
     if any(key != "eval_accuracy" and _smoothed(values) for key, (_, values) in curves.items()):
-        note = f"faint: as logged; strong: running mean of {window}"
-        figure.supxlabel(note, fontsize=FONT, color=GRAY, x=0.99, horizontalalignment="right")
+        notes.append(f"faint: as logged; strong: running mean of {window}")
+    if notes:
+        figure.supxlabel("; ".join(notes), fontsize=FONT, color=GRAY, x=0.99, horizontalalignment="right")
     figure.savefig(path)
 
 

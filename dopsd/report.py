@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from dopsd import collapse
 from dopsd.accuracy import difference, summary
+from dopsd.checkpoints import number
 from dopsd.files import write_json, write_text
 from dopsd.memory import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
@@ -191,6 +193,7 @@ def finish(
         "adapter_sha256": adapter,
         "updates": trainer.state.global_step,
         "best_checkpoint": trainer.state.best_model_checkpoint,
+        "collapse": collapse.events(trainer.state.log_history),
         "seconds": round(seconds, 1),
         "seed": trainer.args.seed,
         "device": str(trainer.args.device),
@@ -227,7 +230,11 @@ def show_result(result: Mapping[str, Any], output: Path) -> None:
         }
         for rate, row in result["tokens_per_step"].items()
     ]
-    notes, memory, left_out = [], result["memory"], result["left_out"]
+    memory, left_out = result["memory"], result["left_out"]
+    notes = [collapse.sentence(one) for one in result["collapse"]]
+    if result["config"]["training"]["load_best_model_at_end"] and result["best_checkpoint"] is not None:
+        best = number(Path(result["best_checkpoint"]))
+        notes.append(f"the adapter is that of update {best} of {result['updates']}, the best by validation")
     if memory is not None:
         peaks = gib(memory["predicted_peak"]), gib(memory["measured_peak"])
         notes.append(f"memory: {peaks[0]} GiB predicted, {peaks[1]} measured in updates")

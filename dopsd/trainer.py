@@ -23,6 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from dopsd import checkpoints, files, ranks
 from dopsd.accuracy import mean, standard_error
+from dopsd.collapse import CollapseGuard
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.drift import mean_drifts
 from dopsd.errors import RunError, require
@@ -118,6 +119,7 @@ class Trainer(transformers.Trainer):
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
         self.add_callback(self.bar)
         self.add_callback(TeacherFollows(self))
+        self.add_callback(CollapseGuard(self))
         # transformers would switch checkpointing on when training starts, whatever has been planned by then.
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             setattr(args, name, False)
@@ -400,6 +402,7 @@ class Trainer(transformers.Trainer):
             "accepted_count": self.accepted_count,
             "slices": [[lesson.to_json() for lesson in lessons] for lessons in self.pending],
             "sizes": asdict(self.sizes),
+            "metrics": self.update_metrics,  # of updates that are not logged yet
         }
         (folder / checkpoints.pending_name(self.accelerator.process_index)).write_text(json.dumps(pending))
         super()._save_checkpoint(model, trial)
@@ -412,7 +415,7 @@ class Trainer(transformers.Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         name = checkpoints.pending_name(self.accelerator.process_index)
         pending = json.loads((Path(resume_from_checkpoint) / name).read_text())
-        self.accepted_count = pending["accepted_count"]
+        self.accepted_count, self.update_metrics = pending["accepted_count"], pending["metrics"]
         self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
         sizes = Sizes(**pending["sizes"])
         if self.plan is not None and sizes != self.sizes:
@@ -432,7 +435,7 @@ class Trainer(transformers.Trainer):
         """What training left that ended with ``checkpoint``, without an update: its state, its adapter or the best."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE_FILE))
-        if self.args.load_best_model_at_end and self.state.best_global_step:
+        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
             self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}"
             self._load_best_model()
 
