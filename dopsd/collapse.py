@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from dopsd import checkpoints
-from dopsd.run_folder import on_first_process
+from dopsd.ranks import on_first_process
 
 if TYPE_CHECKING:
     from dopsd.trainer import Trainer

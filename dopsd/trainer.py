@@ -415,7 +415,8 @@ class Trainer(transformers.Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         name = checkpoints.pending_name(self.accelerator.process_index)
         pending = json.loads((Path(resume_from_checkpoint) / name).read_text())
-        self.accepted_count, self.update_metrics = pending["accepted_count"], pending["metrics"]
+        self.accepted_count = pending["accepted_count"]
+        self.update_metrics = [Figures(*figures) for figures in pending["metrics"]]
         self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
         sizes = Sizes(**pending["sizes"])
         if self.plan is not None and sizes != self.sizes:
