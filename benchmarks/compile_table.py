@@ -99,7 +99,7 @@ def confidence(arch: str) -> Iterator[Variant]:
                 if name == "confidence" and config["BLOCK_N"] == 128:
                     budget = _NOISE_SPILL if sample else _TILE_SPILL
                 yield Variant(
-                    kernel="dopsd_kernels.triton.confidence:_confidence",
+                    kernel="dopsd_kernels.confidence.kernels:_confidence",
                     label=label,
                     config=config,
                     signature={
@@ -127,7 +127,7 @@ def confidence(arch: str) -> Iterator[Variant]:
     for splits, top_k in ((1024, 0), (1024, 128)):
         outputs = ("logsumexp", "max_logit", "logit", "top_values")
         yield Variant(
-            kernel="dopsd_kernels.triton.confidence:_merge",
+            kernel="dopsd_kernels.confidence.kernels:_merge",
             label=f"top {top_k}, sample",
             config={"BLOCK_S": splits},
             signature={
@@ -149,7 +149,7 @@ def confidence(arch: str) -> Iterator[Variant]:
 
 def step_kl(arch: str) -> Iterator[Variant]:
     """The passes of fused_step_kl: without a top-k, and with a bucket, which keeps most."""
-    from dopsd_kernels.triton import step_kl as kernels
+    from dopsd_kernels.step_kl import kernels
 
     signature = {
         **dict.fromkeys(("bias_s", "bias_t", "normalizers", "sums", "scale"), "*fp32"),
@@ -167,7 +167,7 @@ def step_kl(arch: str) -> Iterator[Variant]:
         constexprs = {key: value for key, value in {**config, **constexprs}.items() if key in arguments}
         kinds = {**signature, **types}
         return Variant(
-            kernel=f"dopsd_kernels.triton.step_kl:{name}",
+            kernel=f"dopsd_kernels.step_kl.kernels:{name}",
             label=label,
             config=config,
             signature={key: kinds[key] for key in arguments if key not in constexprs},
@@ -202,7 +202,7 @@ def step_kl(arch: str) -> Iterator[Variant]:
 
 def prefix_attention(arch: str) -> Iterator[Variant]:
     """Forward and backward with both masks, which cost registers, at D = 128 (fp32: 64)."""
-    from dopsd_kernels.triton import prefix_attention as kernels
+    from dopsd_kernels.prefix_attention import kernels
 
     def variants(config: dict[str, int], names: tuple[str, ...], dtype: str, width: int) -> Iterator[Variant]:
         for name in names:
@@ -228,7 +228,7 @@ def prefix_attention(arch: str) -> Iterator[Variant]:
                 }
                 sides = {None: "", True: ", own keys", False: ", prefix"}[own]
                 yield Variant(
-                    kernel=f"dopsd_kernels.triton.prefix_attention:{name}",
+                    kernel=f"dopsd_kernels.prefix_attention.kernels:{name}",
                     label=f"{dtype}, D = {width}{sides}",
                     config=config,
                     signature={key: signature[key] for key in arguments if key not in constexprs},
@@ -252,7 +252,7 @@ OPS = (confidence, step_kl, prefix_attention)
 
 
 def _configs(kernel: str, arch: str) -> list[dict[str, int]]:
-    from dopsd_kernels.triton.configs import read
+    from dopsd_kernels.common.configs import read
 
     return [entry["config"] for entry in read()[kernel] if arch in entry["arch"]]
 
@@ -268,7 +268,7 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dopsd_kernels.triton.configs import LAUNCH, SHARED_MEMORY
+    from dopsd_kernels.common.configs import LAUNCH, SHARED_MEMORY
 
     module, name = variant.kernel.split(":")
     fn = getattr(importlib.import_module(module), name)

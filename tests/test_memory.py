@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dopsd_kernels.step_kl as step_kl
 from dopsd import files, memory, train
 from dopsd.errors import RunError, UsageError
 from dopsd.memory import GIB, Curve, Planner, Sizes, Standing, attempt, even_sizes, read_bytes
@@ -25,6 +24,7 @@ from dopsd.objective import Objective
 from dopsd.step_batch import collate, step_batches
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
+from dopsd_kernels.step_kl import api as step_kl
 
 ROOT = Path(train.__file__).parents[1]
 Make = Callable[..., Trainer]

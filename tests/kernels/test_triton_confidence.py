@@ -13,9 +13,10 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dopsd_kernels import fused_confidence, gumbel, reference  # noqa: E402
-from dopsd_kernels.triton import confidence as kernels  # noqa: E402
-from dopsd_kernels.triton import configs, topk  # noqa: E402
+from dopsd_kernels import fused_confidence, reference  # noqa: E402
+from dopsd_kernels.common import configs  # noqa: E402
+from dopsd_kernels.common import topk_kernels as topk  # noqa: E402
+from dopsd_kernels.confidence import gumbel, kernels  # noqa: E402
 
 U = 2.0**-24
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

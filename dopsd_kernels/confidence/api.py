@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dopsd_kernels import chunked_confidence
-from dopsd_kernels.arguments import (
+from ..common.arguments import (
     check_bias,
     check_choice,
     check_device,
@@ -15,8 +14,9 @@ from dopsd_kernels.arguments import (
     check_number,
     check_shape,
 )
-from dopsd_kernels.backends import choose_backend
-from dopsd_kernels.contracts import ConfidenceOutput
+from ..common.backends import choose_backend
+from . import chunked
+from .contracts import ConfidenceOutput
 
 # The largest top_k of the Triton kernels, which keep that many entries of a row in registers.
 _MAX_TRITON_TOP_K = 128
@@ -119,14 +119,14 @@ def _compute(
 ) -> ConfidenceOutput:
     also = f"top_k is above {_MAX_TRITON_TOP_K}" if top_k > _MAX_TRITON_TOP_K else None
     if choose_backend(backend, (hidden, weight, bias), also) == "triton":
-        from dopsd_kernels.triton.confidence import confidence
+        from .kernels import confidence
 
         output = _empty_output(hidden, seed, top_k)
         confidence(output, hidden, weight, bias, temperature, seed, top_k, exclude)
         return _with_token(output, seed)
     ids = torch.tensor(exclude, device=hidden.device) if exclude else None
     with torch.autocast(hidden.device.type, enabled=False):
-        return chunked_confidence.confidence(hidden, weight, bias, temperature, seed, top_k, ids)
+        return chunked.confidence(hidden, weight, bias, temperature, seed, top_k, ids)
 
 
 def _empty_output(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dopsd_kernels import cascade_attention
-from dopsd_kernels.arguments import check_choice, check_device, check_floating, check_number, check_shape
-from dopsd_kernels.backends import as_traced, choose_backend, undisturbed
+from ..common.arguments import check_choice, check_device, check_floating, check_number, check_shape
+from ..common.backends import as_traced, choose_backend, undisturbed
+from . import cascade
 
 # The Triton kernels keep a whole head of a tile of rows on the chip.
 _TRITON_MAX_WIDTH = 128
@@ -101,8 +101,8 @@ def _implementation(q: Tensor, backend: str) -> Any:
     if q.shape[-1] > _TRITON_MAX_WIDTH:
         also = f"the kernels take heads of at most {_TRITON_MAX_WIDTH}, but D is {q.shape[-1]}"
     if choose_backend(backend, (q,), also) == "torch":
-        return cascade_attention
-    from dopsd_kernels.triton import prefix_attention as kernels
+        return cascade
+    from . import kernels
 
     return kernels
 

@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dopsd_kernels.contracts import ConfidenceOutput
-from dopsd_kernels.triton.configs import LAUNCH, choose
-from dopsd_kernels.triton.topk import LOWEST_KEY, insert_largest, key_column, key_value, largest_key, ordered_key
+from ..common.configs import LAUNCH, choose
+from ..common.topk_kernels import LOWEST_KEY, insert_largest, key_column, key_value, largest_key, ordered_key
+from .contracts import ConfidenceOutput
 
 # A row's keys that the merge reads at a time.
 _MERGE_KEYS = 1024

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dopsd_kernels import gumbel
-from dopsd_kernels.contracts import ConfidenceOutput
-from dopsd_kernels.products import compute_dtype, full_precision
-from dopsd_kernels.topk import stable_topk
+from ..common.products import compute_dtype, full_precision
+from ..common.topk import stable_topk
+from . import gumbel
+from .contracts import ConfidenceOutput
 
 # Logits of one tile, and numbers of its weight if that is converted: 4 MiB in fp32. A sampling call takes twice that
 # again at most.
