@@ -3,7 +3,7 @@
     python -m benchmarks.compile_table                        # every architecture, as a table; exit status 1 on a fault
     python -m benchmarks.compile_table --arch sm_90 --json table.json
 
-Each entry of dopsd_kernels/triton/configs.json is compiled with the variants of its kernel that differ most: dtypes,
+Each entry of dopsd_kernels/common/configs.json is compiled with the variants of its kernel that differ most: dtypes,
 and options that change what a program keeps in registers. A row is at fault if it spills more registers than its
 variant allows, needs more shared memory than the chip has, or multiplies 16-bit operands without tensor cores.
 """
@@ -44,7 +44,7 @@ class Variant:
     label: str  # what distinguishes it
     config: dict[str, int]  # the entry it belongs to, for the table
     signature: dict[str, str]  # in any order: "*bf16" (aligned to 16 bytes), "fp32", "i32", "i32:16" (a multiple of 16)
-    constexprs: dict[str, Any]  # the other arguments
+    constexprs: dict[str, Any]  # the other arguments; a function as module:function
     options: dict[str, int]  # num_warps, and num_stages where the launch has it
     tensor_cores: bool = False  # whether it must use them
     spill_budget: int = 0  # bytes
@@ -182,7 +182,7 @@ def step_kl(arch: str) -> Iterator[Variant]:
             ("JSD, bf16, bucket", "*bf16", True),
         ):
             constexprs = {
-                "DIVERGENCE": 2 if bucket else 0,
+                "DIVERGENCE": f"dopsd_kernels.step_kl.divergence_kernels:{'_jsd' if bucket else '_reverse_kl'}",
                 "CLIPPED": True,
                 "NONNEGATIVE": True,
                 "PARTS": config["SPLITS"],
@@ -271,7 +271,7 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     from dopsd_kernels.common.configs import LAUNCH, SHARED_MEMORY
 
     module, name = variant.kernel.split(":")
-    fn = getattr(importlib.import_module(module), name)
+    fn = _function(variant.kernel)
     arguments = fn.arg_names
     unknown = set(arguments) ^ (set(variant.signature) | set(variant.constexprs))
     if unknown:
@@ -281,7 +281,7 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     source = ASTSource(
         fn,
         signature={x: kind.removesuffix(":16") for x, kind in kinds.items()},
-        constexprs=variant.constexprs,
+        constexprs={x: _function(c) if isinstance(c, str) else c for x, c in variant.constexprs.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
     )
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -305,7 +305,7 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     if variant.tensor_cores and instruction == "-":
         faults.append("no tensor cores")
     return {
-        "kernel": f"{module.rpartition('.')[2]}.{name}",
+        "kernel": f"{module.split('.')[1]}.{name}",
         "arch": arch,
         "config": variant.config,
         "variant": variant.label,
@@ -318,6 +318,11 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
         "tensor_cores": variant.tensor_cores,
         "faults": faults,
     }
+
+
+def _function(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _number(pattern: str, text: str) -> int:
