@@ -73,16 +73,17 @@ def confidence(arch: str) -> Iterator[Variant]:
 
     bf16, fp32 = ("bf16", "bf16"), ("fp32", "fp32")  # of hidden and weight
     for name, options in (
-        ("confidence_argmax", [(bf16, 0, False)]),
-        ("confidence", [(bf16, 2, True), (bf16, 32, False)]),
-        ("confidence_wide", [(bf16, 128, True), (fp32, 32, True), (("bf16", "fp32"), 0, True)]),
+        ("confidence_argmax", [(bf16, 0, False, False), (bf16, 0, False, True)]),
+        ("confidence", [(bf16, 2, True, True), (bf16, 32, False, True)]),
+        ("confidence_wide", [(bf16, 128, True, True), (fp32, 32, True, True), (("bf16", "fp32"), 0, True, False)]),
     ):
         for config in _configs(name, arch):
-            for (hidden, weight), top_k, sample in options:
+            for (hidden, weight), top_k, sample, entropy in options:
                 upcast = hidden != weight
                 itemsize = 2 if (hidden, weight) == bf16 else 4
                 absent = [] if sample else ["seed", "chosen", "chosen_logit"]
                 absent += [] if top_k else ["top"]
+                absent += [] if entropy else ["weighted"]
                 pointers = {
                     "hidden": hidden,
                     "weight": weight,
@@ -90,11 +91,14 @@ def confidence(arch: str) -> Iterator[Variant]:
                     "seed": "i64",
                     "largest": "i64",
                     "total": "fp32",
+                    "weighted": "fp32",
                     "chosen": "i64",
                     "chosen_logit": "fp32",
                     "top": "i64",
                 }
-                label = f"{hidden} x {weight}, top {top_k}{', sample' if sample else ''}"
+                label = (
+                    f"{hidden} x {weight}, top {top_k}{', sample' if sample else ''}{', entropy' if entropy else ''}"
+                )
                 budget = _TILE_SPILL if name == "confidence_wide" or config["BLOCK_V"] > 128 else 0
                 if name == "confidence" and config["BLOCK_N"] == 128:
                     budget = _NOISE_SPILL if sample else _TILE_SPILL
@@ -125,14 +129,14 @@ def confidence(arch: str) -> Iterator[Variant]:
                     spill_budget=budget,
                 )
     for splits, top_k in ((1024, 0), (1024, 128)):
-        outputs = ("logsumexp", "max_logit", "logit", "top_values")
+        outputs = ("logsumexp", "max_logit", "logit", "top_values", "entropy")
         yield Variant(
             kernel="dopsd_kernels.confidence.kernels:_merge",
             label=f"top {top_k}, sample",
             config={"BLOCK_S": splits},
             signature={
                 **dict.fromkeys(("largest", "chosen", "token", "argmax", "top_indices"), "*i64"),
-                **dict.fromkeys(("total", "chosen_logit", *outputs), "*fp32"),
+                **dict.fromkeys(("total", "weighted", "chosen_logit", *outputs), "*fp32"),
                 **({"top": "*i64"} if top_k else {}),
                 **dict.fromkeys(("splits", "count"), "i32"),
             },

@@ -188,6 +188,7 @@ def confidence(
     seed: Tensor | None = None,  # (...,) int64: one per row
     top_k: int = 0,
     exclude: Sequence[int] = (),
+    entropy: bool = False,
 ) -> ConfidenceOutput:
     """Specify `dopsd_kernels.fused_confidence`, whose docstring defines the arguments."""
     logits = _logits(hidden, weight, bias, hidden.dtype).detach()
@@ -208,6 +209,7 @@ def confidence(
         argmax=argmax,
         top_values=ordered.values[..., :top_k],
         top_indices=ordered.indices[..., :top_k],
+        entropy=torch.special.entr(logits.softmax(-1)).sum(-1) if entropy else logits[..., :0],
     )
 
 

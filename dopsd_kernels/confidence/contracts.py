@@ -15,3 +15,4 @@ class ConfidenceOutput(NamedTuple):
     argmax: Tensor  # int64, ties to the lowest id
     top_values: Tensor  # (..., top_k) logits, largest first, ties to the lowest id
     top_indices: Tensor  # (..., top_k) int64
+    entropy: Tensor  # in nats, over the ids that can be chosen; (..., 0) unless asked for

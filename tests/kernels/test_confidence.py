@@ -105,7 +105,8 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seed
             token = max(z, key=lambda v: z[v] / temperature + noise(seed, v))
         total = math.log(sum(math.exp(x) for x in z.values()))
         top = order[:top_k]
-        rows.append((token, z[token], total, z[order[0]], order[0], [z[v] for v in top], top))
+        entropy = sum(math.exp(x - total) * (total - x) for x in z.values())
+        rows.append((token, z[token], total, z[order[0]], order[0], [z[v] for v in top], top, entropy))
     ids = (0, 4, 6)
     columns = enumerate(zip(*rows, strict=True))
     return [torch.tensor(x, dtype=torch.int64 if i in ids else torch.float64) for i, x in columns]
@@ -130,6 +131,7 @@ def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, sma
             seed=torch.tensor(seeds),
             top_k=top_k,
             exclude=exclude,
+            entropy=True,
         )
         expected = naive(hidden, weight, bias, temperature, seeds, top_k, exclude)
         for a, b in zip(out, expected, strict=True):
@@ -148,7 +150,7 @@ def test_matches_the_reference_with_ties(n, vocab, top_k, excluding, temperature
     exclude = (vocab // 2,) if excluding and vocab > 1 else ()
     top_k = min(top_k, vocab - len(exclude))
     seed = torch.arange(n) + 5
-    arguments = dict(temperature=temperature, seed=seed, top_k=top_k, exclude=exclude)
+    arguments = dict(temperature=temperature, seed=seed, top_k=top_k, exclude=exclude, entropy=n % 2 == 0)
     with pytest.MonkeyPatch.context() as patch:
         for tile_logits in (8, 1 << 22):
             patch.setattr(chunked, "_TILE_LOGITS", tile_logits)
@@ -158,6 +160,21 @@ def test_matches_the_reference_with_ties(n, vocab, top_k, excluding, temperature
             )
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile_logits", [4, 1 << 22])
+def test_entropies_of_certain_uniform_and_impossible_rows(monkeypatch, tile_logits):
+    monkeypatch.setattr(chunked, "_TILE_LOGITS", tile_logits)
+    weight, bias = torch.eye(8), torch.zeros(8)
+    bias[:4] = -math.inf  # a tile of its own, without mass
+    hidden = torch.zeros(4, 8)
+    hidden[1, 5] = 200.0
+    hidden[2, 6] = math.nan
+    out = fused_confidence(hidden, weight, bias=bias, entropy=True)
+    torch.testing.assert_close(out.entropy[[0, 3]], torch.full((2,), math.log(4)), rtol=4 * 2**-24, atol=0)
+    assert out.entropy[1] == 0 and out.entropy[2].isnan()
+    assert fused_confidence(hidden, weight, bias=bias).entropy.shape == (4, 0)
+    assert fused_confidence(hidden[None, :0], weight, entropy=True).entropy.shape == (1, 0)
 
 
 def test_ties_go_to_the_lowest_id_across_tiles(monkeypatch):
@@ -320,8 +337,8 @@ def test_one_seed_gives_every_row_its_own():
 def test_leading_dimensions_and_no_gradient():
     hidden, weight = randn(2, 3, 4).requires_grad_(), randn(7, 4, seed=1).requires_grad_()
     seed = torch.arange(6).reshape(2, 3)
-    out = fused_confidence(hidden, weight, temperature=1.0, seed=seed, top_k=2)
-    flat = fused_confidence(hidden.reshape(6, 4), weight, temperature=1.0, seed=seed.reshape(6), top_k=2)
+    out = fused_confidence(hidden, weight, temperature=1.0, seed=seed, top_k=2, entropy=True)
+    flat = fused_confidence(hidden.flatten(0, 1), weight, temperature=1.0, seed=seed.flatten(), top_k=2, entropy=True)
     for name, a, b in zip(out._fields, out, flat, strict=True):
         assert a.shape == ((2, 3, 2) if name.startswith("top_") else (2, 3))
         assert torch.equal(a.reshape(b.shape), b)
