@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from dopsd.cache import Cache
 from dopsd.errors import UsageError, must_be, require
-from dopsd.memory import read_bytes
+from dopsd.memory.units import read_bytes
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
 from dopsd.sampler import Decoding

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from dopsd.accuracy import difference, summary
 from dopsd.files import write_json, write_text
-from dopsd.memory import gib
+from dopsd.memory.units import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.rollout import Rollout, Row
 from dopsd.run_folder import REPORT_FILE, on_first_process
