@@ -3,7 +3,7 @@
     python -m benchmarks.compile_table                        # every architecture, as a table; exit status 1 on a fault
     python -m benchmarks.compile_table --arch sm_90 --json table.json
 
-Each entry of dopsd_kernels/triton/configs.json is compiled with the variants of its kernel that differ most: dtypes,
+Each entry of dopsd_kernels/common/configs.json is compiled with the variants of its kernel that differ most: dtypes,
 and options that change what a program keeps in registers. A row is at fault if it spills more registers than its
 variant allows, needs more shared memory than the chip has, or multiplies 16-bit operands without tensor cores.
 """
@@ -44,7 +44,7 @@ class Variant:
     label: str  # what distinguishes it
     config: dict[str, int]  # the entry it belongs to, for the table
     signature: dict[str, str]  # in any order: "*bf16" (aligned to 16 bytes), "fp32", "i32", "i32:16" (a multiple of 16)
-    constexprs: dict[str, Any]  # the other arguments
+    constexprs: dict[str, Any]  # the other arguments; a function as module:function
     options: dict[str, int]  # num_warps, and num_stages where the launch has it
     tensor_cores: bool = False  # whether it must use them
     spill_budget: int = 0  # bytes
@@ -73,16 +73,17 @@ def confidence(arch: str) -> Iterator[Variant]:
 
     bf16, fp32 = ("bf16", "bf16"), ("fp32", "fp32")  # of hidden and weight
     for name, options in (
-        ("confidence_argmax", [(bf16, 0, False)]),
-        ("confidence", [(bf16, 2, True), (bf16, 32, False)]),
-        ("confidence_wide", [(bf16, 128, True), (fp32, 32, True), (("bf16", "fp32"), 0, True)]),
+        ("confidence_argmax", [(bf16, 0, False, False), (bf16, 0, False, True)]),
+        ("confidence", [(bf16, 2, True, True), (bf16, 32, False, True)]),
+        ("confidence_wide", [(bf16, 128, True, True), (fp32, 32, True, True), (("bf16", "fp32"), 0, True, False)]),
     ):
         for config in _configs(name, arch):
-            for (hidden, weight), top_k, sample in options:
+            for (hidden, weight), top_k, sample, entropy in options:
                 upcast = hidden != weight
                 itemsize = 2 if (hidden, weight) == bf16 else 4
                 absent = [] if sample else ["seed", "chosen", "chosen_logit"]
                 absent += [] if top_k else ["top"]
+                absent += [] if entropy else ["weighted"]
                 pointers = {
                     "hidden": hidden,
                     "weight": weight,
@@ -90,16 +91,19 @@ def confidence(arch: str) -> Iterator[Variant]:
                     "seed": "i64",
                     "largest": "i64",
                     "total": "fp32",
+                    "weighted": "fp32",
                     "chosen": "i64",
                     "chosen_logit": "fp32",
                     "top": "i64",
                 }
-                label = f"{hidden} x {weight}, top {top_k}{', sample' if sample else ''}"
+                label = (
+                    f"{hidden} x {weight}, top {top_k}{', sample' if sample else ''}{', entropy' if entropy else ''}"
+                )
                 budget = _TILE_SPILL if name == "confidence_wide" or config["BLOCK_V"] > 128 else 0
                 if name == "confidence" and config["BLOCK_N"] == 128:
                     budget = _NOISE_SPILL if sample else _TILE_SPILL
                 yield Variant(
-                    kernel="dopsd_kernels.triton.confidence:_confidence",
+                    kernel="dopsd_kernels.confidence.kernels:_confidence",
                     label=label,
                     config=config,
                     signature={
@@ -125,14 +129,14 @@ def confidence(arch: str) -> Iterator[Variant]:
                     spill_budget=budget,
                 )
     for splits, top_k in ((1024, 0), (1024, 128)):
-        outputs = ("logsumexp", "max_logit", "logit", "top_values")
+        outputs = ("logsumexp", "max_logit", "logit", "top_values", "entropy")
         yield Variant(
-            kernel="dopsd_kernels.triton.confidence:_merge",
+            kernel="dopsd_kernels.confidence.kernels:_merge",
             label=f"top {top_k}, sample",
             config={"BLOCK_S": splits},
             signature={
                 **dict.fromkeys(("largest", "chosen", "token", "argmax", "top_indices"), "*i64"),
-                **dict.fromkeys(("total", "chosen_logit", *outputs), "*fp32"),
+                **dict.fromkeys(("total", "weighted", "chosen_logit", *outputs), "*fp32"),
                 **({"top": "*i64"} if top_k else {}),
                 **dict.fromkeys(("splits", "count"), "i32"),
             },
@@ -149,7 +153,7 @@ def confidence(arch: str) -> Iterator[Variant]:
 
 def step_kl(arch: str) -> Iterator[Variant]:
     """The passes of fused_step_kl: without a top-k, and with a bucket, which keeps most."""
-    from dopsd_kernels.triton import step_kl as kernels
+    from dopsd_kernels.step_kl import kernels
 
     signature = {
         **dict.fromkeys(("bias_s", "bias_t", "normalizers", "sums", "scale"), "*fp32"),
@@ -167,7 +171,7 @@ def step_kl(arch: str) -> Iterator[Variant]:
         constexprs = {key: value for key, value in {**config, **constexprs}.items() if key in arguments}
         kinds = {**signature, **types}
         return Variant(
-            kernel=f"dopsd_kernels.triton.step_kl:{name}",
+            kernel=f"dopsd_kernels.step_kl.kernels:{name}",
             label=label,
             config=config,
             signature={key: kinds[key] for key in arguments if key not in constexprs},
@@ -182,7 +186,7 @@ def step_kl(arch: str) -> Iterator[Variant]:
             ("JSD, bf16, bucket", "*bf16", True),
         ):
             constexprs = {
-                "DIVERGENCE": 2 if bucket else 0,
+                "DIVERGENCE": f"dopsd_kernels.step_kl.divergence_kernels:{'_jsd' if bucket else '_reverse_kl'}",
                 "CLIPPED": True,
                 "NONNEGATIVE": True,
                 "PARTS": config["SPLITS"],
@@ -202,7 +206,7 @@ def step_kl(arch: str) -> Iterator[Variant]:
 
 def prefix_attention(arch: str) -> Iterator[Variant]:
     """Forward and backward with both masks, which cost registers, at D = 128 (fp32: 64)."""
-    from dopsd_kernels.triton import prefix_attention as kernels
+    from dopsd_kernels.prefix_attention import kernels
 
     def variants(config: dict[str, int], names: tuple[str, ...], dtype: str, width: int) -> Iterator[Variant]:
         for name in names:
@@ -228,7 +232,7 @@ def prefix_attention(arch: str) -> Iterator[Variant]:
                 }
                 sides = {None: "", True: ", own keys", False: ", prefix"}[own]
                 yield Variant(
-                    kernel=f"dopsd_kernels.triton.prefix_attention:{name}",
+                    kernel=f"dopsd_kernels.prefix_attention.kernels:{name}",
                     label=f"{dtype}, D = {width}{sides}",
                     config=config,
                     signature={key: signature[key] for key in arguments if key not in constexprs},
@@ -252,7 +256,7 @@ OPS = (confidence, step_kl, prefix_attention)
 
 
 def _configs(kernel: str, arch: str) -> list[dict[str, int]]:
-    from dopsd_kernels.triton.configs import read
+    from dopsd_kernels.common.configs import read
 
     return [entry["config"] for entry in read()[kernel] if arch in entry["arch"]]
 
@@ -268,10 +272,10 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dopsd_kernels.triton.configs import LAUNCH, SHARED_MEMORY
+    from dopsd_kernels.common.configs import LAUNCH, SHARED_MEMORY
 
     module, name = variant.kernel.split(":")
-    fn = getattr(importlib.import_module(module), name)
+    fn = _function(variant.kernel)
     arguments = fn.arg_names
     unknown = set(arguments) ^ (set(variant.signature) | set(variant.constexprs))
     if unknown:
@@ -281,7 +285,7 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     source = ASTSource(
         fn,
         signature={x: kind.removesuffix(":16") for x, kind in kinds.items()},
-        constexprs=variant.constexprs,
+        constexprs={x: _function(c) if isinstance(c, str) else c for x, c in variant.constexprs.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
     )
     triton.knobs.nvidia.dump_ptxas_log = True
@@ -305,7 +309,7 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
     if variant.tensor_cores and instruction == "-":
         faults.append("no tensor cores")
     return {
-        "kernel": f"{module.rpartition('.')[2]}.{name}",
+        "kernel": f"{module.split('.')[1]}.{name}",
         "arch": arch,
         "config": variant.config,
         "variant": variant.label,
@@ -318,6 +322,11 @@ def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
         "tensor_cores": variant.tensor_cores,
         "faults": faults,
     }
+
+
+def _function(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _number(pattern: str, text: str) -> int:

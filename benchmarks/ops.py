@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention, products, reference
-from dopsd_kernels.backends import triton_unsupported
-from dopsd_kernels.contracts import StepKLOptions
+from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention, reference
+from dopsd_kernels.common import products
+from dopsd_kernels.common.backends import triton_unsupported
+from dopsd_kernels.step_kl.contracts import StepKLOptions
 
 _FLOOR_BYTES = 1 << 30  # logits of one of the floor's products
 ACCURACY_ROWS = 64  # few enough for fp64

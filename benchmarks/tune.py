@@ -26,7 +26,7 @@ import torch
 from benchmarks import kernels
 from benchmarks.measure import DEVICE, Clock, Trial
 from benchmarks.ops import Attention, Case, Confidence, StepKL
-from dopsd_kernels.triton import configs
+from dopsd_kernels.common import configs
 
 Config = dict[str, int]
 Entry = dict[str, Any]

@@ -5,15 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dopsd_kernels import fused_confidence
 
 Confidence = Literal["probability", "logit", "margin", "entropy"]
-
-# Logits held at a time where entropies need them (bytes).
-ENTROPY_WORKSPACE = 1 << 26
 
 
 def choose_tokens(
@@ -34,29 +30,23 @@ def choose_tokens(
     Returns:
         tokens (N,) int64 and confidences (N,) in fp32 (fp64 for fp64 ``hidden``).
     """
-    top_k = 2 if kind == "margin" else 0
-    out = fused_confidence(hidden, weight, temperature=temperature, seed=seeds, top_k=top_k, exclude=(mask_id,))
+    out = fused_confidence(
+        hidden,
+        weight,
+        temperature=temperature,
+        seed=seeds,
+        top_k=2 if kind == "margin" else 0,
+        exclude=(mask_id,),
+        entropy=kind == "entropy",
+    )
     if kind == "logit":
         return out.token, out.logit
     if kind == "margin":
         first, second = (out.top_values - out.logsumexp[:, None]).exp().unbind(-1)
         return out.token, first - second
     if kind == "entropy":
-        return out.token, negative_entropy(hidden, weight, mask_id)
+        return out.token, -out.entropy
     return out.token, (out.logit - out.logsumexp).exp()
-
-
-def negative_entropy(hidden: Tensor, weight: Tensor, mask_id: int) -> Tensor:
-    """sum_v p_v log p_v of each row of ``hidden`` (N, d) under the head ``weight`` (V, d), the mask token left out."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rows = max(1, ENTROPY_WORKSPACE // (weight.shape[0] * dtype.itemsize))
-    out = hidden.new_empty(len(hidden), dtype=dtype)
-    for start in range(0, len(hidden), rows):
-        logits = F.linear(hidden[start : start + rows].to(weight.dtype), weight).to(dtype)
-        logits[:, mask_id] = -torch.inf
-        log_p = logits.log_softmax(-1)
-        out[start : start + rows] = torch.special.entr(log_p.exp()).sum(-1).neg()
-    return out
 
 
 def most_confident(

@@ -23,12 +23,13 @@ from transformers import HfArgumentParser
 from dopsd import ranks
 from dopsd.cache import Cache
 from dopsd.errors import UsageError, must_be, require
-from dopsd.memory import read_bytes
+from dopsd.memory.units import read_bytes
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
 from dopsd.sampler import Decoding
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
+from dopsd_kernels.step_kl import Divergence
 
 # Of the numbers that options take; seeds go so far.
 LARGEST = 2**32 - 1
@@ -215,8 +216,8 @@ class TeachingArguments:
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Literal["probability", "logit", "margin", "entropy"] = option("probability", "By what K is chosen.")
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = option("reverse_kl", "D(student || teacher).")
-    beta: float = option(0.5, "Weight of the teacher in the mixture of jsd.")
+    divergence: Divergence = option("reverse_kl", "D(student || teacher).")
+    beta: float = option(0.5, "Weight of the teacher in the mixture of jsd and of the skew divergences.")
     clip: float | None = option(0.05, "Upper bound on each vocabulary entry's contribution; none: no bound.")
     clip_form: Literal["plain", "nonnegative"] = option("plain", "The paper's contributions, or nonnegative ones.")
     top_k: int | None = option(None, "Restrict to the teacher's so many likeliest entries; none: full vocabulary.")

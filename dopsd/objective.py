@@ -16,6 +16,7 @@ from dopsd.sampler import inference, mix_seeds
 from dopsd.step_batch import Inputs, Lesson, PackedInputs, Reuse, StepBatch
 from dopsd.teacher import RevealScope, TeacherWeights, self_future
 from dopsd_kernels import fused_confidence, fused_step_kl
+from dopsd_kernels.step_kl import Divergence
 
 # Entries compared by the overlap metric.
 OVERLAP_K = 20
@@ -81,7 +82,7 @@ class Objective:
     teacher_context: Literal["self_future", "reference"]
     selection: Literal["teacher", "student"]
     confidence: Confidence
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"]
+    divergence: Divergence
     beta: float
     clip: float | None
     clip_form: Literal["plain", "nonnegative"]

@@ -19,7 +19,7 @@ from dopsd import collapse
 from dopsd.accuracy import difference, summary
 from dopsd.checkpoints import number
 from dopsd.files import write_json, write_text
-from dopsd.memory import gib
+from dopsd.memory.units import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.ranks import on_first_process
 from dopsd.rollout import Rollout, Row

@@ -27,20 +27,10 @@ from dopsd.collapse import CollapseGuard
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.drift import mean_drifts
 from dopsd.errors import RunError, require
-from dopsd.memory import (
-    GIB,
-    Meter,
-    Plan,
-    Planner,
-    RunProbe,
-    Sizes,
-    attempt,
-    meter_of,
-    read_bytes,
-    remedies,
-    too_little,
-    workspace_for,
-)
+from dopsd.memory.meter import Meter, meter_of, unless_out_of_memory
+from dopsd.memory.planner import Plan, Planner, Sizes, remedies, too_little, workspace_for
+from dopsd.memory.probe import RunProbe
+from dopsd.memory.units import GIB, read_bytes
 from dopsd.metrics import Figures, combined
 from dopsd.models import STUDENT, add_lora, checkpoint_activations, device_of, load_adapter, require_layers
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
@@ -137,7 +127,7 @@ class Trainer(transformers.Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Roll out (unless slices of the last batch are pending), then forward and backward over one slice."""
         if self.meter is not None:
-            self.meter.lap()  # what was between updates, such as pictures, is not what was planned
+            self.meter.take_peak()  # what was between updates, such as pictures, is not what was planned
         if not self.pending:
             self.pending = self.roll_out(inputs["rows"])
         lessons = self.pending.pop(0)
@@ -146,12 +136,14 @@ class Trainer(transformers.Trainer):
             return torch.zeros((), device=self.args.device)
         start = time.monotonic()
         states, logged = sum(len(lesson.steps) for lesson in lessons), len(self.update_metrics)
-        while (done := attempt(lambda: self.distil(self.batches(lessons), states, self.accepted_count))) is None:
+        while (
+            done := unless_out_of_memory(lambda: self.distil(self.batches(lessons), states, self.accepted_count))
+        ) is None:
             model.zero_grad()  # the slice is done again as a whole
             del self.update_metrics[logged:]
             self.take_less(states)
             if self.meter is not None:
-                self.meter.lap()  # nor is what did not fit
+                self.meter.take_peak()  # nor is what did not fit
         outputs, loss, tokens = done
         self.sum_over_processes(model, loss)
         if not math.isfinite(loss):
@@ -160,7 +152,7 @@ class Trainer(transformers.Trainer):
             self.note(sum(len(output.kl) for output in outputs), **mean_metrics(outputs))
             self.note(1, states=states, tokens=tokens, distill_seconds=time.monotonic() - start)
         if self.meter is not None:
-            peak = self.meter.lap()
+            peak = self.meter.take_peak()
             self.highest = max(self.highest, peak)
             self.note(1, peak_gib=peak / GIB, predicted_peak_gib=self.predicted_peak / GIB)
         return loss
@@ -334,7 +326,7 @@ class Trainer(transformers.Trainer):
             with tqdm(**bar, **self.bar.inner()) as shown, self.accelerator.autocast():
                 return decode(self.decoder, shown)
 
-        while (rollouts := attempt(run)) is None:
+        while (rollouts := unless_out_of_memory(run)) is None:
             # No batch was larger than all tries at all rows.
             size = min(self.sizes.sequences_per_forward, bar["total"] * self.rollouts.pass_k)
             if size == 1:

@@ -1,10 +1,8 @@
 """Fused ops for on-policy self-distillation of masked diffusion language models."""
 
-from dopsd_kernels.confidence import fused_confidence
-from dopsd_kernels.contracts import ConfidenceOutput, StepKLOutput
-from dopsd_kernels.loss import StepKLLoss
-from dopsd_kernels.prefix_attention import prefix_attention
-from dopsd_kernels.step_kl import fused_step_kl, step_kl_from_logits, step_mean_weights
+from .confidence import ConfidenceOutput, fused_confidence
+from .prefix_attention import prefix_attention
+from .step_kl import StepKLLoss, StepKLOutput, fused_step_kl, step_kl_from_logits, step_mean_weights
 
 __all__ = [
     "ConfidenceOutput",

@@ -6,12 +6,13 @@ no gradient reaches the teacher.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dopsd_kernels.contracts import ConfidenceOutput, StepKLOptions, StepKLOutput
+from .confidence.contracts import ConfidenceOutput
+from .step_kl.contracts import StepKLOptions, StepKLOutput
 
 # ------------------------------------------------------------------------------------------------------------
 # Clipped divergence between a student and a fixed teacher
@@ -49,7 +50,7 @@ def step_kl(
         if options.clip_form == "nonnegative":
             # s and t both sum to 1, so these terms cancel in the sum and make every contribution nonnegative.
             s_minus_t = log_s.exp() - log_t.exp()
-            contributions = exact + {"reverse_kl": -s_minus_t, "forward_kl": s_minus_t}.get(options.divergence, 0)
+            contributions = exact + _SLOPE[options.divergence](options.beta) * s_minus_t
         row_loss = contributions.clamp(max=options.clip).sum(-1)
         row_clip_fraction = (contributions > options.clip).to(row_kl.dtype).mean(-1)
 
@@ -104,12 +105,26 @@ def _floored(log_p: Tensor) -> Tensor:
 
 def _contributions(log_s: Tensor, log_t: Tensor, options: StepKLOptions) -> Tensor:
     """Return each entry's term of the divergence."""
-    if options.divergence == "reverse_kl":
-        return _weighted_log_ratio(log_s, log_t)
-    if options.divergence == "forward_kl":
-        return _weighted_log_ratio(log_t, log_s)
     log_m = torch.logaddexp(log_s + math.log1p(-options.beta), log_t + math.log(options.beta))
-    return (1 - options.beta) * _weighted_log_ratio(log_s, log_m) + options.beta * _weighted_log_ratio(log_t, log_m)
+    return {
+        "reverse_kl": lambda: _weighted_log_ratio(log_s, log_t),
+        "forward_kl": lambda: _weighted_log_ratio(log_t, log_s),
+        "jsd": lambda: (
+            (1 - options.beta) * _weighted_log_ratio(log_s, log_m) + options.beta * _weighted_log_ratio(log_t, log_m)
+        ),
+        "skew_reverse_kl": lambda: _weighted_log_ratio(log_s, log_m),
+        "skew_forward_kl": lambda: _weighted_log_ratio(log_t, log_m),
+    }[options.divergence]()
+
+
+# Multiple of s - t, by beta, that gives a contribution its minimum, 0, at s = t.
+_SLOPE: dict[str, Callable[[float], float]] = {
+    "reverse_kl": lambda beta: -1,
+    "forward_kl": lambda beta: 1,
+    "jsd": lambda beta: 0,
+    "skew_reverse_kl": lambda beta: -beta,
+    "skew_forward_kl": lambda beta: 1 - beta,
+}
 
 
 def _weighted_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -173,6 +188,7 @@ def confidence(
     seed: Tensor | None = None,  # (...,) int64: one per row
     top_k: int = 0,
     exclude: Sequence[int] = (),
+    entropy: bool = False,
 ) -> ConfidenceOutput:
     """Specify `dopsd_kernels.fused_confidence`, whose docstring defines the arguments."""
     logits = _logits(hidden, weight, bias, hidden.dtype).detach()
@@ -193,6 +209,7 @@ def confidence(
         argmax=argmax,
         top_values=ordered.values[..., :top_k],
         top_indices=ordered.indices[..., :top_k],
+        entropy=torch.special.entr(logits.softmax(-1)).sum(-1) if entropy else logits[..., :0],
     )
 
 

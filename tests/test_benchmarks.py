@@ -482,8 +482,10 @@ def test_tuning_runs_the_kernel_with_what_it_tries_and_writes_what_is_better(
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("on a GPU, Triton's interpreter does not run")
-    from dopsd_kernels import products
-    from dopsd_kernels.triton import confidence, prefix_attention, step_kl
+    from dopsd_kernels.common import products
+    from dopsd_kernels.confidence import kernels as confidence
+    from dopsd_kernels.prefix_attention import kernels as prefix_attention
+    from dopsd_kernels.step_kl import kernels as step_kl
 
     # The interpreter cannot run bf16; 16-bit products, which a CPU has none of, choose some of the kernels.
     monkeypatch.setattr(products, "matmul", lambda a, b, out=None: torch.mm(a.float(), b.float(), out=out))

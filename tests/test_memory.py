@@ -17,14 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
-import dopsd_kernels.step_kl as step_kl
-from dopsd import files, memory, train
+from dopsd import files, rollout, train
 from dopsd.errors import RunError, UsageError
-from dopsd.memory import GIB, Curve, Planner, Sizes, Standing, attempt, even_sizes, read_bytes
+from dopsd.memory import meter, planner
+from dopsd.memory.meter import unless_out_of_memory
+from dopsd.memory.planner import Curve, Persistent, Planner, Sizes, even_sizes
+from dopsd.memory.probe import RunProbe
+from dopsd.memory.units import GIB, read_bytes
 from dopsd.objective import Objective
 from dopsd.step_batch import collate, step_batches
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
+from dopsd_kernels.step_kl import api as step_kl
 
 ROOT = Path(train.__file__).parents[1]
 Make = Callable[..., Trainer]
@@ -62,8 +66,8 @@ def test_budgets_that_are_none(text: str) -> None:
 def test_the_largest_workspace_is_the_ops_default() -> None:
     """Which the private constants of the op say."""
     defaults = {"cpu": step_kl._CPU_WORKSPACE_BYTES, "cuda": step_kl._GPU_WORKSPACE_BYTES}
-    assert defaults == memory.MOST_WORKSPACE
-    assert [memory.workspace_for(size * GIB, "cuda") >> 20 for size in (0, 4, 100)] == [16, 64, 256]
+    assert defaults == planner.MOST_WORKSPACE
+    assert [planner.workspace_for(size * GIB, "cuda") >> 20 for size in (0, 4, 100)] == [16, 64, 256]
 
 
 # ---- the planner ----
@@ -72,7 +76,7 @@ def test_the_largest_workspace_is_the_ops_default() -> None:
 class Line:
     """A probe whose peaks are known: 1000 bytes, and 10 or 2 a token; a phase of its own in small sizes."""
 
-    standing = Standing(600, 100, 100, 200, 0)
+    persistent = Persistent(600, 100, 100, 200, 0)
 
     def __init__(self, most: int = 1 << 60) -> None:
         self.most, self.asked = most, []
@@ -168,7 +172,7 @@ def test_no_micro_batch_of_a_run_is_larger_than_a_probe(make_trainer: Make, rand
     trainer = make_trainer(
         *("--model", str(random_model), "--steps", "24", "--reuse", reuse, "--stop_at_eos", "false"), task=Right()
     )
-    probe = memory.RunProbe(trainer, memory.ResidentMeter())
+    probe = RunProbe(trainer, meter.ResidentMeter())
     assert probe.states == 2 * 24
     (lessons,) = trainer.roll_out([trainer.train_dataset[number] for number in range(4)])
     for size in (1, 2, 5, 24, 40):
@@ -228,19 +232,20 @@ def test_checkpointing_is_as_the_sizes_say(
         assert {asked for asked, _ in seen[:probes]} == {True, False} and not any(asked for asked, _ in seen[probes:])
 
 
-# A training command with a budget of 0.6 GiB beside what is standing when nothing is loaded.
+# A training command with a budget of 0.6 GiB beside what is persistent when nothing is loaded.
 PROGRAM = """
 import sys
 
 from dopsd import cli, train
-from dopsd.memory import CUDA_ALLOWANCE, GIB, ResidentMeter
+from dopsd.memory.meter import CUDA_ALLOWANCE, ResidentMeter
+from dopsd.memory.units import GIB
 
-standing = CUDA_ALLOWANCE
+persistent = CUDA_ALLOWANCE
 if sys.argv.pop(1) == "cpu":
     meter = ResidentMeter()
-    meter.lap()
-    standing = meter.lap()
-sys.argv += ["--memory_budget", f"{standing / GIB + 0.6:.2f}GiB"]
+    meter.take_peak()
+    persistent = meter.take_peak()
+sys.argv += ["--memory_budget", f"{persistent / GIB + 0.6:.2f}GiB"]
 cli.run(train.main)
 """
 
@@ -260,7 +265,7 @@ def test_what_is_measured_lies_within_a_tenth_of_what_was_predicted(
 ) -> None:
     """An update of a run whose budget asks for two micro-batches; in the report, the plan and both figures."""
     output = tmp_path / "run"
-    unseen = memory.CUDA_ALLOWANCE if device == "cuda" else 0
+    unseen = meter.CUDA_ALLOWANCE if device == "cuda" else 0
     options = ["--stop_at_eos", "false", "--correct_only", "false", "--steps", "24", "--lora_r", "64", "--pass_k", "1"]
     options += ["--per_device_train_batch_size", "6", "--eval_problems", "2", "--max_steps", "1"]
     options += ["--sequences_per_forward", "8", "--eval_strategy", "no", "--save_strategy", "no", "--bf16", "false"]
@@ -371,7 +376,7 @@ def test_decoding_goes_on_with_fewer_sequences(
     trainer = make_trainer("--model", str(random_model), "--pass_k", "3", task=Sudoku())
     rows = [trainer.train_dataset[number] for number in range(5)]
     expected = trainer.roll_out(rows), trainer.decode_rows([row for _, row in rows], trainer.rollouts.decoding(), "x")
-    decode, most = memory.decode, 2
+    decode, most = rollout.decode, 2
 
     def scarce(model: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
         if len(prompts) > most:
@@ -403,13 +408,13 @@ def test_what_failed_is_let_go_of() -> None:
     def other() -> int:
         raise RuntimeError("shapes")
 
-    assert attempt(fail) is None
+    assert unless_out_of_memory(fail) is None
     assert [graph() for graph in graphs] == [None]
     with pytest.raises(RuntimeError, match="shapes"):
-        attempt(other)
+        unless_out_of_memory(other)
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 58)
-    assert memory.is_out_of_memory(raised.value) == ("allocate" in str(raised.value))
+    assert meter.is_out_of_memory(raised.value) == ("allocate" in str(raised.value))
 
 
 @measurable
@@ -448,4 +453,6 @@ def test_moments_in_eight_bits(make_trainer: Make, optim: str) -> None:
     for parameter, state in trainer.optimizer.state.items():
         held = sum(value.nbytes for value in state.values() if torch.is_tensor(value)) - state["qmap1"].nbytes
         assert state["state1"].dtype == state["state2"].dtype == torch.uint8
-        assert held - state["qmap2"].nbytes == pytest.approx(memory.optimizer_bytes(optim) * parameter.numel(), rel=0.1)
+        assert held - state["qmap2"].nbytes == pytest.approx(
+            planner.optimizer_bytes(optim) * parameter.numel(), rel=0.1
+        )

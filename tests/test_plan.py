@@ -14,10 +14,12 @@ import torch
 import dopsd.assets
 from dopsd import plan
 from dopsd.config import parse_plan
-from dopsd.memory import GIB, Planner, optimizer_bytes, remedies
+from dopsd.memory import dry_run as dry_runs
+from dopsd.memory.dry_run import DryProbe, DryRun
+from dopsd.memory.planner import Planner, optimizer_bytes, remedies
+from dopsd.memory.units import GIB
 from dopsd.models import add_lora, checkpoint_activations
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
-from dopsd.plan import DryProbe, DryRun
 
 Command = Callable[..., tuple[int, str, str]]
 TINY = Path(dopsd.assets.__file__).parent / "tiny"
@@ -65,7 +67,7 @@ def test_the_bytes_are_those_that_a_forward_and_backward_allocates(checkpointing
     batch = run.batch("none", 64)
     network = LLaDAModelLM(LLaDAConfig.from_pretrained(TINY))
     add_lora(network, None, 16, 32, 0.0)
-    network.config._attn_implementation = plan.ATTENTION
+    network.config._attn_implementation = dry_runs.ATTENTION
     checkpoint_activations(network, checkpointing)
     network.train()
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -92,8 +94,8 @@ def test_few_layers_say_what_many_take(monkeypatch: pytest.MonkeyPatch) -> None:
     run = DryRun(LLaDAConfig(**config), model, rollouts, teaching, args, 50, 1 << 20)
     lines = {pair: run.training(*pair) for pair in (("none", False), ("block", True))}
     whole = DryRun(LLaDAConfig(**config), model, rollouts, teaching, args, 50, 1 << 20)
-    whole.ghosts = [plan.Ghost(LLaDAConfig(**config), 5, model)]
-    monkeypatch.setattr(plan, "PROBED", (16, 48))
+    whole.samples = [dry_runs.MetaNetwork(LLaDAConfig(**config), 5, model)]
+    monkeypatch.setattr(dry_runs, "PROBED", (16, 48))
     for (reuse, on), line in lines.items():
         for states in (16, 48):
             tokens = run.batch(reuse, states).student.tokens
@@ -106,7 +108,7 @@ def test_what_stands(llada_8b: tuple[Path, DryRun]) -> None:
     whole = sum(p.numel() for p in run.network.parameters() if not p.requires_grad)
     assert whole == 8_015_581_184
     adapter = 128 * 32 * (4 * 2 * 4096 + 3 * (4096 + 12288))
-    stored, nf4 = run.standing("none"), run.standing("nf4")
+    stored, nf4 = run.persistent("none"), run.persistent("nf4")
     assert (stored.weights, stored.trained, stored.gradients) == (2 * whole, 4 * adapter, 4 * adapter)
     assert stored.optimizer == 8 * adapter and optimizer_bytes("paged_adamw_8bit") == 2
     assert (optimizer_bytes("paged_ademamix_32bit"), optimizer_bytes("ademamix_8bit")) == (12, 3)
@@ -138,7 +140,7 @@ def test_the_command_prints_a_plan_and_a_table(
     """What is predicted, that it is not measured, and a row for every option; fewer layers take less time."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads((TINY / "config.json").read_text()), "n_layers": 1}))
-    monkeypatch.setattr(plan, "PROBED", (2, 8))
+    monkeypatch.setattr(dry_runs, "PROBED", (2, 8))
     code, out, err = command(
         plan.main, "--model_config", str(tmp_path), "--gpu", "1.5", "--recipe", "tiny", "--prompt_length", "17"
     )
@@ -169,7 +171,7 @@ def test_an_averaged_teacher_is_not_quantised() -> None:
     more = {}
     for quantize in ("none", "nf4"):
         weights = [
-            dry_run(TINY / "config.json", "--lora_r", "32", "--teacher", kind).standing(quantize).weights
+            dry_run(TINY / "config.json", "--lora_r", "32", "--teacher", kind).persistent(quantize).weights
             for kind in ("live", "ema")
         ]
         more[quantize] = weights[1] - weights[0]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "dopsd_kernels" / "triton"
+KERNELS = ROOT / "dopsd_kernels"
 WHOLE, SAMPLED = "sm_90", "gfx942"
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -70,8 +70,8 @@ def table(done: tuple[list[dict[str, Any]], str]) -> list[dict[str, Any]]:
 def launched() -> set[str]:
     """Kernels that any launcher calls with a grid: kernel[grid](...)."""
     return {
-        f"{path.stem}.{call.func.value.id}"
-        for path in KERNELS.glob("*.py")
+        f"{path.parent.name}.{call.func.value.id}"
+        for path in KERNELS.glob("*/kernels.py")
         for call in ast.walk(ast.parse(path.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript) and isinstance(call.func.value, ast.Name)
     }
@@ -87,7 +87,7 @@ def test_every_kernel_is_compiled(table: list[dict[str, Any]]) -> None:
 
 def test_every_shipped_configuration_is_compiled(table: list[dict[str, Any]]) -> None:
     compiled = [row["config"] for row in table if row["arch"] == WHOLE]
-    for entries in json.loads((KERNELS / "configs.json").read_text()).values():
+    for entries in json.loads((KERNELS / "common" / "configs.json").read_text()).values():
         assert {arch for entry in entries for arch in entry["arch"]} > {WHOLE, SAMPLED, "sm_80", "sm_100", "sm_120"}
         assert all(entry["config"] in compiled for entry in entries if WHOLE in entry["arch"])
 

@@ -10,8 +10,9 @@ pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dopsd_kernels import chunked_confidence, fused_confidence, gumbel, reference
-from dopsd_kernels.topk import stable_topk
+from dopsd_kernels import fused_confidence, reference
+from dopsd_kernels.common.topk import stable_topk
+from dopsd_kernels.confidence import chunked, gumbel
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -104,7 +105,8 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seed
             token = max(z, key=lambda v: z[v] / temperature + noise(seed, v))
         total = math.log(sum(math.exp(x) for x in z.values()))
         top = order[:top_k]
-        rows.append((token, z[token], total, z[order[0]], order[0], [z[v] for v in top], top))
+        entropy = sum(math.exp(x - total) * (total - x) for x in z.values())
+        rows.append((token, z[token], total, z[order[0]], order[0], [z[v] for v in top], top, entropy))
     ids = (0, 4, 6)
     columns = enumerate(zip(*rows, strict=True))
     return [torch.tensor(x, dtype=torch.int64 if i in ids else torch.float64) for i, x in columns]
@@ -115,9 +117,9 @@ def naive(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, seed
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("exclude", [(), (0, 13, 13)])
 def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, small, chunk_rows, temperature, exclude):
-    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
-    monkeypatch.setattr(chunked_confidence, "_SMALL", small)
-    monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(chunked, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked, "_SMALL", small)
+    monkeypatch.setattr(chunked, "_CHUNK_ROWS", chunk_rows)
     hidden, weight, bias = randn(5, 3), randn(14, 3, seed=1), randn(14, seed=2)
     seeds = [3, -5, 2**40, 0, 9]
     for top_k in (0, 1, 6, 12):
@@ -129,6 +131,7 @@ def test_matches_the_definition_whatever_the_tiles(monkeypatch, tile_logits, sma
             seed=torch.tensor(seeds),
             top_k=top_k,
             exclude=exclude,
+            entropy=True,
         )
         expected = naive(hidden, weight, bias, temperature, seeds, top_k, exclude)
         for a, b in zip(out, expected, strict=True):
@@ -147,10 +150,10 @@ def test_matches_the_reference_with_ties(n, vocab, top_k, excluding, temperature
     exclude = (vocab // 2,) if excluding and vocab > 1 else ()
     top_k = min(top_k, vocab - len(exclude))
     seed = torch.arange(n) + 5
-    arguments = dict(temperature=temperature, seed=seed, top_k=top_k, exclude=exclude)
+    arguments = dict(temperature=temperature, seed=seed, top_k=top_k, exclude=exclude, entropy=n % 2 == 0)
     with pytest.MonkeyPatch.context() as patch:
         for tile_logits in (8, 1 << 22):
-            patch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+            patch.setattr(chunked, "_TILE_LOGITS", tile_logits)
             ours, theirs = (
                 fused_confidence(hidden, weight, **arguments),
                 reference.confidence(hidden, weight, **arguments),
@@ -159,8 +162,23 @@ def test_matches_the_reference_with_ties(n, vocab, top_k, excluding, temperature
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("tile_logits", [4, 1 << 22])
+def test_entropies_of_certain_uniform_and_impossible_rows(monkeypatch, tile_logits):
+    monkeypatch.setattr(chunked, "_TILE_LOGITS", tile_logits)
+    weight, bias = torch.eye(8), torch.zeros(8)
+    bias[:4] = -math.inf  # a tile of its own, without mass
+    hidden = torch.zeros(4, 8)
+    hidden[1, 5] = 200.0
+    hidden[2, 6] = math.nan
+    out = fused_confidence(hidden, weight, bias=bias, entropy=True)
+    torch.testing.assert_close(out.entropy[[0, 3]], torch.full((2,), math.log(4)), rtol=4 * 2**-24, atol=0)
+    assert out.entropy[1] == 0 and out.entropy[2].isnan()
+    assert fused_confidence(hidden, weight, bias=bias).entropy.shape == (4, 0)
+    assert fused_confidence(hidden[None, :0], weight, entropy=True).entropy.shape == (1, 0)
+
+
 def test_ties_go_to_the_lowest_id_across_tiles(monkeypatch):
-    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", 4)
+    monkeypatch.setattr(chunked, "_TILE_LOGITS", 4)
     weight = torch.tensor([0.0, 2, 1, 2, 0, 2, 1, 2, 1, 0, 2])[:, None]
     out = fused_confidence(torch.ones(1, 1), weight, top_k=7)
     assert out.argmax.item() == out.token.item() == 1
@@ -207,8 +225,8 @@ def test_a_sample_does_not_depend_on_the_batch(monkeypatch):
     again = fused_confidence(hidden[shuffled], weight, temperature=1.0, seed=seeds[shuffled]).token
     assert torch.equal(together[shuffled], again)
     for tile_logits, chunk_rows in ((1, 3), (300, 16)):
-        monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
-        monkeypatch.setattr(chunked_confidence, "_CHUNK_ROWS", chunk_rows)
+        monkeypatch.setattr(chunked, "_TILE_LOGITS", tile_logits)
+        monkeypatch.setattr(chunked, "_CHUNK_ROWS", chunk_rows)
         assert torch.equal(together, fused_confidence(hidden, weight, temperature=1.0, seed=seeds).token)
 
 
@@ -242,7 +260,7 @@ def test_samples_are_those_of_all_the_noise(monkeypatch, kind, dtype):
     seeds = torch.arange(40) * 2**34 - 11
     hidden, weight = exact_logits(z)
     for tile_logits, counters, many in ((1 << 20, 1 << 16, 0.15), (40 * 128, 100, 1.0), (40 * 256, 100, -1.0)):
-        monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
+        monkeypatch.setattr(chunked, "_TILE_LOGITS", tile_logits)
         monkeypatch.setattr(gumbel, "_COUNTERS", counters)
         monkeypatch.setattr(gumbel, "_MANY", many)  # 1: never the words of all counters; -1: always
         for temperature in (1.0, 0.7, 5.0):
@@ -275,8 +293,8 @@ RARE_SEED, RARE_COLUMN, RARE_NOISE = 133495, 2072, 20.165807
 
 @pytest.mark.parametrize("tile_logits", [1 << 20, 1 << 10])
 def test_a_column_far_below_wins_by_its_noise(monkeypatch, tile_logits):
-    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
-    monkeypatch.setattr(chunked_confidence, "_SMALL", 0)
+    monkeypatch.setattr(chunked, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked, "_SMALL", 0)
     assert noise(RARE_SEED, RARE_COLUMN) == pytest.approx(RARE_NOISE, abs=1e-4) and RARE_NOISE > 17
     z = torch.full((1, 4096), -60.0)
     z[0, 5], z[0, RARE_COLUMN] = 0.0, 0.0
@@ -289,8 +307,8 @@ def test_a_column_far_below_wins_by_its_noise(monkeypatch, tile_logits):
 
 @pytest.mark.parametrize(("tile_logits", "small"), [(4, 0), (1 << 20, 0), (1 << 20, 1 << 20)])
 def test_infinite_scores_and_nan(monkeypatch, tile_logits, small):
-    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", tile_logits)
-    monkeypatch.setattr(chunked_confidence, "_SMALL", small)
+    monkeypatch.setattr(chunked, "_TILE_LOGITS", tile_logits)
+    monkeypatch.setattr(chunked, "_SMALL", small)
     weight, seeds = torch.tensor([1.0, 3, 2, 3, 0, 1, 4, 4, 2, 5])[:, None], torch.arange(3)
     hidden = torch.tensor([[4.0], [-4.0], [0.0]])
     # Scores beyond fp32 are equal, and the lowest id wins.
@@ -319,8 +337,8 @@ def test_one_seed_gives_every_row_its_own():
 def test_leading_dimensions_and_no_gradient():
     hidden, weight = randn(2, 3, 4).requires_grad_(), randn(7, 4, seed=1).requires_grad_()
     seed = torch.arange(6).reshape(2, 3)
-    out = fused_confidence(hidden, weight, temperature=1.0, seed=seed, top_k=2)
-    flat = fused_confidence(hidden.reshape(6, 4), weight, temperature=1.0, seed=seed.reshape(6), top_k=2)
+    out = fused_confidence(hidden, weight, temperature=1.0, seed=seed, top_k=2, entropy=True)
+    flat = fused_confidence(hidden.flatten(0, 1), weight, temperature=1.0, seed=seed.flatten(), top_k=2, entropy=True)
     for name, a, b in zip(out._fields, out, flat, strict=True):
         assert a.shape == ((2, 3, 2) if name.startswith("top_") else (2, 3))
         assert torch.equal(a.reshape(b.shape), b)
@@ -348,7 +366,7 @@ def test_low_precision_inputs_give_fp32_logits(dtype):
 
 
 def test_a_tile_without_any_possible_id(monkeypatch):
-    monkeypatch.setattr(chunked_confidence, "_TILE_LOGITS", 4)
+    monkeypatch.setattr(chunked, "_TILE_LOGITS", 4)
     hidden, weight = randn(3, 2), randn(12, 2, seed=1)
     for impossible in (range(4), range(4, 8), range(8, 12)):
         bias = torch.zeros(12).double()

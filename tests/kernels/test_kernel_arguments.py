@@ -1,9 +1,11 @@
 """Every bad argument is refused with one sentence that names it."""
 
+import importlib.util
 import inspect
 import math
 import re
 import types
+from typing import get_args
 
 import pytest
 import torch
@@ -11,13 +13,12 @@ import torch
 import dopsd_kernels
 from dopsd_kernels import (
     StepKLLoss,
-    backends,
     fused_confidence,
     fused_step_kl,
     step_kl_from_logits,
     step_mean_weights,
 )
-from dopsd_kernels.triton import configs
+from dopsd_kernels.common import backends, configs
 
 H, W, B, Z = torch.zeros(2, 3, 4), torch.zeros(8, 4), torch.zeros(8), torch.zeros(2, 3, 8)
 ROWS = torch.ones(6)
@@ -249,3 +250,16 @@ def test_the_public_names():
         "step_kl_from_logits",
         "step_mean_weights",
     ]
+
+
+def test_every_table_has_the_same_divergences() -> None:
+    from dopsd_kernels.reference import _SLOPE
+    from dopsd_kernels.step_kl import Divergence
+    from dopsd_kernels.step_kl.divergences import DIVERGENCES
+
+    assert tuple(DIVERGENCES) == get_args(Divergence) == tuple(_SLOPE)
+    if importlib.util.find_spec("triton"):
+        kernels = importlib.import_module("dopsd_kernels.step_kl.divergence_kernels")
+        assert tuple(kernels.DIVERGENCES) == tuple(DIVERGENCES)
+    with pytest.raises(ValueError, match=r"divergence is 'kl', but must be one of 'reverse_kl', .*'skew_forward_kl'"):
+        fused_step_kl(H, H, W, divergence="kl")

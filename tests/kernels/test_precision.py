@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention, products
+from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention
+from dopsd_kernels.common import products
 
 PRODUCTS = {
     torch.ops.aten.mm,

@@ -1,5 +1,6 @@
 """prefix_attention is attention over concatenated keys: values, gradients, masks, edge cases."""
 
+import importlib
 import itertools
 import math
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dopsd_kernels import cascade_attention, prefix_attention, reference
+from dopsd_kernels import prefix_attention, reference
+from dopsd_kernels.prefix_attention import cascade
 
 NAMES = ("q", "k", "v", "k_prefix", "v_prefix")
 
@@ -59,7 +61,7 @@ def concatenated(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Te
 @pytest.fixture(params=["fused", "explicit"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's fused attention, and explicit products as on other devices."""
-    monkeypatch.setattr(cascade_attention, "is_fused", lambda q: request.param == "fused")
+    monkeypatch.setattr(cascade, "is_fused", lambda q: request.param == "fused")
 
 
 MASKS = {
@@ -81,7 +83,7 @@ def test_it_is_attention_over_concatenated_keys(
     options = {**MASKS[masks], "scale": scale}
     expected = run(concatenated, inputs, **options)
     for op, workspace in ((reference.prefix_attention, 0), (prefix_attention, 1 << 26), (prefix_attention, 1)):
-        monkeypatch.setattr(cascade_attention, "_WORKSPACE_BYTES", workspace)  # one chunk, or one a sequence
+        monkeypatch.setattr(cascade, "_WORKSPACE_BYTES", workspace)  # one chunk, or one a sequence
         for ours, theirs in zip(run(op, inputs, **options), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
@@ -259,7 +261,7 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    kernels = pytest.importorskip("dopsd_kernels.triton.prefix_attention")
+    kernels = pytest.importorskip("dopsd_kernels.prefix_attention.kernels")
     launches = Launches()
     for name in ("_forward", "_backward_queries", "_backward_keys"):
         monkeypatch.setattr(kernels, name, launches)
@@ -278,7 +280,8 @@ def test_many_groups_and_heads_are_on_the_axis_that_holds_them(launches: Launche
 def test_sums_split_where_multiprocessors_would_be_idle(
     groups: int, multiprocessors: int, splits: int, launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dopsd_kernels.triton.prefix_attention._multiprocessors", lambda device: multiprocessors)
+    kernels = importlib.import_module("dopsd_kernels.prefix_attention.kernels")
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
     # 160 rows of each group are 10 blocks: eight splits would have two each, so there are five.
     run(prefix_attention, tensors(groups, 10, 1, 1, 16, 1, 1, torch.float16), backend="triton")
     assert launches.grids[-1] == (groups * splits,)

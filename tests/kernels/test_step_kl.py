@@ -6,15 +6,16 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dopsd_kernels import fused_step_kl, reference, step_mean_weights
-from dopsd_kernels.contracts import StepKLOptions
+from dopsd_kernels.step_kl.contracts import StepKLOptions
+from dopsd_kernels.step_kl.divergences import DIVERGENCES
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 FORMS = ("plain", "nonnegative")
 SUPPORTS = ((None, "renormalize"), (3, "renormalize"), (3, "bucket"))
 CLIP = 0.1
@@ -36,13 +37,14 @@ def naive_contributions(
             s, t = s[kept] / s[kept].sum(), t[kept] / t[kept].sum()
         else:
             s, t = (torch.cat([p[kept], p[rest].sum()[None]]) for p in (s, t))
-    if divergence == "reverse_kl":
-        terms, correction = s * (s / t).log(), t - s
-    elif divergence == "forward_kl":
-        terms, correction = t * (t / s).log(), s - t
-    else:
-        m = (1 - beta) * s + beta * t
-        terms, correction = (1 - beta) * s * (s / m).log() + beta * t * (t / m).log(), torch.zeros_like(s)
+    m = (1 - beta) * s + beta * t
+    terms, correction = {
+        "reverse_kl": (s * (s / t).log(), t - s),
+        "forward_kl": (t * (t / s).log(), s - t),
+        "jsd": ((1 - beta) * s * (s / m).log() + beta * t * (t / m).log(), 0),
+        "skew_reverse_kl": (s * (s / m).log(), m - s),
+        "skew_forward_kl": (t * (t / m).log(), m - t),
+    }[divergence]
     return terms + correction if form == "nonnegative" else terms, terms
 
 
@@ -221,13 +223,31 @@ def test_equal_distributions_have_no_loss_and_no_gradient(divergence, form, clip
     assert hs.grad.abs().max() < 1e-6
 
 
+def test_skew_divergences_lie_between_nothing_and_a_kl_and_make_up_the_jsd():
+    hs, ht, weight, beta = randn(6, 8), randn(6, 8, seed=1), randn(50, 8, seed=2), 0.3
+
+    def row_kl(divergence: str, beta: float = beta) -> Tensor:
+        return fused_step_kl(hs, ht, weight, divergence=divergence, beta=beta).row_kl
+
+    skew_reverse, skew_forward = row_kl("skew_reverse_kl"), row_kl("skew_forward_kl")
+    torch.testing.assert_close((1 - beta) * skew_reverse + beta * skew_forward, row_kl("jsd"))
+    log_s, log_t = ((x @ weight.T).log_softmax(-1) for x in (hs, ht))
+    log_m = ((1 - beta) * log_s.exp() + beta * log_t.exp()).log()
+    for ours, log_p in ((skew_reverse, log_s), (skew_forward, log_t)):
+        torch.testing.assert_close(ours, F.kl_div(log_m, log_p, reduction="none", log_target=True).sum(-1))
+    # A mixture of almost one side alone.
+    torch.testing.assert_close(row_kl("skew_reverse_kl", 1 - 1e-12), row_kl("reverse_kl"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(row_kl("skew_forward_kl", 1e-12), row_kl("forward_kl"), rtol=1e-6, atol=0)
+    assert row_kl("skew_reverse_kl", 1e-12).max() < 1e-9 and row_kl("skew_forward_kl", 1 - 1e-12).max() < 1e-9
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_huge_logits_stay_exact(divergence):
     # One-hot on both sides, at different entries: the divergence is the difference of two logits of 1e4.
     hs, ht = torch.tensor([[1e4, 0.0]], requires_grad=True), torch.tensor([[0.0, 1e4]])
     out = fused_step_kl(hs, ht, torch.eye(2), divergence=divergence, clip=None)
     out.loss.backward()
-    assert out.row_kl.item() == pytest.approx(math.log(2) if divergence == "jsd" else 1e4)
+    assert out.row_kl.item() == pytest.approx(1e4 if divergence in ("reverse_kl", "forward_kl") else math.log(2))
     assert hs.grad.isfinite().all()
     assert fused_step_kl(hs, ht, torch.eye(2), divergence=divergence, clip=0.05).row_kl.isfinite().all()
 
@@ -406,6 +426,8 @@ def test_low_precision_is_at_least_as_good_as_the_plain_computation(divergence, 
             "reverse_kl": s * (s / t).log(),
             "forward_kl": t * (t / s).log(),
             "jsd": (s * (s / m).log() + t * (t / m).log()) / 2,
+            "skew_reverse_kl": s * (s / m).log(),
+            "skew_forward_kl": t * (t / m).log(),
         }[divergence]
         loss = terms.clamp(max=CLIP).sum(-1).mean()
         loss.backward()

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dopsd_kernels import StepKLOutput, fused_step_kl, step_kl_from_logits
+from dopsd_kernels.step_kl.divergences import DIVERGENCES
 
 N, D, VOCAB = 5, 4, 23
 SHARDS = (slice(0, 16), slice(16, VOCAB))  # of different widths
@@ -53,9 +54,7 @@ def _vocabulary(rank: int) -> None:
     weight[20] = weight[3]  # the teacher's entries tie across the processes
     bias[20] = bias[3]
     row_weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0]).double()
-    cases = itertools.product(
-        ("reverse_kl", "forward_kl", "jsd"), ("plain", "nonnegative"), (None, 0.05), SUPPORTS, ("mean", "none")
-    )
+    cases = itertools.product(DIVERGENCES, ("plain", "nonnegative"), (None, 0.05), SUPPORTS, ("mean", "none"))
     for divergence, form, clip, (top_k, tail), reduction in cases:
         options = {
             "divergence": divergence,

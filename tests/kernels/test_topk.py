@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dopsd_kernels.topk import ordered_keys, row_bytes, stable_topk
+from dopsd_kernels.common.topk import ordered_keys, row_bytes, stable_topk
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dopsd_kernels.triton.topk import ordered_key  # noqa: E402
+from dopsd_kernels.common.topk_kernels import ordered_key  # noqa: E402
 
 
 @triton.jit

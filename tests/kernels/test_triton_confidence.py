@@ -13,9 +13,10 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dopsd_kernels import fused_confidence, gumbel, reference  # noqa: E402
-from dopsd_kernels.triton import confidence as kernels  # noqa: E402
-from dopsd_kernels.triton import configs, topk  # noqa: E402
+from dopsd_kernels import fused_confidence, reference  # noqa: E402
+from dopsd_kernels.common import configs  # noqa: E402
+from dopsd_kernels.common import topk_kernels as topk  # noqa: E402
+from dopsd_kernels.confidence import gumbel, kernels  # noqa: E402
 
 U = 2.0**-24
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +39,7 @@ def use(monkeypatch, **changes):
 def check(hidden, weight, *, bias=None, temperature=0.0, seed=None, top_k=0, exclude=()):
     """Compare with the specification in fp64, and samples with the other backend."""
     arguments = dict(bias=bias, temperature=temperature, seed=seed, top_k=top_k, exclude=exclude)
-    ours = run(hidden, weight, **arguments)
+    ours = run(hidden, weight, entropy=True, **arguments)
     logits = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
     logits[..., list(exclude)] = -math.inf
     expected = logits.sort(dim=-1, descending=True, stable=True)
@@ -53,11 +54,15 @@ def check(hidden, weight, *, bias=None, temperature=0.0, seed=None, top_k=0, exc
     lse = logits.logsumexp(-1, keepdim=True)
     # A sum of V terms exp(x), each off by |x| + 2 roundings of which |x| < 60 matter, and the rounding of the result.
     lse_error = logit_error + (weight.shape[0] + 62) * U + 2 * U * lse.abs()
+    # With dH/dz = -p (log p + H), an error of all logits counts 2 H times; two such sums, of H and of 1, are divided.
+    entropy = torch.special.entr(logits.softmax(-1)).sum(-1, keepdim=True)
+    entropy_error = 2 * logit_error * entropy + 2 * (weight.shape[0] + 66) * U * (entropy + 1)
     for ours_is, exact, error in (
         (ours.max_logit[..., None], expected.values[..., :1], logit_error),
         (ours.logit[..., None], logits.gather(-1, ours.token[..., None]), logit_error),
         (ours.top_values, expected.values[..., :top_k], logit_error),
         (ours.logsumexp[..., None], lse, lse_error),
+        (ours.entropy[..., None], entropy, entropy_error),
     ):
         assert ours_is.dtype == torch.float32
         assert ((ours_is - exact).abs() <= error).all()
@@ -316,7 +321,7 @@ def test_keys_order_values_then_columns_and_the_largest_are_kept():
 @pytest.mark.parametrize("sample", [False, True])
 def test_the_op_is_registered_properly(backend, sample):
     seed = torch.arange(3, device=DEVICE) if sample else None
-    arguments = (randn(3, 8), randn(20, 8, seed=1), randn(20, seed=2), 0.5 * sample, seed, 2, [4], backend)
+    arguments = (randn(3, 8), randn(20, 8, seed=1), randn(20, seed=2), 0.5 * sample, seed, 2, [4], sample, backend)
     torch.library.opcheck(torch.ops.dopsd.confidence.default, arguments)
 
 

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dopsd_kernels import StepKLOutput, chunked_step_kl, fused_step_kl, products, reference, step_kl_from_logits
-from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.vocab_group import VocabGroup
+from dopsd_kernels import StepKLOutput, fused_step_kl, reference, step_kl_from_logits
+from dopsd_kernels.common import products
+from dopsd_kernels.common.vocab_group import VocabGroup
+from dopsd_kernels.step_kl import chunked
+from dopsd_kernels.step_kl.contracts import StepKLOptions
+from dopsd_kernels.step_kl.divergences import DIVERGENCES
 
 triton = pytest.importorskip("triton")
-from dopsd_kernels.triton import configs  # noqa: E402
-from dopsd_kernels.triton import step_kl as kernels  # noqa: E402
+from dopsd_kernels.common import configs  # noqa: E402
+from dopsd_kernels.step_kl import kernels  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, `pytest -m gpu` runs the compiled kernels"),
@@ -100,7 +103,7 @@ CLIPS = {
 
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_clip_and_support(divergence: str, clip: str, support: str) -> None:
     # What is independent of them takes turns.
     turn = list(SUPPORTS).index(support) + list(CLIPS).index(clip)
@@ -123,7 +126,7 @@ def test_vocabularies_around_the_blocks(vocab: int) -> None:
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_equal_sides_have_no_loss_and_no_gradient(divergence: str) -> None:
     tensors = problem() | {"teacher_hidden": problem()["student_hidden"]}
     out, grads = run("triton", tensors, divergence=divergence, clip=0.05, clip_form="nonnegative")
@@ -131,7 +134,7 @@ def test_equal_sides_have_no_loss_and_no_gradient(divergence: str) -> None:
     assert out.row_loss.abs().max() <= 4 * U and all(g.abs().max() <= 64 * U for g in grads)
 
 
-@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nearly_equal_sides_keep_their_gradient(divergence: str) -> None:
     tensors = problem()
     tensors["teacher_hidden"] = tensors["student_hidden"] + 1e-3 * randn(N, D, seed=1)
@@ -166,7 +169,7 @@ def test_impossible_entries() -> None:
         tensors[name] = torch.zeros(VOCAB)
         tensors[name][[0, 17, 299]] = -math.inf
     tensors["teacher_bias"][5] = 0.5
-    for divergence in ("reverse_kl", "forward_kl", "jsd"):
+    for divergence in DIVERGENCES:
         check(tensors, divergence=divergence, clip=0.02, top_k=VOCAB - 3)
         check(tensors, divergence=divergence)
     # Possible for the student alone: infinite, and with a clip clipped.
@@ -357,12 +360,12 @@ def test_fp16_keeps_gradients_below_its_smallest_number(sixteen_bits, backend) -
 def test_tiny_factors_do_not_underflow_in_16_bits(sixteen_bits, backend) -> None:
     # 1e-9 times a hidden state is 0 in fp16; of several chunks, that of one such row counts beside another's.
     hidden, weight = randn(6, D, dtype=torch.float16), randn(40, D, seed=2, dtype=torch.float16)
-    student, teacher = (chunked_step_kl.Head(x, weight, None) for x in (hidden, randn(6, D, seed=1).half()))
+    student, teacher = (chunked.Head(x, weight, None) for x in (hidden, randn(6, D, seed=1).half()))
     scale = 1e-9 * torch.tensor([1.0, 2.0, 3.0, 1.0, 0.5, 1.0])
     results = []
     for factor, workspace in ((scale, 3000), (scale * 1e9, 1 << 20)):
         results.append(
-            chunked_step_kl.step_kl(
+            chunked.step_kl(
                 student, teacher, None, factor, (True, True, True), StepKLOptions(), workspace,
                 VocabGroup.of(None, 40, hidden.device), backend,
             )[1]
@@ -376,7 +379,7 @@ def test_tiny_factors_do_not_underflow_in_16_bits(sixteen_bits, backend) -> None
 def test_blocks_never_write_over_logits_they_have_not_read(paired: bool) -> None:
     for head_rows in range(1, 9):
         for wanted in range(1, 40):
-            blocks = chunked_step_kl._blocks(100, chunked_step_kl.Plan(100, wanted, head_rows, 1, paired))
+            blocks = chunked._blocks(100, chunked.Plan(100, wanted, head_rows, 1, paired))
             assert [i for block in blocks for i in range(100)[block]] == list(range(100))
             for block in blocks:  # bytes per column
                 assert 2 * block.stop <= 2 * head_rows + (8 if paired else 4) * block.start
@@ -391,12 +394,12 @@ def test_launches_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch, rows: i
     with FakeTensorMode():
         hidden = torch.empty(rows, 4096, dtype=torch.bfloat16, device="cuda")
         weight = torch.empty(126464, 4096, dtype=torch.bfloat16, device="cuda")
-    head, options = chunked_step_kl.Head(hidden, weight, None), StepKLOptions()
-    plan = chunked_step_kl.plan_workspace(head, head, (True, False, False), options, 256 << 20, "triton", 126464)
-    size = chunked_step_kl.chunk_rows(rows, plan, hidden)
+    head, options = chunked.Head(hidden, weight, None), StepKLOptions()
+    plan = chunked.plan_workspace(head, head, (True, False, False), options, 256 << 20, "triton", 126464)
+    size = chunked.chunk_rows(rows, plan, hidden)
     assert size == 256  # what the products are best at, and a chunk less is a reading of the weight less
     chunks = products.tiles(rows, size)
-    assert 3 * sum(len(chunked_step_kl._blocks(c.stop - c.start, plan)) for c in chunks) == launches
+    assert 3 * sum(len(chunked._blocks(c.stop - c.start, plan)) for c in chunks) == launches
 
 
 def test_each_block_is_three_launches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dopsd_kernels import cascade_attention
-from dopsd_kernels.arguments import check_choice, check_device, check_floating, check_number, check_shape
-from dopsd_kernels.backends import as_traced, choose_backend, undisturbed
+from ..common.arguments import check_choice, check_device, check_floating, check_number, check_shape
+from ..common.backends import as_traced, choose_backend, undisturbed
+from ..common.products import compute_dtype
+from . import cascade
 
 # The Triton kernels keep a whole head of a tile of rows on the chip.
 _TRITON_MAX_WIDTH = 128
@@ -101,8 +102,8 @@ def _implementation(q: Tensor, backend: str) -> Any:
     if q.shape[-1] > _TRITON_MAX_WIDTH:
         also = f"the kernels take heads of at most {_TRITON_MAX_WIDTH}, but D is {q.shape[-1]}"
     if choose_backend(backend, (q,), also) == "torch":
-        return cascade_attention
-    from dopsd_kernels.triton import prefix_attention as kernels
+        return cascade
+    from . import kernels
 
     return kernels
 
@@ -120,7 +121,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output (G, S, H, T, D) and the scores' logsumexp (G, S, H, T)."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    lse = q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
     if q.numel():
         with undisturbed(q):
             _implementation(q, backend).forward(q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, scale, out, lse)
@@ -160,8 +161,8 @@ _backward_operator = torch.library.custom_op("dopsd::prefix_attention_backward",
 
 @_forward_operator.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:-1], dtype=dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
 
 
 @_backward_operator.register_fake

@@ -5,6 +5,7 @@ other it computes the logits, and reduces them at once to what is known of its r
 
     - the key (see topk.py) of the largest logit, which is maximum and argmax together,
     - the sum of exp(logit - maximum), rescaled whenever the maximum grows,
+    - for an entropy: the sum of (logit - maximum) exp(logit - maximum), likewise,
     - for a sample: the key of the largest logit / temperature + noise, and that token's logit,
     - for a top-k: the keys of the k largest logits.
 
@@ -29,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dopsd_kernels.contracts import ConfidenceOutput
-from dopsd_kernels.triton.configs import LAUNCH, choose
-from dopsd_kernels.triton.topk import LOWEST_KEY, insert_largest, key_column, key_value, largest_key, ordered_key
+from ..common.configs import LAUNCH, choose
+from ..common.topk_kernels import LOWEST_KEY, insert_largest, key_column, key_value, largest_key, ordered_key
+from .contracts import ConfidenceOutput
 
 # A row's keys that the merge reads at a time.
 _MERGE_KEYS = 1024
@@ -88,6 +89,18 @@ def _shift(maximum):
     return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
 
 
+@triton.jit
+def _weighted(z):
+    """Return z exp(z), 0 for -inf."""
+    return tl.where(z == -float("inf"), 0.0, z) * tl.exp(z)
+
+
+@triton.jit
+def _moved(weighted, total, change):
+    """Return the sum of z exp(z) when every z changes by as much; `total` is that of exp(z)."""
+    return (weighted + tl.where(total == 0, 0.0, change) * total) * tl.exp(change)
+
+
 @triton.jit(do_not_specialize=["rows", "splits", "split_tiles"])
 def _confidence(
     hidden,  # (N, d), the last stride is 1
@@ -96,6 +109,7 @@ def _confidence(
     seed,  # (N,) int64, or None
     largest,  # (N, S) int64: keys of the largest logits
     total,  # (N, S) fp32: sums of exp(logit - largest)
+    weighted,  # (N, S) fp32: sums of (logit - largest) exp(logit - largest); None without an entropy
     chosen,  # (N, S) int64: keys of the largest scores; None without a sample
     chosen_logit,  # (N, S) fp32; None without a sample
     top,  # (N, S, TOP_K) int64: keys of the largest logits, in any order; None without a top-k
@@ -133,6 +147,8 @@ def _confidence(
     hidden_offset = tile_row.to(OFFSET)[:, None] * hidden_stride + step[None, :]
     best = tl.full((BLOCK_N,), _LOWEST_KEY, tl.int64)
     sum_exp = tl.zeros((BLOCK_N,), tl.float32)
+    if weighted is not None:
+        sum_weighted = tl.zeros((BLOCK_N,), tl.float32)
     if SAMPLE:
         best_score = tl.full((BLOCK_N,), _LOWEST_KEY, tl.int64)
         best_logit = tl.zeros((BLOCK_N,), tl.float32)
@@ -179,6 +195,8 @@ def _confidence(
             can_win = (tl.min(too_low.to(tl.int32), 0) == 0) | (TOP_K > 32)
         best = tl.maximum(best, tile_best)
         shift = _shift(key_value(best))
+        if weighted is not None:
+            sum_weighted = _moved(sum_weighted, sum_exp, previous - shift) + tl.sum(_weighted(z - shift[:, None]), 1)
         sum_exp = sum_exp * tl.exp(previous - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
         if TOP_K > 0:
             kept = insert_largest(kept, ordered_key(z, column[None, :]))
@@ -197,6 +215,8 @@ def _confidence(
     inside = row < rows
     tl.store(largest + at, best, mask=inside)
     tl.store(total + at, sum_exp, mask=inside)
+    if weighted is not None:
+        tl.store(weighted + at, sum_weighted, mask=inside)
     if SAMPLE:
         tl.store(chosen + at, best_score, mask=inside)
         tl.store(chosen_logit + at, best_logit, mask=inside)
@@ -206,8 +226,9 @@ def _confidence(
 
 @triton.jit(do_not_specialize=["splits", "count"])
 def _merge(
-    largest,  # (N, S) int64; these five as `_confidence` leaves them
+    largest,  # (N, S) int64; these six as `_confidence` leaves them
     total,  # (N, S) fp32
+    weighted,  # (N, S) fp32, or None
     chosen,  # (N, S) int64, or None
     chosen_logit,  # (N, S) fp32, or None
     top,  # (N, S, TOP_K) int64, or None
@@ -218,6 +239,7 @@ def _merge(
     argmax,  # (N,) int64
     top_values,  # (N, count) fp32; this and the next are written with TOP_K
     top_indices,  # (N, count) int64
+    entropy,  # (N,) fp32, written with `weighted`
     splits,  # S
     count,  # how many of the largest logits are asked for
     SAMPLE: tl.constexpr,
@@ -232,8 +254,13 @@ def _merge(
     keys = tl.load(largest + at, mask=inside, other=_LOWEST_KEY)
     best = tl.max(keys, 0)
     shift = _shift(key_value(best))
-    sum_exp = tl.load(total + at, mask=inside, other=0.0) * tl.exp(key_value(keys) - shift)
-    tl.store(logsumexp + row, shift + tl.log(tl.sum(sum_exp, 0)))
+    split_total = tl.load(total + at, mask=inside, other=0.0)
+    change = key_value(keys) - shift
+    sum_exp = tl.sum(split_total * tl.exp(change), 0)
+    tl.store(logsumexp + row, shift + tl.log(sum_exp))
+    if weighted is not None:
+        split_weighted = tl.load(weighted + at, mask=inside, other=0.0)
+        tl.store(entropy + row, tl.log(sum_exp) - tl.sum(_moved(split_weighted, split_total, change), 0) / sum_exp)
     tl.store(max_logit + row, key_value(best))
     tl.store(argmax + row, key_column(best))
     if SAMPLE:
@@ -269,6 +296,7 @@ def confidence(
     seed: Tensor | None,  # (N,) int64; None at temperature 0
     top_k: int,
     exclude: Sequence[int],
+    entropy: bool,
 ) -> None:
     """Compute `fused_confidence` for flattened rows of fp16, bf16 or fp32. Nothing waits for the GPU."""
     count, width = hidden.shape
@@ -302,6 +330,7 @@ def confidence(
     parts: dict[str, Any] = {
         "largest": hidden.new_empty((count, splits), dtype=torch.int64),
         "total": hidden.new_empty((count, splits), dtype=torch.float32),
+        "weighted": hidden.new_empty((count, splits), dtype=torch.float32) if entropy else None,
         "chosen": None,
         "chosen_logit": None,
         "top": hidden.new_empty((count, splits, kept), dtype=torch.int64) if top_k else None,

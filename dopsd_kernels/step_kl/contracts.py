@@ -1,9 +1,11 @@
-"""The types that the public ops and their implementations share."""
+"""The types that fused_step_kl and its implementations share."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+# The names in the tables of divergences, as a type.
+Divergence = Literal["reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"]
 
 
 class StepKLOutput(NamedTuple):
@@ -15,20 +17,7 @@ class StepKLOutput(NamedTuple):
     row_clip_fraction: Tensor  # share of the row's entries whose contribution was above the clip
 
 
-class ConfidenceOutput(NamedTuple):
-    """What `fused_confidence` returns; every field has the leading dimensions and no gradient."""
-
-    token: Tensor  # int64, the chosen id: argmax, or a sample
-    logit: Tensor  # the chosen id's logit; its probability is exp(logit - logsumexp)
-    logsumexp: Tensor  # over the ids that can be chosen
-    max_logit: Tensor
-    argmax: Tensor  # int64, ties to the lowest id
-    top_values: Tensor  # (..., top_k) logits, largest first, ties to the lowest id
-    top_indices: Tensor  # (..., top_k) int64
-
-
-@dataclass(frozen=True)
-class StepKLOptions:
+class StepKLOptions(NamedTuple):
     """The settings of `fused_step_kl` that define a row's loss; its docstring explains each."""
 
     divergence: str = "reverse_kl"
@@ -38,6 +27,11 @@ class StepKLOptions:
     top_k: int | None = None
     tail: str = "renormalize"
     temperature: float = 1.0
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether contributions and pulls are those of the nonnegative form; without a clip both have one gradient."""
+        return self.clip is None or self.clip_form == "nonnegative"
 
     @property
     def renormalized(self) -> bool:

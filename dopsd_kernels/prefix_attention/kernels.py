@@ -31,114 +31,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dopsd_kernels.triton.configs import LAUNCH, choose
+from ..common.configs import LAUNCH, choose
+from .tiles import load_keys, load_lse, load_tile, masked_scores, place, row_index, row_offset, seen
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Of the rows of the prefix' gradients.
 _MAX_SPLITS = 8
-
-
-@triton.jit
-def _place(program, tiles, heads):
-    """Return a program's tile, group and head. The tiles of a head are neighbours: they read the same tensors.
-
-    Everything is on the grid's first axis, since the others end at 65535.
-    """
-    index = program // tiles
-    return program % tiles, (index // heads).to(tl.int64), (index % heads).to(tl.int64)
-
-
-@triton.jit
-def _load_tile(
-    x,
-    offset,  # (R,) int64: where rows begin
-    inside,  # (R,)
-    width,
-    UPCAST: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Load (R, BLOCK_D) elements; 0 outside."""
-    d = tl.arange(0, BLOCK_D)
-    tile = tl.load(x + offset[:, None] + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0)
-    if UPCAST:
-        tile = tile.to(tl.float32)
-    return tile
-
-
-@triton.jit
-def _load_lse(
-    lse,
-    at,  # (R,)
-    inside,  # (R,)
-):
-    """Load (R,) logsumexps; +inf, which makes probabilities 0, outside and for rows that see nothing."""
-    value = tl.load(lse + at, mask=inside, other=float("inf"))
-    return tl.where(value == -float("inf"), float("inf"), value)
-
-
-@triton.jit
-def _row_offset(row, length, stride_s, stride_t):
-    """Where row `row` of a group and head begins: query row % T of sequence row // T."""
-    return (row // length).to(tl.int64) * stride_s + (row % length).to(tl.int64) * stride_t
-
-
-@triton.jit
-def _row_index(row, group, head, rows, heads, length):
-    """Which row of a contiguous (G, S, H, T) this is."""
-    return ((group * (rows // length) + row // length) * heads + head) * length + row % length
-
-
-@triton.jit
-def _load_keys(
-    x,  # keys or values
-    key,  # (C,)
-    end,
-    length,
-    stride_s,
-    stride_t,
-    width,
-    OWN: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Load (C, BLOCK_D) keys or values before `end`: own ones, or the prefix', which has no sequences to step over."""
-    offset = _row_offset(key, length, stride_s, stride_t) if OWN else key.to(tl.int64) * stride_t
-    return _load_tile(x, offset, key < end, width, UPCAST, BLOCK_D)
-
-
-@triton.jit
-def _seen(
-    row,  # (R,)
-    key,  # (C,)
-    end,
-    mask,  # of this group's keys, or None
-    length,
-    OWN: tl.constexpr,
-):
-    """Return (R, C): which rows see which of the keys before `end`."""
-    real = key < end
-    if mask is not None:
-        real = real & (tl.load(mask + key, mask=real, other=0) != 0)
-    if OWN:
-        return real[None, :] & ((row // length)[:, None] == (key // length)[None, :])
-    return real[None, :] & (row >= 0)[:, None]
-
-
-@triton.jit
-def _scores(
-    q,  # (R, D)
-    k,  # (C, D)
-    row,  # (R,)
-    key,  # (C,)
-    end,
-    mask,
-    length,
-    scale,
-    OWN: tl.constexpr,
-):
-    """Return (R, C) scores; -inf where a row does not see a key."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    return tl.where(_seen(row, key, end, mask, length, OWN), scores, -float("inf"))
 
 
 @triton.jit
@@ -168,14 +66,14 @@ def _attend(
     """Add the keys from `begin` to `end` to a tile's online softmax."""
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k_tile = _load_keys(k, key, end, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
-        scores = _scores(q, k_tile, row, key, end, mask, length, scale, OWN)
+        k_tile = load_keys(k, key, end, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
+        scores = masked_scores(q, k_tile, row, key, end, mask, length, scale, OWN)
         new = tl.maximum(highest, tl.max(scores, 1))
         shift = tl.where(new == -float("inf"), 0.0, new)
         weights = tl.exp2((scores - shift[:, None]) * _LOG2_E)
         rescale = tl.exp2((highest - shift) * _LOG2_E)
         total = total * rescale + tl.sum(weights, 1)
-        v_tile = _load_keys(v, key, end, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
+        v_tile = load_keys(v, key, end, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
         highest = new
     return acc, highest, total
@@ -222,13 +120,13 @@ def _forward(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    tile, group, head = _place(tl.program_id(0), tl.cdiv(rows, BLOCK_M), heads)
+    tile, group, head = place(tl.program_id(0), tl.cdiv(rows, BLOCK_M), heads)
     first = tile * BLOCK_M
     key_head = head // repeats
     row = first + tl.arange(0, BLOCK_M)
     inside = row < rows
-    at_q = group * stride_qg + head * stride_qh + _row_offset(row, length, stride_qs, stride_qt)
-    q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
+    at_q = group * stride_qg + head * stride_qh + row_offset(row, length, stride_qs, stride_qt)
+    q_tile = load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -252,7 +150,7 @@ def _forward(
     )  # fmt: skip
     # A row that sees nothing gets 0, and its logsumexp -inf.
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    at = _row_index(row, group, head, rows, heads, length)
+    at = row_index(row, group, head, rows, heads, length)
     d = tl.arange(0, BLOCK_D)
     tl.store(
         out + at[:, None] * width + d[None, :],
@@ -290,9 +188,9 @@ def _query_gradient(
     """Add d score @ k of the keys from `begin` to `end`."""
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        k_tile = _load_keys(k, key, end, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
-        v_tile = _load_keys(v, key, end, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
-        scores = _scores(q, k_tile, row, key, end, mask, length, scale, OWN)
+        k_tile = load_keys(k, key, end, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
+        v_tile = load_keys(v, key, end, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
+        scores = masked_scores(q, k_tile, row, key, end, mask, length, scale, OWN)
         weights = tl.exp2((scores - lse[:, None]) * _LOG2_E)
         d_scores = weights * (tl.dot(grad, tl.trans(v_tile), input_precision="ieee") - delta[:, None])
         acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
@@ -343,19 +241,19 @@ def _backward_queries(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    tile, group, head = _place(tl.program_id(0), tl.cdiv(rows, BLOCK_M), heads)
+    tile, group, head = place(tl.program_id(0), tl.cdiv(rows, BLOCK_M), heads)
     first = tile * BLOCK_M
     key_head = head // repeats
     row = first + tl.arange(0, BLOCK_M)
     inside = row < rows
-    at_q = group * stride_qg + head * stride_qh + _row_offset(row, length, stride_qs, stride_qt)
-    at = _row_index(row, group, head, rows, heads, length)
-    q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
-    grad_tile = _load_tile(grad, at * width, inside, width, UPCAST, BLOCK_D)
-    out_tile = _load_tile(out, at * width, inside, width, UPCAST, BLOCK_D)
+    at_q = group * stride_qg + head * stride_qh + row_offset(row, length, stride_qs, stride_qt)
+    at = row_index(row, group, head, rows, heads, length)
+    q_tile = load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
+    grad_tile = load_tile(grad, at * width, inside, width, UPCAST, BLOCK_D)
+    out_tile = load_tile(out, at * width, inside, width, UPCAST, BLOCK_D)
     row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + at, row_delta, mask=inside)
-    row_lse = _load_lse(lse, at, inside)
+    row_lse = load_lse(lse, at, inside)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     acc = _query_gradient(
         acc, q_tile, grad_tile, row_lse, row_delta, row,
@@ -424,7 +322,7 @@ def _backward_keys(
     tiles = tl.cdiv(keys, BLOCK_N)
     tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     key_heads = heads // repeats
-    split, group, key_head = _place(part, tl.cdiv(rows, split_rows), key_heads)
+    split, group, key_head = place(part, tl.cdiv(rows, split_rows), key_heads)
     first = tile * BLOCK_N
     key = first + tl.arange(0, BLOCK_N)
     if OWN:
@@ -435,8 +333,8 @@ def _backward_keys(
         end = tl.minimum(begin + split_rows, rows)
     k += group * stride_kg + key_head * stride_kh
     v += group * stride_vg + key_head * stride_vh
-    k_tile = _load_keys(k, key, keys, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
-    v_tile = _load_keys(v, key, keys, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
+    k_tile = load_keys(k, key, keys, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
+    v_tile = load_keys(v, key, keys, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
     key_mask = None if mask is None else mask + group * keys
     sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -444,25 +342,25 @@ def _backward_keys(
         for start in range(begin, end, BLOCK_M):
             row = start + tl.arange(0, BLOCK_M)
             inside = row < end
-            at_q = group * stride_qg + head * stride_qh + _row_offset(row, length, stride_qs, stride_qt)
-            at_row = _row_index(row, group, head, rows, heads, length)
-            q_tile = _load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
-            grad_tile = _load_tile(grad, at_row * width, inside, width, UPCAST, BLOCK_D)
-            row_lse = _load_lse(lse, at_row, inside)
+            at_q = group * stride_qg + head * stride_qh + row_offset(row, length, stride_qs, stride_qt)
+            at_row = row_index(row, group, head, rows, heads, length)
+            q_tile = load_tile(q, at_q, inside, width, UPCAST, BLOCK_D)
+            grad_tile = load_tile(grad, at_row * width, inside, width, UPCAST, BLOCK_D)
+            row_lse = load_lse(lse, at_row, inside)
             row_delta = tl.load(delta + at_row, mask=inside, other=0.0)
             # Transposed: (keys, rows), so that both sums are plain products.
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
             weights = tl.exp2((scores - row_lse[None, :]) * _LOG2_E)
-            weights = tl.where(tl.trans(_seen(row, key, keys, key_mask, length, OWN)), weights, 0.0)
+            weights = tl.where(tl.trans(seen(row, key, keys, key_mask, length, OWN)), weights, 0.0)
             sum_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, sum_v, input_precision="ieee")
             d_scores = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee") - row_delta[None, :])
             sum_k = tl.dot(d_scores.to(q_tile.dtype), q_tile, sum_k, input_precision="ieee")
-    at = _row_index(key, group, key_head, keys, key_heads, length) if OWN else part.to(tl.int64) * keys + key
+    at = row_index(key, group, key_head, keys, key_heads, length) if OWN else part.to(tl.int64) * keys + key
     d = tl.arange(0, BLOCK_D)
-    place = at[:, None] * width + d[None, :]
+    target = at[:, None] * width + d[None, :]
     stored = (key < keys)[:, None] & (d < width)[None, :]
-    tl.store(d_k + place, (sum_k * scale).to(d_k.dtype.element_ty), mask=stored)
-    tl.store(d_v + place, sum_v.to(d_v.dtype.element_ty), mask=stored)
+    tl.store(d_k + target, (sum_k * scale).to(d_k.dtype.element_ty), mask=stored)
+    tl.store(d_v + target, sum_v.to(d_v.dtype.element_ty), mask=stored)
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dopsd_kernels import products, topk
-from dopsd_kernels.chunked_step_kl import (
+from ..common import products, topk
+from ..common.topk import TopK, group_topk
+from ..common.vocab_group import VocabGroup
+from .chunked import (
     FP16_BOOST,
     Gradients,
     Head,
@@ -23,10 +25,8 @@ from dopsd_kernels.chunked_step_kl import (
     head_logits,
     new_outputs,
 )
-from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.divergence import TOP_K_TEMPORARIES, divergence
-from dopsd_kernels.topk import TopK, group_topk
-from dopsd_kernels.vocab_group import VocabGroup
+from .contracts import StepKLOptions
+from .passes import TOP_K_TEMPORARIES, divergence
 
 # The C library gives larger tensors than 32 MiB back to the system after every call; to have their pages again costs
 # as much as a third of the product that fills them.

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dopsd_kernels import chunked_step_kl, renormalized_step_kl
-from dopsd_kernels.arguments import check_integer
-from dopsd_kernels.backends import as_traced, choose_backend, undisturbed
-from dopsd_kernels.chunked_step_kl import Head, gradient_dtype
-from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.products import compute_dtype
-from dopsd_kernels.vocab_group import VocabGroup
+from ..common.arguments import check_integer
+from ..common.backends import as_traced, choose_backend, undisturbed
+from ..common.products import compute_dtype
+from ..common.vocab_group import VocabGroup
+from . import chunked, renormalized
+from .chunked import Head, gradient_dtype
+from .contracts import StepKLOptions
 
 
 def _step_kl(
@@ -63,9 +63,9 @@ def _step_kl(
     call = (student, teacher, rows, scale, (needs[0], needs[1], needs[2]), options, workspace_bytes, group)
     with undisturbed(hidden):
         if options.renormalized:
-            stats, grads = renormalized_step_kl.step_kl(*call)
+            stats, grads = renormalized.step_kl(*call)
         else:
-            stats, grads = chunked_step_kl.step_kl(*call, backend)
+            stats, grads = chunked.step_kl(*call, backend)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if g is None else g for g in grads)
     return stats, d_hidden, d_weight, d_bias
 
@@ -124,8 +124,8 @@ def _step_kl_from_logits(
     call = (student, teacher, rows, scale, want_grad, options, workspace_bytes, group)
     with undisturbed(student):
         if options.renormalized:
-            return renormalized_step_kl.step_kl_from_logits(*call)
-        return chunked_step_kl.step_kl_from_logits(*call, backend)
+            return renormalized.step_kl_from_logits(*call)
+        return chunked.step_kl_from_logits(*call, backend)
 
 
 _from_logits_operator = torch.library.custom_op("dopsd::step_kl_from_logits", _step_kl_from_logits, mutates_args=())
@@ -214,7 +214,7 @@ class StepKL(torch.autograd.Function):
         row_weight: Tensor | None,  # (N,)
         reduction: str,
         needs: tuple[bool, bool, bool],
-        options: tuple[Any, ...],  # of the divergence
+        options: StepKLOptions,
         settings: tuple[Any, ...],  # of the computation
     ) -> tuple[Tensor, ...]:
         inputs = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, row_weight)
@@ -255,7 +255,7 @@ class StepKLFromLogits(torch.autograd.Function):
         teacher: Tensor,  # (N, V)
         row_weight: Tensor | None,  # (N,)
         reduction: str,
-        options: tuple[Any, ...],
+        options: StepKLOptions,
         settings: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
         stats, _ = as_traced(_from_logits_operator, _step_kl_from_logits)(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dopsd_kernels.products import full_precision
+from .products import full_precision
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -29,7 +29,7 @@ def triton_unsupported(tensors: Sequence[Tensor | None]) -> str | None:
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "tensors on a CPU need Triton's interpreter (TRITON_INTERPRET=1 before the first import)"
     else:
-        from dopsd_kernels.triton.configs import SHARED_MEMORY, family
+        from .configs import SHARED_MEMORY, family
 
         if family(device) is None:
             return f"there are kernels for {', '.join(SHARED_MEMORY)} and their relatives, but not for {device}"

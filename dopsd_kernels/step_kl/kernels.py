@@ -30,15 +30,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.topk import group_topk, ordered_keys
-from dopsd_kernels.triton.configs import LAUNCH, choose
-from dopsd_kernels.triton.topk import ordered_key
-from dopsd_kernels.vocab_group import VocabGroup
+from ..common.configs import LAUNCH, choose
+from ..common.topk import group_topk, ordered_keys
+from ..common.topk_kernels import ordered_key
+from ..common.vocab_group import VocabGroup
+from .contracts import StepKLOptions
+from .divergence_kernels import DIVERGENCES
 
-_DIVERGENCES = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
-_REVERSE_KL = tl.constexpr(0)
-_FORWARD_KL = tl.constexpr(1)
 _NORMALIZERS = tl.constexpr(8)  # m and l of the student, of the teacher; with a bucket, of what lies outside
 _SUMS = tl.constexpr(4)  # loss, kl, clipped entries, S
 # Arguments whose divisors no memory access depends on: a kernel is not compiled again for them.
@@ -109,39 +107,11 @@ def _terms(
     NONNEGATIVE: tl.constexpr,
 ):
     """Return each entry's clipped contribution, its term of the divergence, whether it is clipped, and its pull."""
-    if DIVERGENCE == _REVERSE_KL:
-        term = tl.where(s > 0, s * ratio, 0.0)
-        contribution = term
-        pull = term
-        if CLIPPED:
-            if NONNEGATIVE:
-                contribution = (term - s) + t
-            else:
-                pull = term + s
-    elif DIVERGENCE == _FORWARD_KL:
-        term = tl.where(t > 0, -t * ratio, 0.0)
-        contribution = term
-        pull = s - t
-        if CLIPPED:
-            if NONNEGATIVE:
-                contribution = term + pull
-            else:
-                pull = -t
-    else:
-        # log m relative to the larger of s and t, so that nothing overflows and 0 / 0 stays out.
-        smaller_over_larger = tl.exp(-tl.abs(ratio))
-        share = tl.where(ratio >= 0, beta, 1 - beta)
-        above = tl.log((1 - share) + share * smaller_over_larger)  # log(m / larger)
-        from_s = tl.where(ratio >= 0, above, above - ratio)  # log(m / s)
-        from_t = tl.where(ratio >= 0, above + ratio, above)  # log(m / t)
-        pull = tl.where(s > 0, -(1 - beta) * s * from_s, 0.0)
-        term = pull + tl.where(t > 0, -beta * t * from_t, 0.0)
-        contribution = term
+    contribution, term, pull = DIVERGENCE(s, t, ratio, beta, NONNEGATIVE)
     clipped = contribution > clip
     if CLIPPED:
-        contribution = tl.where(clipped, clip, contribution)
-        pull = tl.where(clipped, 0.0, pull)
-    return contribution, term, clipped, pull
+        return tl.where(clipped, clip, contribution), term, clipped, tl.where(clipped, 0.0, pull)
+    return term, term, clipped, pull
 
 
 @triton.jit
@@ -419,9 +389,9 @@ def rows(
     terms: dict[str, Any] = {
         "beta": options.beta,
         "clip": 0.0 if options.clip is None else options.clip,
-        "DIVERGENCE": _DIVERGENCES[options.divergence],
+        "DIVERGENCE": DIVERGENCES[options.divergence],
         "CLIPPED": options.clip is not None,
-        "NONNEGATIVE": options.clip_form == "nonnegative",
+        "NONNEGATIVE": options.nonnegative,
         "PARTS": parts,
         "PADDED_PARTS": triton.next_power_of_2(parts),
     }

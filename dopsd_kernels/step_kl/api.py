@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dopsd_kernels.arguments import (
+from ..common.arguments import (
     check_bias,
     check_choice,
     check_device,
@@ -16,8 +16,9 @@ from dopsd_kernels.arguments import (
     check_number,
     check_shape,
 )
-from dopsd_kernels.contracts import StepKLOutput
-from dopsd_kernels.step_kl_ops import StepKL, StepKLFromLogits
+from .contracts import StepKLOptions, StepKLOutput
+from .divergences import DIVERGENCES
+from .operators import StepKL, StepKLFromLogits
 
 # On a CPU, products of about 190 rows at V = 32768, enough for their full rate. On a GPU, of 256 rows at
 # V = 126464: with fewer they are limited by reading the weight.
@@ -53,13 +54,19 @@ def fused_step_kl(
     temperature, each of the N rows (all leading dimensions, flattened) has the loss sum_v min(contribution_v,
     clip), where contribution_v is
 
-    =============  ===========================  =====================================
-    divergence     clip_form "plain"            clip_form "nonnegative"
-    =============  ===========================  =====================================
-    "reverse_kl"   s log(s/t)                   s log(s/t) - s + t
-    "forward_kl"   t log(t/s)                   t log(t/s) - t + s
-    "jsd"          (1-beta) s log(s/m) + beta t log(t/m), m = (1-beta) s + beta t
-    =============  ===========================  =====================================
+    =================  ===========================  =====================================
+    divergence         clip_form "plain"            clip_form "nonnegative"
+    =================  ===========================  =====================================
+    "reverse_kl"       s log(s/t)                   s log(s/t) - s + t
+    "forward_kl"       t log(t/s)                   t log(t/s) - t + s
+    "jsd"              (1-beta) s log(s/m) + beta t log(t/m)
+    "skew_reverse_kl"  s log(s/m)                   s log(s/m) - s + m
+    "skew_forward_kl"  t log(t/m)                   t log(t/m) - t + m
+    =================  ===========================  =====================================
+
+    with m = (1-beta) s + beta t. The skew divergences are those of DistiLLM (Ko et al., 2024), whose alpha, the share
+    of a side's own distribution in the mixture, is 1 - beta for "skew_reverse_kl" and beta for "skew_forward_kl". They
+    and "jsd" are finite whatever the supports.
 
     "plain" is the paper's clip. It moves the optimum: once the student's largest entries are clipped, the
     negative contributions that are left pull the student away from its teacher. The terms added by
@@ -86,8 +93,9 @@ def fused_step_kl(
         teacher_bias: (V,), entries may be -inf.
         row_weight: (N,) or the leading dimensions, finite and nonnegative. Rows of weight 0 are not computed,
             and have 0 in every output.
-        divergence: "reverse_kl" (student against teacher), "forward_kl" or "jsd".
-        beta: teacher's share of the mixture of "jsd", in (0, 1).
+        divergence: "reverse_kl" (student against teacher), "forward_kl", "jsd", "skew_reverse_kl" or
+            "skew_forward_kl".
+        beta: teacher's share of the mixture m, in (0, 1).
         clip: upper bound of every contribution, >= 0. None: no clip, and `clip_form` does not matter.
         clip_form: "plain" or "nonnegative".
         top_k: restrict the divergence to the teacher's k largest entries, ties to the lowest id. None: all V.
@@ -264,9 +272,9 @@ def check_options(
     temperature: float,
     vocab: int,
     vocab_group: dist.ProcessGroup | None,
-) -> tuple[str, float, float | None, str, int | None, str, float]:
-    """Check what defines a row's loss, and return it in the order of `StepKLOptions`."""
-    check_choice("divergence", divergence, ("reverse_kl", "forward_kl", "jsd"))
+) -> StepKLOptions:
+    """Check what defines a row's loss."""
+    check_choice("divergence", divergence, tuple(DIVERGENCES))
     check_choice("clip_form", clip_form, ("plain", "nonnegative"))
     check_choice("tail", tail, ("renormalize", "bucket"))
     check_number("beta", beta, 0, above=True, high=1)
@@ -276,7 +284,7 @@ def check_options(
     if top_k is not None:
         # How many columns the other processes of a group hold is known only later.
         check_integer("top_k", top_k, 1, vocab if vocab_group is None else 1 << 62)
-    return divergence, beta, clip, clip_form, top_k, tail, temperature
+    return StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature)
 
 
 def check_settings(

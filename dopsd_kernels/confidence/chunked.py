@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dopsd_kernels import gumbel
-from dopsd_kernels.contracts import ConfidenceOutput
-from dopsd_kernels.products import compute_dtype, full_precision
-from dopsd_kernels.topk import stable_topk
+from ..common.products import compute_dtype, full_precision
+from ..common.topk import stable_topk
+from . import gumbel
+from .contracts import ConfidenceOutput
 
 # Logits of one tile, and numbers of its weight if that is converted: 4 MiB in fp32. A sampling call takes twice that
 # again at most.
@@ -37,6 +37,7 @@ class _Best(NamedTuple):
     logit: Tensor  # (R,) of token
     top_values: Tensor  # (R, k)
     top_indices: Tensor  # (R, k)
+    entropy: Tensor  # (R,), or (R, 0) if it is not asked for
 
 
 def confidence(
@@ -47,6 +48,7 @@ def confidence(
     seed: Tensor | None,  # (N,) int64; None at temperature 0
     top_k: int,
     exclude: Tensor | None,  # int64 ids
+    entropy: bool,
 ) -> ConfidenceOutput:
     """Return the outputs of `fused_confidence` for flattened rows."""
     count, vocab = hidden.shape[0], weight.shape[0]
@@ -64,12 +66,19 @@ def confidence(
             if exclude is not None:
                 inside = exclude if tile_columns >= vocab else exclude[(exclude >= begin) & (exclude < end)] - begin
                 z.index_fill_(1, inside, -math.inf)
-            best = _add(best, z, begin, temperature, chunk_seed, top_k)
+            best = _add(best, z, begin, temperature, chunk_seed, top_k, entropy)
         assert best is not None  # V >= 1
         chunks.append(best)
     best = chunks[0] if len(chunks) == 1 else _Best(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
     return ConfidenceOutput(
-        best.token, best.logit, best.logsumexp, best.max_logit, best.argmax, best.top_values, best.top_indices
+        best.token,
+        best.logit,
+        best.logsumexp,
+        best.max_logit,
+        best.argmax,
+        best.top_values,
+        best.top_indices,
+        best.entropy,
     )
 
 
@@ -87,6 +96,7 @@ def _add(
     temperature: float,
     seed: Tensor | None,  # (R,)
     top_k: int,
+    entropy: bool,
 ) -> _Best:
     """Bring what is known of the rows up to date with the next tile."""
     if best is None:
@@ -104,10 +114,23 @@ def _add(
     # The largest entry's term is exactly 1, so the sum cannot vanish; a row of -inf alone has the logsumexp
     # -inf.
     shift = peak.clamp(min=torch.finfo(z.dtype).min)
-    logsumexp = z.sub_(shift[:, None]).exp_().sum(-1).log_().add_(shift)
+    z.sub_(shift[:, None])
+    exponentials = z.exp() if entropy else z.exp_()
+    total = exponentials.sum(-1)
+    tile_entropy = z.new_empty((len(z), 0))
+    if entropy:
+        # sum p log(1/p) with p = exp(z) / total; 0 where p is. A row of NaN has a total of NaN.
+        tile_entropy = total.log() - exponentials.mul_(z).nan_to_num_(nan=0.0).sum(-1) / total
+    logsumexp = total.log_().add_(shift)
     if best is not None:
+        both = torch.stack([best.logsumexp, logsumexp])
         logsumexp = torch.logaddexp(best.logsumexp, logsumexp)
-    return _Best(max_logit, argmax, logsumexp, score, token, logit, top_values, top_indices)
+        if entropy:
+            # That of what falls into either part, and of which part it is. A part without mass adds nothing to it.
+            log_p = both - logsumexp
+            of_parts = torch.stack([best.entropy, tile_entropy]) - log_p
+            tile_entropy = torch.where(both == -math.inf, 0, log_p.exp() * of_parts).sum(0)
+    return _Best(max_logit, argmax, logsumexp, score, token, logit, top_values, top_indices, tile_entropy)
 
 
 def _larger(a: Tensor, b: Tensor) -> Tensor:  # (R,), (R,) -> (R,) bool

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dopsd_kernels import chunked_confidence
-from dopsd_kernels.arguments import (
+from ..common.arguments import (
     check_bias,
     check_choice,
     check_device,
@@ -15,8 +14,10 @@ from dopsd_kernels.arguments import (
     check_number,
     check_shape,
 )
-from dopsd_kernels.backends import choose_backend
-from dopsd_kernels.contracts import ConfidenceOutput
+from ..common.backends import choose_backend
+from ..common.products import compute_dtype
+from . import chunked
+from .contracts import ConfidenceOutput
 
 # The largest top_k of the Triton kernels, which keep that many entries of a row in registers.
 _MAX_TRITON_TOP_K = 128
@@ -31,6 +32,7 @@ def fused_confidence(
     seed: int | Tensor | None = None,  # one, or (...,) int64
     top_k: int = 0,
     exclude: Sequence[int] = (),
+    entropy: bool = False,
     backend: str = "auto",
 ) -> ConfidenceOutput:
     """Choose a token per row, and measure how sure the head is, without materialising the logits.
@@ -54,15 +56,16 @@ def fused_confidence(
             seed per row. With one integer, row i of the flattened rows has the seed + i.
         top_k: how many of the largest logits to return, at most the number of ids that can be chosen.
         exclude: ids that cannot be chosen. Their logits are -inf everywhere: no output counts them.
+        entropy: whether to return the entropy of softmax(logits).
         backend: "auto" is "triton" on a GPU that there are kernels for, and "torch" elsewhere, for fp64 and for
             `top_k` above 128. "triton" raises where it cannot run. Both give the same ids, up to rounding of
             logits (and of scores, about 1e-6) that are nearly equal.
 
     Returns:
         ConfidenceOutput: the `token` with its `logit`; the `logsumexp`, `max_logit` and `argmax` of all
-        logits; the `top_values` and `top_indices` (..., top_k), largest first, ties to the lowest id. Logits
-        are not divided by the temperature: the token's probability at temperature 1 is exp(logit -
-        logsumexp).
+        logits; the `top_values` and `top_indices` (..., top_k), largest first, ties to the lowest id; and the
+        `entropy` in nats, (..., 0) unless asked for. Logits are not divided by the temperature: the token's
+        probability at temperature 1 is exp(logit - logsumexp), and the entropy is at temperature 1 too.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, shape, device or range, or `backend` is "triton"
@@ -80,9 +83,12 @@ def fused_confidence(
     if len(excluded) == vocab:
         raise ValueError(f"exclude holds all {vocab} ids, but must leave one that can be chosen.")
     check_integer("top_k", top_k, 0, vocab - len(excluded))
+    if not isinstance(entropy, bool):
+        raise TypeError(f"entropy must be a bool, but is a {type(entropy).__name__}.")
     seeds = _row_seeds(seed, leading, device) if temperature > 0 else None
 
-    arguments = (hidden.reshape(-1, weight.shape[1]), weight, bias, temperature, seeds, top_k, excluded, backend)
+    rows = hidden.reshape(-1, weight.shape[1])
+    arguments = (rows, weight, bias, temperature, seeds, top_k, excluded, entropy, backend)
     with torch.no_grad():
         # Outside of torch.compile the op would do the same, but a call of a small problem would take a third longer.
         if torch.compiler.is_compiling():
@@ -115,27 +121,29 @@ def _compute(
     seed: Tensor | None,  # (N,) int64; None at temperature 0
     top_k: int,
     exclude: list[int],
+    entropy: bool,
     backend: str,
 ) -> ConfidenceOutput:
     also = f"top_k is above {_MAX_TRITON_TOP_K}" if top_k > _MAX_TRITON_TOP_K else None
     if choose_backend(backend, (hidden, weight, bias), also) == "triton":
-        from dopsd_kernels.triton.confidence import confidence
+        from .kernels import confidence
 
-        output = _empty_output(hidden, seed, top_k)
-        confidence(output, hidden, weight, bias, temperature, seed, top_k, exclude)
+        output = _empty_output(hidden, seed, top_k, entropy)
+        confidence(output, hidden, weight, bias, temperature, seed, top_k, exclude, entropy)
         return _with_token(output, seed)
     ids = torch.tensor(exclude, device=hidden.device) if exclude else None
     with torch.autocast(hidden.device.type, enabled=False):
-        return chunked_confidence.confidence(hidden, weight, bias, temperature, seed, top_k, ids)
+        return chunked.confidence(hidden, weight, bias, temperature, seed, top_k, ids, entropy)
 
 
 def _empty_output(
     hidden: Tensor,  # (N, d)
     seed: Tensor | None,  # (N,)
     top_k: int,
+    entropy: bool,
 ) -> ConfidenceOutput:
     """Return outputs to be written; without a seed, `token` and `logit` have no entries."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(hidden)
     count = hidden.shape[0]
     sampled = 0 if seed is None else count
 
@@ -153,6 +161,7 @@ def _empty_output(
         argmax=ids(count),
         top_values=logits(count, top_k),
         top_indices=ids(count, top_k),
+        entropy=logits(count) if entropy else logits(count, 0),
     )
 
 
@@ -176,9 +185,10 @@ def _op(
     seed: Tensor | None,  # (N,) int64
     top_k: int,
     exclude: list[int],
+    entropy: bool,
     backend: str,
 ) -> ConfidenceOutput:
-    output = _compute(hidden, weight, bias, temperature, seed, top_k, exclude, backend)
+    output = _compute(hidden, weight, bias, temperature, seed, top_k, exclude, entropy, backend)
     if seed is not None:
         return output
     return output._replace(token=output.argmax.new_empty(0), logit=output.max_logit.new_empty(0))
@@ -192,15 +202,16 @@ def _fake_op(
     seed: Tensor | None,  # (N,) int64
     top_k: int,
     exclude: list[int],
+    entropy: bool,
     backend: str,
 ) -> ConfidenceOutput:
-    return _empty_output(hidden, seed, top_k)
+    return _empty_output(hidden, seed, top_k, entropy)
 
 
 _LIBRARY = torch.library.Library("dopsd", "FRAGMENT")
 _LIBRARY.define(
     "confidence(Tensor hidden, Tensor weight, Tensor? bias, float temperature, Tensor? seed, int top_k, int[] exclude, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool entropy, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=[torch.Tag.pt2_compliant_tag],
 )
 _LIBRARY.impl("confidence", _op, "CompositeExplicitAutograd")

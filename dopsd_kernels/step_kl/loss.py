@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dopsd_kernels.arguments import check_choice
-from dopsd_kernels.contracts import StepKLOutput
-from dopsd_kernels.step_kl import check_options, check_settings, fused_step_kl
+from ..common.arguments import check_choice
+from .api import check_options, check_settings, fused_step_kl
+from .contracts import StepKLOutput
 
 
 class StepKLLoss(nn.Module):

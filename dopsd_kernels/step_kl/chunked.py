@@ -26,9 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dopsd_kernels import divergence, products, topk
-from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.vocab_group import VocabGroup
+from ..common import products, topk
+from ..common.vocab_group import VocabGroup
+from . import passes
+from .contracts import StepKLOptions
 
 # fp16 knows nothing below 6e-8, and a gradient with respect to logits has many such entries, which a loss scale comes
 # too late for. This factor leaves room for entries of 255, a divergence of that many nats.
@@ -108,7 +109,7 @@ def plan_workspace(
         block_row_bytes = 0 if options.top_k is None else topk.row_bytes(vocab, options.top_k)
     else:
         wanted_rows = student.hidden.shape[0]
-        block_row_bytes = divergence.row_bytes(vocab, options, compute)
+        block_row_bytes = passes.row_bytes(vocab, options, compute)
     plan = divide(workspace_bytes, vocab, row_bytes, column_bytes, wanted_rows, block_row_bytes, head_row_bytes)
     return replace(plan, paired=paired)
 
@@ -156,9 +157,9 @@ def new_outputs(student: Head, needs: tuple[bool, bool, bool]) -> tuple[Tensor, 
 
 def _triton() -> ModuleType:
     # Imported where it is used: the package needs Triton only for this backend.
-    from dopsd_kernels.triton import step_kl
+    from . import kernels
 
-    return step_kl
+    return kernels
 
 
 def step_kl(
@@ -174,7 +175,7 @@ def step_kl(
 ) -> tuple[Tensor, Gradients]:
     """Return (row_loss, row_kl, row_clip_fraction) stacked as (3, N), and the gradients."""
     plan = plan_workspace(student, teacher, needs, options, workspace_bytes, backend, group.widest)
-    passes = _triton().rows if backend == "triton" else divergence.rows
+    go_over = _triton().rows if backend == "triton" else passes.rows
     dtype = products.compute_dtype(student.hidden)
     stats, grads = new_outputs(student, needs)
     active = stats.shape[1] if rows is None else rows.numel()
@@ -198,7 +199,7 @@ def step_kl(
         dz = memory.gradient(size) if any(needs) else None
         hidden = _logits(student, teacher, places, plan.tile_columns, z, keep=needs[1])
         boosts = None if boost == 1 else row_scale.new_full((size,), boost)
-        stats[:, places] = passes(z[0], z[1], bias_s, bias_t, options, group, _blocks(size, plan), dz, boosts)
+        stats[:, places] = go_over(z[0], z[1], bias_s, bias_t, options, group, _blocks(size, plan), dz, boosts)
         if dz is not None:
             if grads.hidden is not None:
                 dh = products.hidden_gradient(dz, student.weight, plan.tile_columns)
@@ -242,11 +243,11 @@ def step_kl_from_logits(
             row_bytes += topk.row_bytes(group.widest, options.top_k)
         wanted_rows = _triton().block_rows(group.widest, student.device)
     else:
-        row_bytes = 2 * dtype.itemsize * group.widest + divergence.row_bytes(group.widest, options, dtype)
+        row_bytes = 2 * dtype.itemsize * group.widest + passes.row_bytes(group.widest, options, dtype)
         wanted_rows = count
     limit = divide(workspace_bytes, group.widest, row_bytes, 0).chunk_rows
     active = count if rows is None else rows.numel()
-    passes = _triton().rows if backend == "triton" else divergence.rows
+    go_over = _triton().rows if backend == "triton" else passes.rows
     for block in products.tiles(active, max(1, min(wanted_rows, limit))):
         places = block if rows is None else rows[block]
         if backend == "triton":
@@ -258,7 +259,7 @@ def step_kl_from_logits(
             z_s, z_t = (x[places].to(dtype, copy=True) for x in (student, teacher))
             gradient = z_s if want_grad else None
         scale = None if row_scale is None else row_scale[block]
-        stats[:, places] = passes(z_s, z_t, None, None, options, group, [slice(0, len(z_s))], gradient, scale)
+        stats[:, places] = go_over(z_s, z_t, None, None, options, group, [slice(0, len(z_s))], gradient, scale)
         if gradient is not None and not (rows is None and backend == "triton"):
             gradients[places] = gradient.to(gradients.dtype)
     return stats, gradients

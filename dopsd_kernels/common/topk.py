@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dopsd_kernels.vocab_group import VocabGroup
+from .vocab_group import VocabGroup
 
 # Columns of a block. At k = 20 and V = 126464 the maxima of 1976 blocks and the 1280 entries of 20 of them are ordered,
 # after one reading of the row (4 V bytes in fp32), whatever k is; ordering all entries would write keys of 8 V bytes.

@@ -1,8 +1,4 @@
-"""The divergences of fused_step_kl, and its passes over a block of logits, in plain PyTorch.
-
-With contributions phi_v(s_v, t_v) and pull_v = s_v dphi_v/ds_v on the kept set U (0 elsewhere), every divergence has
-the same gradient with respect to the student's logits: pull_j - s_j sum_v pull_v.
-"""
+"""The passes of fused_step_kl over a block of logits, in plain PyTorch."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dopsd_kernels.contracts import StepKLOptions
-from dopsd_kernels.topk import group_topk
-from dopsd_kernels.topk import row_bytes as topk_row_bytes
-from dopsd_kernels.vocab_group import VocabGroup
+from ..common.topk import group_topk
+from ..common.topk import row_bytes as topk_row_bytes
+from ..common.vocab_group import VocabGroup
+from .contracts import StepKLOptions
+from .divergences import terms
 
 # Temporaries, in rows of V or of top_k entries of the logits' dtype.
 _VOCAB_TEMPORARIES = 5
@@ -100,7 +97,7 @@ def divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: 
     # 0 log 0 below is 0, by replacing NaN. A row whose logits hold a NaN is NaN in every column, so one shows it.
     broken = (log_s[:, 0] + log_t[:, 0]).isnan()
     s = log_s.exp()
-    contributions, pull, kl = _contributions(log_s, log_t, s, options)
+    contributions, pull, kl = terms(log_s, log_t, s, options)
     loss, clipped = kl, torch.zeros_like(kl)
     if options.clip is not None:
         loss = contributions.clamp(max=options.clip).sum(-1)
@@ -113,42 +110,3 @@ def divergence(log_s: Tensor, log_t: Tensor, options: StepKLOptions, want_grad: 
         torch.addcmul(pull, s, sums[3, :, None], value=-1, out=log_s)
     sums[2] /= group.vocab
     return sums[:3].masked_fill(broken, math.nan)
-
-
-def _contributions(
-    log_s: Tensor,  # (R, K)
-    log_t: Tensor,  # (R, K)
-    s: Tensor,  # (R, K)
-    options: StepKLOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each entry's contribution and pull (two tensors if a clip is to follow), and the rows' kl."""
-    if options.divergence == "jsd":
-        # The contributions are nonnegative as they are: both clip forms are one.
-        log_m = torch.logaddexp(log_s + math.log1p(-options.beta), log_t + math.log(options.beta))
-        contributions = _weighted_log_ratio(log_t.exp(), log_t, log_m).mul_(options.beta)
-        pull = _weighted_log_ratio(s, log_s, log_m).mul_(1 - options.beta)
-        contributions.add_(pull)
-        return contributions, pull, contributions.sum(-1)
-
-    nonnegative = options.clip is None or options.clip_form == "nonnegative"
-    if options.divergence == "reverse_kl":
-        contributions = _weighted_log_ratio(s, log_s, log_t)
-        kl = contributions.sum(-1)
-        if options.clip is None:
-            return contributions, contributions, kl
-        if nonnegative:
-            return (contributions - s).add_(log_t.exp()), contributions, kl
-        return contributions, contributions + s, kl
-
-    t = log_t.exp()
-    contributions = _weighted_log_ratio(t, log_t, log_s)
-    kl = contributions.sum(-1)
-    if nonnegative:
-        pull = s - t
-        return contributions.add_(pull), pull, kl
-    return contributions, t.neg_(), kl
-
-
-def _weighted_log_ratio(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p log(p / q): 0 where p is 0, infinite where only q is."""
-    return (log_p - log_q).mul_(p).nan_to_num_(nan=0.0, posinf=math.inf)
