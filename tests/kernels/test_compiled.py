@@ -26,24 +26,20 @@ import sys
 from dataclasses import replace
 from benchmarks import compile_table
 
-OPS = compile_table.OPS
+everything = compile_table.variants
 
-def good(arch):
-    seen = set()
-    for op in OPS if arch in {(WHOLE, SAMPLED)} else ():
-        for variant in op(arch):
-            if arch == {WHOLE!r} or variant.kernel not in seen:
-                seen.add(variant.kernel)
-                yield variant
-
-def faulty(arch):
-    if arch == "sm_80":
-        variant = next(variant for variant in compile_table.confidence(arch) if variant.tensor_cores)
+def variants(arch):
+    if arch == {WHOLE!r}:
+        yield from everything(arch)
+    elif arch == {SAMPLED!r}:
+        yield from {{variant.kernel: variant for variant in everything(arch)}}.values()
+    else:
+        variant = next(variant for variant in everything(arch) if variant.tensor_cores)
         yield variant
         yield replace(variant, options={{**variant.options, "num_stages": 20}})
         yield replace(variant, signature={{**variant.signature, "hidden": "*fp32", "weight": "*fp32"}})
 
-compile_table.OPS = (good, faulty)
+compile_table.variants = variants
 sys.exit(compile_table.main())
 """
 
