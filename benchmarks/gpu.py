@@ -5,8 +5,8 @@
     python -m benchmarks.gpu --out DIR --rehearse           # every line of it with small sizes, on a CPU
 
 It needs this repository and torch, triton, transformers, peft, accelerate and numpy; what else is missing costs its own
-rows only. DIR gets ``environment.txt``, a log per part and one JSON file (see `benchmarks.results`), whose rows are
-written as they are measured. Copy that file to ``benchmarks/results`` and run ``python -m benchmarks.report``.
+rows only. DIR gets a log per part and one JSON file (see `benchmarks.results`), whose rows are written as they are
+measured. Copy that file to ``benchmarks/results`` and run ``python -m benchmarks.report``.
 
 Each part runs in a process of its own, which ends when its GPU is lost; the part then goes on in a new one, without
 what ended the last. A part out of time is ended with all processes that it has started. The exit status is 0 if all
@@ -34,7 +34,7 @@ import torch
 
 from benchmarks import reuse, tiny_recipe
 from benchmarks.measure import Unusable, announced, measure_case
-from benchmarks.ops import Case, cases, providers
+from benchmarks.ops import cases, providers
 from benchmarks.report import absent, count
 from benchmarks.results import DEVICE, ROOT, Recorder, Row, machine, new_path
 
@@ -54,20 +54,12 @@ Measure = Callable[[Recorder, float, bool], bool]
 def measure_ops(
     ops: Sequence[str], among: Callable[[str], bool], recorder: Recorder, until: float, rehearse: bool
 ) -> bool:
-    """Time the cases of some ops with the providers of some names."""
-    chosen = [case for case in cases(DEVICE, rehearse) if case.op in ops]
-    return measure_cases(chosen, among, recorder, until, rehearse)
-
-
-def measure_cases(
-    chosen: Sequence[Case], among: Callable[[str], bool], recorder: Recorder, until: float, rehearse: bool
-) -> bool:
-    """Time cases as long as there is time; rows that are there already are not measured again, nor is what failed.
+    """Time some ops' cases with providers of some names, as long as there is time; what the file has is not repeated.
 
     A case's first provider, what others are compared with, is timed with every part of them.
     """
-    fine = True
-    for case in chosen:
+    fine, rounds = True, (0.0, 2, 2) if rehearse else (1.0, 5, 25)
+    for case in (case for case in cases(DEVICE, rehearse) if case.op in ops):
         first, *others = providers(case)
         new = recorder.new(announced(case, [first, *filter(among, others)]))
         if time.time() > until:
@@ -76,14 +68,13 @@ def measure_cases(
         if not new:
             continue
         recorder.announce(new)
-        wanted = dict.fromkeys([first, *(row["provider"] for row in new)])
+        names = [row["provider"] for row in new]
         try:
-            rows, _ = measure_case(case, list(wanted), rehearse, (2, 2) if rehearse else (5, 25))
+            rows, _ = measure_case(case, list(dict.fromkeys([first, *names])), rehearse, rounds)
         except Unusable as lost:
             recorder.withdraw(new)  # who has not failed can be tried again, without who has
             recorder.add(lost.rows)
             raise
-        names = [row["provider"] for row in new]
         recorder.add([row for row in rows if row["provider"] in names])
         fine &= not any(row["status"].startswith("failed") and row["provider"].startswith("ours") for row in rows)
     return fine
@@ -139,19 +130,17 @@ def train(recorder: Recorder, until: float, rehearse: bool) -> bool:
     return rehearse or row["agrees"]  # what a rehearsal reaches means nothing
 
 
+def _ops(*ops: str, among: Callable[[str], bool]) -> Measure:
+    return functools.partial(measure_ops, ops, among)
+
+
 # What is measured, and its share of the time that is left against those of the parts that follow.
 PARTS: dict[str, tuple[float, Measure]] = {
-    "loss": (
-        12,
-        functools.partial(measure_ops, ("step_kl", "products"), lambda name: name in HEADLINE or "out" in name),
-    ),
+    "loss": (12, _ops("step_kl", "products", among=lambda name: name in HEADLINE or "out" in name)),
     "step": (38, step),
-    "confidence": (8, functools.partial(measure_ops, ("confidence",), lambda name: name != "ours torch")),
-    "attention": (8, functools.partial(measure_ops, ("attention",), lambda name: name == "ours triton")),
-    "peers": (
-        14,
-        functools.partial(measure_ops, ("step_kl", "confidence", "attention"), lambda name: name not in HEADLINE),
-    ),
+    "confidence": (8, _ops("confidence", among=lambda name: name != "ours torch")),
+    "attention": (8, _ops("attention", among=lambda name: name == "ours triton")),
+    "peers": (14, _ops("step_kl", "confidence", "attention", among=lambda name: name not in HEADLINE)),
     "tests": (30, tests),
     "train": (40, train),
 }
@@ -226,11 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     path = new_path(out)
     Recorder(path, args.rehearse)
-    environment = json.dumps(machine(), indent=1) + "\n"
-    with contextlib.suppress(FileNotFoundError):
-        environment += subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
-    (out / "environment.txt").write_text(environment)
-    print(environment)
+    print(json.dumps(machine(), indent=1), flush=True)
     passed, left = True, [name for name in PARTS if name in args.only]
     while left:
         share = PARTS[left[0]][0] / sum(PARTS[name][0] for name in left)

@@ -183,9 +183,9 @@ def error(case: Case, provider: str) -> Row:
 
 
 def measure_case(
-    case: Case, providers: Sequence[str], rehearsal: bool, rounds: tuple[int, int]
+    case: Case, providers: Sequence[str], rehearsal: bool, rounds: tuple[float, int, int]
 ) -> tuple[list[Row], list[Trial]]:
-    """Measure providers of a case for a second, and so many rounds at least and at most; a row and a trial of each.
+    """Measure providers of a case, in the rounds of `interleave`; a row and a trial of each.
 
     Raises:
         Unusable: a provider has cost this process its GPU; with the rows of those that failed.
@@ -201,7 +201,7 @@ def measure_case(
             trial.attempt(lambda: row.update(error(case, row["provider"])))  # noqa: B023
             trial.attempt(trial.run)  # pays one-time costs
             trial.attempt(lambda: setattr(trial, "peak_bytes", peak_memory(trial.run)))  # noqa: B023
-        interleave([*(trial for _, trial in limits.values()), *trials], 1.0, *rounds)
+        interleave([*(trial for _, trial in limits.values()), *trials], *rounds)
     except Unusable as lost:
         failed = [{**row, "status": trial.status} for row, trial in zip(rows, trials, strict=True)]
         lost.rows = [row for row in failed if row["status"].startswith("failed")]

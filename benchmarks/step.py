@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Literal, get_args
@@ -145,10 +145,9 @@ class Student:
         self.teacher = TimedTeacher(self.model, "fixed", 0.0, from_adapter=False)
         self.prompt = torch.arange(setting.prompt)
 
-    def autocast(self) -> Any:
+    def autocast(self) -> torch.autocast:
         """As the trainer does for 16-bit weights."""
-        half = self.setting.dtype != torch.float32
-        return torch.autocast(self.device.type, self.setting.dtype) if half else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.dtype == torch.bfloat16)
 
     def batches(self, objective: Objective, size: int) -> Iterator[StepBatch]:
         """The update's states in micro-batches; what the teacher sees at each step is drawn as in training."""

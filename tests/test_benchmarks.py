@@ -149,13 +149,13 @@ def test_a_lost_gpu_ends_everything_and_names_who_lost_it(monkeypatch: pytest.Mo
 
     stand_in(monkeypatch, lose)
     with pytest.raises(Unusable) as lost:
-        measure_case(CLIPPED, ["floor", "stand-in", "eager"], True, (2, 2))
+        measure_case(CLIPPED, ["floor", "stand-in", "eager"], True, (0.0, 2, 2))
     (row,) = lost.value.rows
     assert row["provider"] == "stand-in" and "illegal memory access" in str(row["status"])
 
 
 def test_a_row_has_its_needs_its_ceiling_and_its_error() -> None:
-    rows, trials = measure_case(CLIPPED, ["floor", "eager", "ours triton"], True, (3, 3))
+    rows, trials = measure_case(CLIPPED, ["floor", "eager", "ours triton"], True, (0.0, 3, 3))
     floor, eager, triton = rows
     assert floor["flops"] == 6 * 8 * 32 * 500 and floor["rounds"] == 3 == len(trials[0].times)
     assert floor["of_ceiling"] == pytest.approx(
