@@ -3,8 +3,8 @@
     python -m benchmarks.compile_table                        # every architecture, as a table; exit status 1 on a fault
     python -m benchmarks.compile_table --arch sm_90 --json table.json
 
-The public ops are called with tensors that have no memory, and what they would launch is compiled: with each entry of
-the kernels' configurations, for the dtypes and options that change most what a program keeps in registers. A row is at
+The public ops are called with tensors that have no memory, and Triton compiles what they launch: with each entry of the
+kernels' configurations, for the dtypes and options that change most what a program keeps in registers. A row is at
 fault if it spills more registers than it may, needs more shared memory than the chip has, or multiplies 16-bit operands
 without tensor cores.
 """
@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import io
+import itertools
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -42,34 +42,6 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int8: "i8",
-    bool: "i1",
-    int: "i32",
-    float: "fp32",
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One compilation of a kernel, as it is launched."""
-
-    kernel: str  # module:function
-    label: str  # what distinguishes it
-    config: dict[str, int]  # the entry it belongs to, for the table
-    signature: dict[str, str]  # "*bf16" (aligned to 16 bytes), "fp32", "i32", "i32:16" (a multiple of 16)
-    constexprs: dict[str, Any]  # the other arguments
-    options: dict[str, Any]
-    tensor_cores: bool  # whether it must use them
-    spill_budget: int  # bytes
-
-
-# ------------------------------------------------------------------------------------------------------------
-# What is launched
-# ------------------------------------------------------------------------------------------------------------
 
 
 def _confidence(hidden: torch.dtype, weight: torch.dtype, top_k: int, **sample: Any) -> None:
@@ -145,134 +117,82 @@ def spill_budget(entry: str, constexprs: dict[str, Any]) -> int:
     return _TILE_SPILL if entry == "confidence_wide" or constexprs["BLOCK_V"] > 128 else 0
 
 
-def launches(arch: str, entry: str, config: dict[str, int], call: Callable[[], None]) -> Iterator[tuple[Any, ...]]:
-    """What a call launches on a GPU with this configuration: kernels and their arguments by name."""
-    from triton.runtime import JITFunction
+def compile_call(arch: str, entry: str, config: dict[str, int], label: str) -> list[dict[str, Any]]:
+    """Compile what a call launches with a configuration; a row for every kernel that this process has not compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
 
     from dopsd_kernels.triton import configs
 
-    found: list[tuple[Any, dict[str, Any]]] = []
+    rows: list[dict[str, Any]] = []
+    run = JITFunction.run
 
-    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        found.append((kernel, {**dict(zip(kernel.arg_names, args, strict=False)), **named}))
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
+        # Of an op's kernels, the one that the entry is for and those that have no entry.
+        if any(config.get(name, value) != value for name, value in arguments.items() if name.startswith("BLOCK")):
+            return
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = run(kernel, *args, grid=grid, warmup=True, **named)
+        if (arch, compiled.hash) not in _SEEN:
+            _SEEN.add((arch, compiled.hash))
+            about = {"config": config, "variant": label + _SIDES.get(arguments.get("OWN"), "")}
+            budget = spill_budget(entry, arguments)
+            about |= {"tensor_cores": _needs_tensor_cores(arguments), "spill_budget": budget, "hash": compiled.hash}
+            rows.append({"kernel": _name(kernel), "arch": arch, **about, **_found(arch, compiled, log.getvalue())})
 
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # what another process has compiled has no log
+    target, place = GPUTarget(*TARGETS[arch]), list(TARGETS).index(arch)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: place, get_current_stream=lambda device: 0
+        )
+    )
     # A large GPU has many splits, which the kernel that merges them is compiled for; here they come from the least.
-    config = {**config, **({"SPLITS": 1024} if "PROGRAMS" in config else {})}
-    entries = {**configs.read(), entry: [{"arch": [arch], "config": config}]}
+    many = {**config, **({"SPLITS": 1024} if "PROGRAMS" in config else {})}
     with (
-        configs.use(entries),
+        configs.use({**configs.read(), entry: [{"arch": [arch], "config": many}]}),
         mock.patch.object(configs, "family", return_value=arch),
         mock.patch.object(torch.Tensor, "is_cuda", True),
         mock.patch.object(torch.Tensor, "nonzero", lambda x: x.new_empty(len(x), 1, dtype=torch.int64)),
         mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),  # knows no meta tensors
-        mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(JITFunction, "run", compile_only),
         torch.device("meta"),
     ):
-        call()
-    for kernel, arguments in found:
-        # Of an op's kernels, the one that the entry is for and those that have no entry.
-        if all(config.get(name, value) == value for name, value in arguments.items() if name.startswith("BLOCK")):
-            yield kernel, arguments
+        CALLS[entry][label]()
+    return rows
 
 
-def variants(arch: str) -> Iterator[Variant]:
-    """Everything that is compiled for an architecture, once."""
-    from dopsd_kernels.triton.configs import read
-
-    seen = set()
-    for entry, calls in CALLS.items():
-        for config in (one["config"] for one in read()[entry] if arch in one["arch"]):
-            for label, call in calls.items():
-                for kernel, arguments in launches(arch, entry, config, call):
-                    variant = _variant(kernel, arguments, entry, config, label)
-                    if (
-                        key := (variant.kernel, str((variant.signature, variant.constexprs, variant.options)))
-                    ) not in seen:
-                        seen.add(key)
-                        yield variant
+_SEEN: set[tuple[str, str]] = set()
+_SIDES = {True: ", own keys", False: ", prefix"}
 
 
-def _variant(kernel: Any, arguments: dict[str, Any], entry: str, config: dict[str, int], label: str) -> Variant:
-    """As Triton compiles it: what is None or 1 is a constant, and of an integer it counts whether 16 divides it."""
-    signature, constexprs = {}, {}
-    for parameter in kernel.params:
-        value, varies = arguments[parameter.name], parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not varies):
-            constexprs[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
-        else:
-            multiple = type(value) is int and value % 16 == 0 and not varies
-            signature[parameter.name] = f"{_TYPES[type(value)]}{':16' if multiple else ''}"
-    sides = {True: ", own keys", False: ", prefix"}
-    sixteen = next(iter(signature.values())) == "*bf16" and not constexprs.get("UPCAST")
-    return Variant(
-        kernel=f"{kernel.__module__}:{kernel.__name__}",
-        label=f"{label}{sides.get(constexprs.get('OWN'), '')}",  # type: ignore[arg-type]
-        config=config,
-        signature=signature,
-        constexprs=constexprs,
-        options={name: value for name, value in arguments.items() if name not in kernel.arg_names},
-        tensor_cores=sixteen and "num_stages" in arguments,
-        spill_budget=spill_budget(entry, constexprs),
-    )
+def _name(kernel: Any) -> str:
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Compiling
-# ------------------------------------------------------------------------------------------------------------
+def _needs_tensor_cores(arguments: dict[str, Any]) -> bool:
+    """Whether a kernel multiplies (what has stages does) operands of 16 bits."""
+    operands = next(x for x in arguments.values() if isinstance(x, torch.Tensor))
+    return "num_stages" in arguments and operands.itemsize == 2 and not arguments["UPCAST"]
 
 
-def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
-    """Return a row of the table."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def _found(arch: str, compiled: Any, log: str) -> dict[str, Any]:
+    """What the compiler made of a kernel."""
     from dopsd_kernels.triton.configs import SHARED_MEMORY
 
-    module, name = variant.kernel.split(":")
-    fn = getattr(importlib.import_module(module), name)
-    kinds = {x: variant.signature.get(x, "constexpr") for x in fn.arg_names}
-    multiples = [i for i, kind in enumerate(kinds.values()) if kind.startswith("*") or kind.endswith(":16")]
-    source = ASTSource(
-        fn,
-        signature={x: kind.removesuffix(":16") for x, kind in kinds.items()},
-        constexprs=variant.constexprs,
-        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
-    )
-    triton.knobs.nvidia.dump_ptxas_log = True
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=variant.options)
     if TARGETS[arch][0] == "cuda":
         assembly = compiled.asm["ptx"]
-        registers = _number(r"Used (\d+) registers", log.getvalue())
-        spill = _number(r"(\d+) bytes spill stores", log.getvalue())
+        registers, spill = (_number(x, log) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
     else:
         assembly = compiled.asm["amdgcn"]
-        registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
-        spill = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        registers, spill = (_number(x, assembly) for x in (r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)"))
+        spill *= 4
     instruction = next((x for x in INSTRUCTIONS if x in assembly), "-")
-    shared, limit = compiled.metadata.shared, SHARED_MEMORY[arch]
-    faults = {
-        "spills": spill > variant.spill_budget,
-        "shared memory": shared > limit,
-        "no tensor cores": variant.tensor_cores and instruction == "-",
-    }
-    return {
-        "kernel": f"{module.rpartition('.')[2]}.{name}",
-        "arch": arch,
-        "config": variant.config,
-        "variant": variant.label,
-        "registers": registers,
-        "spill_bytes": spill,
-        "spill_budget": variant.spill_budget,
-        "shared_bytes": shared,
-        "shared_limit": limit,
-        "instruction": instruction,
-        "tensor_cores": variant.tensor_cores,
-        "faults": [name for name, found in faults.items() if found],
-    }
+    found = {"registers": registers, "spill_bytes": spill, "instruction": instruction}
+    return {**found, "shared_bytes": compiled.metadata.shared, "shared_limit": SHARED_MEMORY[arch]}
 
 
 def _number(pattern: str, text: str) -> int:
@@ -280,6 +200,30 @@ def _number(pattern: str, text: str) -> int:
     if found is None:
         raise ValueError(f"the compiler's output has no {pattern!r}")
     return int(found[1])
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row."""
+    wrong = {
+        "spills": row["spill_bytes"] > row["spill_budget"],
+        "shared memory": row["shared_bytes"] > row["shared_limit"],
+        "no tensor cores": row["tensor_cores"] and row["instruction"] == "-",
+    }
+    return [name for name, is_wrong in wrong.items() if is_wrong]
+
+
+def work(arch: str) -> list[tuple[Any, ...]]:
+    """What `compile_call` is called with for an architecture."""
+    from dopsd_kernels.triton.configs import read
+
+    entries = read()
+    return [
+        (arch, entry, one["config"], label)
+        for entry, calls in CALLS.items()
+        for one in entries[entry]
+        if arch in one["arch"]
+        for label in calls
+    ]
 
 
 def main() -> int:
@@ -292,12 +236,14 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        work = [(arch, variant) for arch in arguments.arch for variant in variants(arch)]
+        calls = [call for arch in arguments.arch for call in work(arch)]
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-            rows = list(pool.map(compile_variant, *zip(*work, strict=True)))
+            found = itertools.chain(*pool.map(compile_call, *zip(*calls, strict=True)))
+            rows = list({(row["arch"], row.pop("hash")): row for row in found}.values())
+    rows = [{**row, "faults": faults(row)} for row in rows]
     if arguments.json:
         write_json(arguments.json, rows)
-    print(markdown_table([{name: str(value) for name, value in row.items() if name != "faults"} for row in rows]))
+    print(markdown_table([{name: str(value) for name, value in row.items()} for row in rows]))
     faulty = [row for row in rows if row["faults"]]
     for row in faulty:
         print(f"FAULT: {row['kernel']} {row['arch']} {row['variant']} {row['config']}: {', '.join(row['faults'])}")
