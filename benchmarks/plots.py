@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Content, Row, cases, name_of
-from dopsd.plots import BLUE, DPI, FONT, GRAY, LEGEND, ORANGE, TITLE_FONT, VERMILLION
+from dopsd.plots import BLUE, FONT, GRAY, LEGEND, ORANGE, TITLE_FONT, VERMILLION
 
 # By Okabe and Ito, as everywhere; ours are the saturated ones.
 COLORS = {
@@ -94,7 +94,7 @@ def _figure(width: float, height: float) -> Any:
     # Imported where something is drawn: nothing else needs it.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
 def _plain(axes: Any) -> None:

@@ -163,12 +163,11 @@ class Recorder:
 
     def __init__(self, path: Path | None, rehearsal: bool = False) -> None:
         self.path = path
-        if path is not None and path.is_file():
-            self.content: Content = json.loads(path.read_text())
-        else:
-            self.content = {"rehearsal": rehearsal, "machine": machine(), "rows": []}
+        found = path if path is not None and path.is_file() else None
+        fresh = {"rehearsal": rehearsal, "machine": machine(), "rows": []}
+        self.content: Content = json.loads(found.read_text()) if found else fresh
         self.by_identity: dict[tuple[Any, ...], Row] = {identity(row): row for row in self.content["rows"]}
-        if not self.by_identity:
+        if found is None:
             self._write()
 
     @property

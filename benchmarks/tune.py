@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Trial, error, timed
-from benchmarks.ops import OPS, Case, run
+from benchmarks.ops import OPS, Case, cases, run
 from benchmarks.results import DEVICE
 from dopsd.files import write_text
 from dopsd_kernels.triton import configs
@@ -48,7 +48,7 @@ CANDIDATES = {
 }
 SIZES = ("rows", "width", "vocab")
 _HEAD = (4096, 126464, torch.bfloat16)
-_ATTENTION = Case("attention", "both", "", 0, 128, 0, torch.bfloat16, "", 8, 15, 32, 32, 424)
+_ATTENTION = next(case for case in cases(torch.device("cuda")) if case.op == "attention" and case.phase == "both")
 # Kernel -> the case whose time its configuration decides.
 CASES = {
     "step_kl_rows": Case("step_kl", "both", "reverse_kl", 2048, *_HEAD),
