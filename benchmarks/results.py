@@ -163,11 +163,12 @@ class Recorder:
 
     def __init__(self, path: Path | None, rehearsal: bool = False) -> None:
         self.path = path
-        found = path if path is not None and path.is_file() else None
-        fresh = {"rehearsal": rehearsal, "machine": machine(), "rows": []}
-        self.content: Content = json.loads(found.read_text()) if found else fresh
+        known = path is not None and path.is_file()
+        self.content: Content = (
+            json.loads(path.read_text()) if known else {"rehearsal": rehearsal, "machine": machine(), "rows": []}
+        )
         self.by_identity: dict[tuple[Any, ...], Row] = {identity(row): row for row in self.content["rows"]}
-        if found is None:
+        if not known:
             self._write()
 
     @property

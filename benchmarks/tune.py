@@ -59,6 +59,7 @@ CASES = {
     "prefix_attention_query_gradient": _ATTENTION,
     "prefix_attention_key_gradient": _ATTENTION,
 }
+ROUNDS = 9
 WORTHWHILE = 0.99  # a smaller gain than 1 % is noise
 ERROR = 0.02  # of bf16 results; a configuration with more is wrong
 
@@ -124,7 +125,7 @@ def timer(kernel: str, case: Case, arch: str, entries: dict[str, list[Entry]]) -
             if error(case, "ours triton")["error"] > ERROR:
                 raise ValueError("wrong results")
             timed(trial.run)
-            trial.times += [timed(trial.run) for _ in range(9)]
+            trial.times += [timed(trial.run) for _ in range(ROUNDS)]
 
         with configs.use({**entries, kernel: [{"arch": [arch], "config": config}]}):
             trial.attempt(measure)

@@ -425,6 +425,7 @@ def test_tuning_runs_the_kernel_with_what_it_tries_and_writes_what_is_better(
     # The interpreter cannot run bf16; 16-bit products, which a CPU has none of, choose some of the kernels.
     monkeypatch.setattr(products, "matmul", lambda a, b, out=None: torch.mm(a.float(), b.float(), out=out))
     monkeypatch.setattr(products, "operand_dtype", lambda hidden, weight: weight.dtype)
+    monkeypatch.setattr(tune, "ROUNDS", 1)
     case = tune.CASES[kernel]
     case = replace(case, dtype=torch.float16 if case.dtype == torch.bfloat16 else case.dtype)
     if case.op == "attention":
