@@ -170,14 +170,21 @@ def announced(case: Case, providers: Sequence[str]) -> list[Row]:
     return rows
 
 
-def error(case: Case, provider: str) -> Row:
-    """The relative error of a provider's results against fp64, on few rows; nothing if it does not compute the op."""
+@functools.lru_cache(1)
+def _exact(case: Case) -> tuple[Case, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """A case with few rows, its tensors, and what is right, in fp64."""
     small, op = case.small(), OPS[case.op]
     tensors = op.tensors(small, DEVICE)
-    found = run(small, op.providers[provider].forward, tensors)
+    exact = run(small, op.exact, [x.detach().double().requires_grad_(x.requires_grad) for x in tensors])
+    return small, tensors, exact
+
+
+def error(case: Case, provider: str) -> Row:
+    """The relative error of a provider's results against fp64, on few rows; nothing if it does not compute the op."""
+    small, tensors, exact = _exact(case)
+    found = run(small, OPS[case.op].providers[provider].forward, tensors)
     if not found:
         return {}
-    exact = run(small, op.exact, [x.detach().double().requires_grad_(x.requires_grad) for x in tensors])
     pairs = zip(found, exact, strict=True)
     return {"error": max(float((got.double() - want).norm() / want.norm()) for got, want in pairs)}
 
