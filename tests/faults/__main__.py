@@ -1,0 +1,105 @@
+"""``python -m tests.faults``: makes the table of docs/reliability.md."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dopsd.files import write_text
+from dopsd.tables import markdown_table
+
+from .harness import Bench, Case, Wrong
+from .interrupted import kills, two_starts
+
+BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
+
+
+class Row(NamedTuple):
+    """A kind of fault."""
+
+    said: str
+    cases: Callable[[Bench], list[Case]]
+
+
+# A new kind of fault is one more row.
+ROWS = {
+    "killed training": Row("SIGKILL, at any time or at an operation on a file, or amid writing one; then resumed", lambda bench: kills(bench, "dopsd.train", 40)),
+    "killed evaluation": Row("likewise; then the same command", lambda bench: kills(bench, "dopsd.evaluate", 18)),
+    "two starts": Row("a second process takes or resumes a run's folder at the same time", lambda bench: two_starts(bench, 8)),
+}
+
+
+def survived(case: Case, folder: Path) -> str | None:
+    """What was wrong; None: nothing."""
+    folder.mkdir(parents=True)
+    try:
+        case.run(folder)
+    except Wrong as wrong:
+        return str(wrong)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    shutil.rmtree(folder)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=ROWS, metavar="ROW", help=f"one of: {', '.join(ROWS)}")
+    parser.add_argument("--out", type=Path, help=f"a page; what is between {BEGIN} and {END} is replaced")
+    args = parser.parse_args()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.faults.warm"])
+    rows: list[dict[str, str]] = []
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+        bench = Bench(Path(temporary), args.seed)
+        for name, row in ROWS.items():
+            if args.only not in (None, name):
+                continue
+            start = time.monotonic()
+            cases = row.cases(bench)
+            folders = [bench.folder / "cases" / f"{name}-{number}" for number in range(len(cases))]
+            tried = {pool.submit(survived, *pair): pair[0] for pair in zip(cases, folders, strict=True)}
+            done = good = 0
+            for future in as_completed(tried):
+                why = future.result()
+                done, good = done + 1, good + (why is None)
+                if why is not None:
+                    wrong.append(f"{name}, {tried[future].name}: {why}")
+                    print(f"\r{wrong[-1]}", file=sys.stderr)
+                print(f"\r{name}: {good} of {done} survived, {len(cases)} to try ", end="", file=sys.stderr)
+            seconds = f"{time.monotonic() - start:.0f}"
+            print(f"in {seconds} s", file=sys.stderr)
+            rows.append({"fault": name, "what is done": row.said, "survived / tried": f"{good} / {done}", "seed": str(args.seed), "seconds": seconds})
+            if args.out is not None:
+                show(rows, wrong, args.out)
+    print(markdown_table(rows))
+    raise SystemExit(bool(wrong))
+
+
+def show(rows: list[dict[str, str]], wrong: list[str], page: Path) -> None:
+    """Put the table between its marks."""
+    made = (
+        f"Made on {time.strftime('%Y-%m-%d')} by `python -m tests.faults --out {page}` with Python "
+        f"{platform.python_version()} and torch {torch.__version__} on a CPU."
+    )
+    faults = "".join(f"\n- Not survived: {' '.join(why.split())[:300]}" for why in wrong)
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_text(page, f"{before}{BEGIN}\n\n{markdown_table(rows)}\n{made}\n{faults}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
