@@ -22,6 +22,7 @@ from dopsd.tables import markdown_table
 
 from .harness import Bench, Case, Wrong
 from .interrupted import kills, two_starts
+from .storage import damaged_adapters, damaged_checkpoints, full_disk
 
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
 
@@ -38,6 +39,9 @@ ROWS = {
     "killed training": Row("SIGKILL, at any time or at an operation on a file, or amid writing one; then resumed", lambda bench: kills(bench, "dopsd.train", 40)),
     "killed evaluation": Row("likewise; then the same command", lambda bench: kills(bench, "dopsd.evaluate", 18)),
     "two starts": Row("a second process takes or resumes a run's folder at the same time", lambda bench: two_starts(bench, 8)),
+    "full disk": Row("from each operation of a training run on files on, in turn, nothing can be written; later there is room", full_disk),
+    "damaged checkpoints": Row("each file of the newest checkpoint is missing, empty, cut in half, or has a bit flipped; then resumed", damaged_checkpoints),
+    "damaged adapters": Row("each file of an adapter likewise; then evaluated, and trained on from", damaged_adapters),
 }
 
 

@@ -56,6 +56,7 @@ def killed(
 def two_starts(bench: Bench, count: int) -> list[Case]:
     """Two processes at once: that take a new folder, and that go on in one."""
     chance = bench.random("two starts")
+    bench.whole("dopsd.train")
     return [
         Case(f"{'new' if number % 2 else 'resumed'} {number}", partial(two, bench, number % 2 == 0, chance.random()))
         for number in range(count)

@@ -5,6 +5,7 @@ import gc
 import matplotlib.pyplot
 import torch
 
+
 import dopsd.evaluate
 import dopsd.train
 from dopsd.models import load_model
