@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 from dopsd import cli
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments, parse_plan
 from dopsd.errors import RunError, must_be, require
-from dopsd.files import read_json
+from dopsd.files import first_line, read_json
 from dopsd.memory import (
     CUDA_ALLOWANCE,
     Planner,
@@ -42,7 +42,7 @@ from dopsd.memory import (
 )
 from dopsd.models import MODELS, SHIPPED, add_lora, checkpoint_activations, class_of
 from dopsd.models.bidirectional import BidirectionalModel
-from dopsd.models.checkpoint import first_line, read_config
+from dopsd.models.checkpoint import read_config
 from dopsd.rollout import Decoder
 from dopsd.sampler import inference
 from dopsd.step_batch import Lesson, Reuse, StepBatch

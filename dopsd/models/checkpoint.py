@@ -12,7 +12,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from dopsd.errors import RunError, UsageError, require
-from dopsd.files import read_json
+from dopsd.files import first_line, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -121,8 +121,3 @@ def load_tokenizer(path: str) -> Any:
     """The tokenizer of a checkpoint; no code that comes with one is run."""
     name = get_tokenizer_config(path, trust_remote_code=False).get("tokenizer_class")
     return TOKENIZERS.get(str(name), AutoTokenizer).from_pretrained(path, trust_remote_code=False)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -36,11 +36,22 @@ class Row(NamedTuple):
 
 # A new kind of fault is one more row.
 ROWS = {
-    "killed training": Row("SIGKILL, at any time or at an operation on a file, or amid writing one; then resumed", lambda bench: kills(bench, "dopsd.train", 40)),
+    "killed training": Row(
+        "SIGKILL, at any time or at an operation on a file, or amid writing one; then resumed",
+        lambda bench: kills(bench, "dopsd.train", 40),
+    ),
     "killed evaluation": Row("likewise; then the same command", lambda bench: kills(bench, "dopsd.evaluate", 18)),
-    "two starts": Row("a second process takes or resumes a run's folder at the same time", lambda bench: two_starts(bench, 8)),
-    "full disk": Row("from each operation of a training run on files on, in turn, nothing can be written; later there is room", full_disk),
-    "damaged checkpoints": Row("each file of the newest checkpoint is missing, empty, cut in half, or has a bit flipped; then resumed", damaged_checkpoints),
+    "two starts": Row(
+        "a second process takes or resumes a run's folder at the same time", lambda bench: two_starts(bench, 8)
+    ),
+    "full disk": Row(
+        "from each operation of a training run on files on, in turn, nothing can be written; later there is room",
+        full_disk,
+    ),
+    "damaged checkpoints": Row(
+        "each file of the newest checkpoint is missing, empty, cut in half, or has a bit flipped; then resumed",
+        damaged_checkpoints,
+    ),
     "damaged adapters": Row("each file of an adapter likewise; then evaluated, and trained on from", damaged_adapters),
 }
 
@@ -86,7 +97,15 @@ def main() -> None:
                 print(f"\r{name}: {good} of {done} survived, {len(cases)} to try ", end="", file=sys.stderr)
             seconds = f"{time.monotonic() - start:.0f}"
             print(f"in {seconds} s", file=sys.stderr)
-            rows.append({"fault": name, "what is done": row.said, "survived / tried": f"{good} / {done}", "seed": str(args.seed), "seconds": seconds})
+            rows.append(
+                {
+                    "fault": name,
+                    "what is done": row.said,
+                    "survived / tried": f"{good} / {done}",
+                    "seed": str(args.seed),
+                    "seconds": seconds,
+                }
+            )
             if args.out is not None:
                 show(rows, wrong, args.out)
     print(markdown_table(rows))

@@ -2,12 +2,8 @@
 
 import gc
 
-import matplotlib.pyplot
 import torch
 
-
-import dopsd.evaluate
-import dopsd.train
 from dopsd.models import load_model
 
 torch.set_num_threads(1)
