@@ -21,7 +21,9 @@ from dopsd.files import write_text
 from dopsd.tables import markdown_table
 
 from .harness import Bench, Case, Wrong
+from .hostile import hostile
 from .interrupted import kills, two_starts
+from .options import absurd
 from .storage import damaged_adapters, damaged_checkpoints, full_disk
 
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
@@ -34,25 +36,25 @@ class Row(NamedTuple):
     cases: Callable[[Bench], list[Case]]
 
 
-# A new kind of fault is one more row.
+# A new kind of fault is one more row: "collapse" is to come here.
 ROWS = {
     "killed training": Row(
-        "SIGKILL, at any time or at an operation on a file, or amid writing one; then resumed",
+        "SIGKILL at any time, ahead of an operation on a file, or amid writing one; then resumed",
         lambda bench: kills(bench, "dopsd.train", 40),
     ),
     "killed evaluation": Row("likewise; then the same command", lambda bench: kills(bench, "dopsd.evaluate", 18)),
-    "two starts": Row(
-        "a second process takes or resumes a run's folder at the same time", lambda bench: two_starts(bench, 8)
-    ),
+    "two starts": Row("two processes take or resume one folder at a time", lambda bench: two_starts(bench, 8)),
     "full disk": Row(
-        "from each operation of a training run on files on, in turn, nothing can be written; later there is room",
+        "nothing more can be written from an operation of a training run on, each in turn; then there is room",
         full_disk,
     ),
     "damaged checkpoints": Row(
-        "each file of the newest checkpoint is missing, empty, cut in half, or has a bit flipped; then resumed",
+        "a file of the newest checkpoint, each in turn, is missing, empty, cut in half or has a bit flipped; resumed",
         damaged_checkpoints,
     ),
-    "damaged adapters": Row("each file of an adapter likewise; then evaluated, and trained on from", damaged_adapters),
+    "damaged adapters": Row("a file of an adapter likewise; evaluated, and trained from", damaged_adapters),
+    "hostile files": Row("files that run code, or take all time or memory; 10 seconds and 1 GiB are allowed", hostile),
+    "command lines": Row("options drawn at random with values that make no sense", lambda bench: absurd(bench, 100)),
 }
 
 

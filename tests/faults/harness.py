@@ -40,7 +40,7 @@ def require(condition: object, said: str) -> None:
 
 
 class Case(NamedTuple):
-    """One fault: what is done, and a function of an empty folder that does it and raises Wrong unless it is survived."""
+    """One fault: its name, and what lays it in an empty folder and raises Wrong unless it is survived."""
 
     name: str
     run: Callable[[Path], None]
@@ -78,7 +78,7 @@ class Fault:
         trace = os.open(self.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
         def operation(name: str, path: str, refused: bool) -> None:
-            """Count it if it is below the folder, and let the fault happen; ``refused``: a full disk has no room for it."""
+            """Count it if it is below the folder, and let the fault happen; ``refused``: by a full disk."""
             nonlocal struck
             if path != str(self.folder) and not path.startswith(f"{self.folder}{os.sep}"):
                 return
@@ -250,6 +250,16 @@ class Bench:
             assert ended.status == 0, ended.printed
             self.made[module] = outcome(), trace.read_text().splitlines(), ended.seconds
         return self.made[module]
+
+    def two_checkpoints(self) -> Path:
+        """A folder with a run that was killed when it began its third checkpoint, and was moved since."""
+        begun, moved = self.folder / "begun", self.folder / "two checkpoints"
+        if not moved.exists():
+            trace = self.whole("dopsd.train")[1]
+            at = next(number for number, line in enumerate(trace) if "checkpoint-3" in line)
+            run("dopsd.train", *self.train(begun / "run"), fault=Fault("kill", begun, at=at))
+            begun.rename(moved)
+        return moved
 
     def command(self, module: str, folder: Path) -> tuple[list[str], Callable[[], Any]]:
         """The command line of a run in ``folder``, and what reads its outcome."""

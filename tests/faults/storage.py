@@ -79,19 +79,13 @@ def harmed(row: str, bench: Bench, folder: Path, case: Callable[..., None]) -> l
 
 def damaged_checkpoints(bench: Bench) -> list[Case]:
     """Of a run that was killed when it began its third checkpoint, the second is harmed."""
-    _, trace, _ = bench.whole("dopsd.train")
-    at = next(number for number, line in enumerate(trace) if "checkpoint-3" in line)
-    begun, template = bench.folder / "begun", bench.folder / "two checkpoints"
-    argv, _ = bench.command("dopsd.train", begun)
-    run("dopsd.train", *argv, fault=Fault("kill", begun, at=at))
-    begun.rename(template)  # nothing may depend on where it was
-    return harmed("checkpoints", bench, template / "run" / "checkpoint-2", damaged_checkpoint)
+    return harmed("checkpoints", bench, bench.two_checkpoints() / "run" / "checkpoint-2", damaged_checkpoint)
 
 
 def damaged_checkpoint(
     bench: Bench, name: str, harm: Callable[[Path, random.Random], None], seed: int, folder: Path
 ) -> None:
-    shutil.copytree(bench.folder / "two checkpoints", folder, dirs_exist_ok=True)
+    shutil.copytree(bench.two_checkpoints(), folder, dirs_exist_ok=True)
     harm(folder / "run" / "checkpoint-2" / name, random.Random(seed))
     ended = bench.go_on("dopsd.train", folder)
     said = [line for line in ended.printed.splitlines() if line.startswith("checkpoint-2 is skipped: ")]
