@@ -16,6 +16,9 @@ from dopsd.sampler import Decoding, decode, mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
 
+# Characters; spaces of code make the longest ones.
+LONGEST_TOKEN = 1024
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -64,7 +67,16 @@ class Decoder:
                     text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
                 raise RunError(f"the tokenizer's chat template fails: {type(error).__name__}: {error}") from error
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        # A token is a few characters long; of a text far beyond the context the tokens could take all memory.
+        most = LONGEST_TOKEN * self.model.config.max_position_embeddings
+        if len(text) > most:
+            raise RunError(f"a prompt of {len(text)} characters is more than the model's context can hold")
+        try:
+            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        except BaseException as error:
+            if isinstance(error, Exception | KeyboardInterrupt):
+                raise
+            raise RunError(f"the tokenizer fails: {error}") from error  # a panic of its Rust, which is no Exception
         return ids.to(self.model.lm_head_weight.device)
 
     def once(

@@ -91,6 +91,16 @@ def tensors_of(model: str, path: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def check_layers(model: str, fields: Mapping[str, Any], tensors: Collection[str]) -> None:
+    """Raise RunError if ``config.json`` has more layers than there are tensors: making them could take for ever."""
+    for name in ("n_layers", "num_hidden_layers"):
+        layers = fields.get(name)
+        if isinstance(layers, int | float) and layers > len(tensors):
+            raise RunError(
+                f"model={model!r}: config.json says {name}={layers}, and its files have {len(tensors)} tensors"
+            )
+
+
 def check_loaded(
     model: str, info: Mapping[str, Collection[Any]], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> None:

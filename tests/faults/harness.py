@@ -132,6 +132,7 @@ class Ended(NamedTuple):
     status: int
     printed: str
     seconds: float
+    busy: float  # seconds of a processor, which other processes do not add to
     memory: int  # bytes beyond what it began with, at most
 
     @property
@@ -159,7 +160,8 @@ def run(
     with LOCK:
         process = start(module, [str(word) for word in argv], writer, fault, COLUMNS="200", OMP_NUM_THREADS="1")
     writer.close()
-    printed, first, most, killed = b"", peak(process.pid), 0, False
+    printed, killed = b"", False
+    first = most = used(process.pid)
     deadline = begin + (limit if kill_after is None else kill_after)
     while True:
         if select.select([reader], [], [], 0.02)[0]:
@@ -167,7 +169,8 @@ def run(
             if not part:
                 break
             printed += part
-        most = max(most, peak(process.pid))
+        now = used(process.pid)
+        most = max(most[0], now[0]), max(most[1], now[1])
         if not killed and time.monotonic() > deadline:
             process.kill()
             killed = True
@@ -178,16 +181,18 @@ def run(
     text = printed.decode(errors="replace")
     if killed and kill_after is None:
         text += f"\nkilled after {limit:g} seconds"
-    return Ended(int(process.exitcode or 0), text, seconds, max(0, most - first))
+    return Ended(int(process.exitcode or 0), text, seconds, most[0], max(0, most[1] - first[1]))
 
 
-def peak(process: int | None) -> int:
-    """The most memory that a process has had, in bytes; 0 if there is none."""
+def used(process: int | None) -> tuple[float, int]:
+    """Seconds of a processor and the most memory, in bytes, that a process has had so far; zeros if there is none."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
+        ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
     except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+        return 0.0, 0
+    memory = next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), memory
 
 
 # ---- commands, and what they leave ----
