@@ -13,7 +13,7 @@ from typing import NoReturn
 from dopsd.errors import RunError
 
 SECONDS = 5.0
-MEMORY = 1 << 30
+MEMORY = 896 << 20
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def limited_memory(what: str) -> Iterator[None]:
     try:
         yield
     except MemoryError:
-        raise RunError(f"{what} takes more than {MEMORY >> 30} GiB of memory") from None
+        raise RunError(f"{what} takes more than {MEMORY >> 20} MiB of memory") from None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
