@@ -13,7 +13,7 @@ from typing import NoReturn
 from dopsd.errors import RunError
 
 SECONDS = 5.0
-MEMORY = 896 << 20
+MEMORY = 768 << 20
 
 
 @contextmanager

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from dopsd import checkpoints
-
-from .harness import RESUME, Bench, Case, require, run
+from .harness import RESUME, Bench, Case, require, reseal, run
 
 SECONDS, MEMORY = 10.0, 1 << 30
 HUGE = 999_999_999_999
@@ -241,7 +239,7 @@ def checkpoint(change: Callable[[Path], object], bench: Bench, folder: Path) -> 
     shutil.copytree(bench.two_checkpoints(), folder, dirs_exist_ok=True)
     change(folder / "run" / "checkpoint-2")
     if not (folder / "run" / "checkpoint-2" / "unsealed").exists():
-        checkpoints.seal(folder / "run" / "checkpoint-2")
+        reseal(folder / "run" / "checkpoint-2")
     return "dopsd.train", [*bench.train(folder / "run"), *RESUME]
 
 

@@ -56,13 +56,14 @@ def refused_or_run(bench: Bench, module: str, words: list[str], given: list[str]
         "dopsd.evaluate": bench.evaluate(folder / "result.json"),
         "dopsd.plan": ["--model_config", str(bench.model)],
     }
-    ended = run(module, *base[module], *words, fault=partial(os.chdir, folder), kill_after=3 * SECONDS)
+    ended = run(module, *base[module], *words, fault=partial(os.chdir, folder), kill_after=4 * SECONDS)
     changed = {path: size for path, size in listed(folder).items() if before.get(path) != size}
     require(before.keys() <= listed(folder).keys(), "a file is gone")
     if ended.status == -9:
         require(changed, f"{ended.busy:.0f} seconds, and nothing has begun: {ended.printed[-300:]}")
     elif ended.status:
-        require(any(name in ended.error for name in given), f"no option is named: {ended.error[:600]}")
+        named = [*given, *(word for word in words if word.strip())]
+        require(any(name in ended.error for name in named), f"no option is named: {ended.error[:600]}")
         require(not changed, f"{list(changed)[:5]} written, and then: {ended.error[:600]}")
 
 
