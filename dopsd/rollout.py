@@ -16,8 +16,8 @@ from dopsd.sampler import Decoding, decode, mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
 
-# Characters; spaces of code make the longest ones.
-LONGEST_TOKEN = 1024
+# Characters of a prompt. That is far more than a model's context, and less than takes all memory to cut into tokens.
+LONGEST_PROMPT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,8 @@ class Decoder:
                     text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
                 raise RunError(f"the tokenizer's chat template fails: {type(error).__name__}: {error}") from error
-        # A token is a few characters long; of a text far beyond the context the tokens could take all memory.
-        most = LONGEST_TOKEN * self.model.config.max_position_embeddings
-        if len(text) > most:
-            raise RunError(f"a prompt of {len(text)} characters is more than the model's context can hold")
+        if len(text) > LONGEST_PROMPT:
+            raise RunError(f"a prompt has {len(text)} characters, and at most {LONGEST_PROMPT} are read")
         try:
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         except BaseException as error:
