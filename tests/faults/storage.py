@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +34,7 @@ def no_room(bench: Bench, at: int, trace: list[str], folder: Path) -> None:
     if ended.status or not (output / "report.json").exists():
         require(str(output) in ended.error, f"no file is named: {ended.error}")
         require(any(cause in ended.error for cause in CAUSES), f"no cause is named: {ended.error}")
-    sealed = [line for line in trace[:at] if line.startswith("os.rename") and line.endswith("manifest.json")]
+    sealed = [line for line in trace[:at] if re.fullmatch(r"os.rename .*checkpoint-\d+/manifest.json", line)]
     if sealed:
         newest = Path(sealed[-1].partition(" ")[2]).parent.name
         run_id = checkpoints.run_id(output)
