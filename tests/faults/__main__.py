@@ -27,6 +27,7 @@ from .options import absurd
 from .storage import damaged_adapters, damaged_checkpoints, full_disk
 
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
+NOT = "- Not survived: "
 
 
 class Row(NamedTuple):
@@ -75,11 +76,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=ROWS, metavar="ROW", help=f"one of: {', '.join(ROWS)}")
-    parser.add_argument("--out", type=Path, help=f"a page; what is between {BEGIN} and {END} is replaced")
+    parser.add_argument("--out", type=Path, help=f"a page, whose rows between {BEGIN} and {END} are replaced")
     args = parser.parse_args()
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.faults.warm"])
-    rows: list[dict[str, str]] = []
-    wrong: list[str] = []
+    failed = False
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         bench = Bench(Path(temporary), args.seed)
         for name, row in ROWS.items():
@@ -89,41 +89,43 @@ def main() -> None:
             cases = row.cases(bench)
             folders = [bench.folder / "cases" / f"{name}-{number}" for number in range(len(cases))]
             tried = {pool.submit(survived, *pair): pair[0] for pair in zip(cases, folders, strict=True)}
-            done = good = 0
-            for future in as_completed(tried):
+            wrong: list[str] = []
+            for done, future in enumerate(as_completed(tried), 1):
                 why = future.result()
-                done, good = done + 1, good + (why is None)
                 if why is not None:
-                    wrong.append(f"{name}, {tried[future].name}: {why}")
+                    wrong.append(f"{name}, {tried[future].name}: {' '.join(why.split())}")
                     print(f"\r{wrong[-1]}", file=sys.stderr)
+                good = done - len(wrong)
                 print(f"\r{name}: {good} of {done} survived, {len(cases)} to try ", end="", file=sys.stderr)
-            seconds = f"{time.monotonic() - start:.0f}"
-            print(f"in {seconds} s", file=sys.stderr)
-            rows.append(
-                {
-                    "fault": name,
-                    "what is done": row.said,
-                    "survived / tried": f"{good} / {done}",
-                    "seed": str(args.seed),
-                    "seconds": seconds,
-                }
-            )
+            failed |= bool(wrong)
+            cells = {
+                "fault": name,
+                "what is done": row.said,
+                "survived / tried": f"{len(cases) - len(wrong)} / {len(cases)}",
+                "seed": str(args.seed),
+                "seconds": f"{time.monotonic() - start:.0f}",
+                "made": f"{time.strftime('%Y-%m-%d')}, Python {platform.python_version()}, torch {torch.__version__}",
+            }
+            print(f"in {cells['seconds']} s", file=sys.stderr)
+            print(markdown_table([cells]))
             if args.out is not None:
-                show(rows, wrong, args.out)
-    print(markdown_table(rows))
-    raise SystemExit(bool(wrong))
+                put(cells, wrong, args.out)
+    raise SystemExit(failed)
 
 
-def show(rows: list[dict[str, str]], wrong: list[str], page: Path) -> None:
-    """Put the table between its marks."""
-    made = (
-        f"Made on {time.strftime('%Y-%m-%d')} by `python -m tests.faults --out {page}` with Python "
-        f"{platform.python_version()} and torch {torch.__version__} on a CPU."
-    )
-    faults = "".join(f"\n- Not survived: {' '.join(why.split())[:300]}" for why in wrong)
+def put(cells: dict[str, str], wrong: list[str], page: Path) -> None:
+    """A row of the page's table, in the place of the one of its name, and what was not survived below the table."""
     before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    write_text(page, f"{before}{BEGIN}\n\n{markdown_table(rows)}\n{made}\n{faults}\n{END}{after}")
+    table, _, after = rest.partition(END)
+    heading, ruler, line = markdown_table([cells]).splitlines()
+    lines = {name: old for old in table.splitlines() for name in ROWS if old.startswith(f"| {name} |")}
+    lines[cells["fault"]] = line
+    faults = [
+        old for old in table.splitlines() if old.startswith(NOT) and not old.startswith(f"{NOT}{cells['fault']},")
+    ]
+    faults += [f"{NOT}{why[:300]}" for why in wrong]
+    content = [heading, ruler, *(lines[name] for name in ROWS if name in lines), "", *faults]
+    write_text(page, "\n".join([before + BEGIN, "", *content, END]) + after)
 
 
 if __name__ == "__main__":
