@@ -33,6 +33,7 @@ from dopsd_kernels.step_kl import Divergence
 
 # Of the numbers that options take; seeds go so far.
 LARGEST = 2**32 - 1
+LONGEST_RECIPE = 1 << 16
 
 RECIPES = files("dopsd") / "recipes"
 EPILOG = (
@@ -549,7 +550,9 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     path = RECIPES / f"{recipe}.yaml" if recipe in shipped else Path(recipe)
     must_be(path.is_file(), "recipe", recipe, f"one of {', '.join(shipped)}, or a YAML file")
     try:
-        options = yaml.load(path.read_text(), RecipeLoader)
+        text = path.read_text()
+        must_be(len(text) <= LONGEST_RECIPE, "recipe", recipe, f"a file of at most {LONGEST_RECIPE} characters")
+        options = yaml.load(text, RecipeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"recipe={recipe!r}: not valid YAML: {' '.join(str(error).split())}") from error
     must_be(isinstance(options, dict), "recipe", recipe, "a YAML file with one option a line")

@@ -32,11 +32,20 @@ from dopsd.memory.planner import Plan, Planner, Sizes, remedies, too_little, wor
 from dopsd.memory.probe import RunProbe
 from dopsd.memory.units import GIB, read_bytes
 from dopsd.metrics import Figures, combined
-from dopsd.models import STUDENT, add_lora, checkpoint_activations, device_of, load_adapter, require_layers
+from dopsd.models import (
+    STUDENT,
+    add_lora,
+    check_saved,
+    checkpoint_activations,
+    device_of,
+    load_adapter,
+    require_layers,
+)
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.progress import ProgressBar
+from dopsd.prompt_sampler import PromptSampler
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, StepBatch, step_batches
@@ -387,7 +396,18 @@ class Trainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        output = Path(self.args.output_dir or ".")
+        folder = output / f"checkpoint-{self.state.global_step}"
+        try:
+            with files.writing(folder):
+                self.fill_checkpoint(folder, model, trial)
+        except RunError as error:
+            raise RunError(f"{error}; {checkpoints.unharmed(output, self.args.world_size)}") from error
+        if self.is_world_process_zero():
+            checkpoints.rotate(folder, self.kept_checkpoints, self.state.best_model_checkpoint)
+
+    def fill_checkpoint(self, folder: Path, model: Any, trial: Any) -> None:
+        """Write every file of a checkpoint, the manifest last."""
         ranks.on_first_process(lambda: checkpoints.begin(folder))
         folder.mkdir(parents=True, exist_ok=True)  # where processes have no disk in common
         pending = {
@@ -400,25 +420,34 @@ class Trainer(transformers.Trainer):
         super()._save_checkpoint(model, trial)
         ranks.meet()
         ranks.on_first_process(lambda: checkpoints.seal(folder))
-        if self.is_world_process_zero():
-            checkpoints.rotate(folder, self.kept_checkpoints, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_saved(self.student, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         name = checkpoints.pending_name(self.accelerator.process_index)
-        pending = json.loads((Path(resume_from_checkpoint) / name).read_text())
-        self.accepted_count = pending["accepted_count"]
-        self.update_metrics = [Figures(*figures) for figures in pending["metrics"]]
-        self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
-        sizes = Sizes(**pending["sizes"])
+        pending = files.read_json(Path(resume_from_checkpoint) / name)
+        with checkpoints.reading(resume_from_checkpoint):
+            self.accepted_count = pending["accepted_count"]
+            self.update_metrics = [Figures(*figures) for figures in pending["metrics"]]
+            self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
+            sizes = Sizes(**pending["sizes"])
         if self.plan is not None and sizes != self.sizes:
             tqdm.write(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
         self.resize(sizes)  # the same sums, and so the same bits
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint or "")
         why = checkpoints.fault(best, checkpoints.run_id(best.parent), self.args.world_size)
         if why is None:
+            check_saved(self.student, str(best))
             super()._load_best_model()
         else:
             tqdm.write(f"{best}, the best by validation, can't be used: {why}; the last adapter is what is left")
@@ -428,9 +457,14 @@ class Trainer(transformers.Trainer):
         """What training left that ended with ``checkpoint``, without an update: its state, its adapter or the best."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE_FILE))
-        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}"
+        self.find_best()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+
+    def find_best(self) -> None:
+        """In a run that goes on, the best checkpoint is where this run has it, or is said to be missing in the end."""
+        if self.state.best_global_step is not None:
+            self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}"
 
     def save_adapter(self, folder: Path) -> str:
         """The student's adapter alone, ready for ``--adapter``; returns the hash of its tensors' file."""
@@ -438,6 +472,7 @@ class Trainer(transformers.Trainer):
         def save() -> str:
             with files.replacing(folder) as part:
                 self.student.save_pretrained(str(part), selected_adapters=[STUDENT])
+                checkpoints.seal(part)
             return files.sha256(folder / checkpoints.ADAPTER_FILE)
 
         return ranks.on_first_process(save)
@@ -450,35 +485,14 @@ def with_adapter(base: DiffusionModel, arguments: ModelArguments) -> PeftModel:
     return add_lora(base, arguments.lora_targets, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
 
 
-class PromptSampler(Sampler[int]):
-    """Row indices in a new random order each epoch, each chunk of ``chunk`` rows ``times`` times in a row.
-
-    With ``times`` > 1 an epoch's incomplete last chunk is left out: repeated, it would straddle batches.
-    """
-
-    def __init__(self, rows: int, chunk: int, times: int, seed: int) -> None:
-        self.rows, self.chunk, self.times, self.seed, self.epoch = rows, min(chunk, rows), times, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate at the start of each epoch, also when a run is resumed."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows if self.times == 1 else self.rows // self.chunk * self.chunk * self.times
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(int(mix_seeds(self.seed, self.epoch)))
-        order = torch.randperm(self.rows, generator=generator)
-        for chunk in order.split(self.chunk):
-            if self.times == 1 or len(chunk) == self.chunk:
-                yield from chunk.tolist() * self.times
-
-
 class TeacherFollows(TrainerCallback):
     """After each optimiser step: what it left must be finite, and where it moved the student an average follows."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.find_best()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.require_finite()

@@ -20,9 +20,10 @@ import dopsd.rollout
 import dopsd.trainer
 from dopsd import sampler
 from dopsd.cache import BlockCache
+from dopsd.prompt_sampler import PromptSampler
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.teacher import STUDENT, TEACHER, adapter_parameters
-from dopsd.trainer import PromptSampler, Trainer
+from dopsd.trainer import Trainer
 
 Make = Callable[..., Trainer]
 
