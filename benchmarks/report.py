@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks import plots, results
 from benchmarks.results import ABOUT, COLUMNS, FOLDER, ROOT, Content, Row, cases, name_of
-from dopsd.results import percent
+from dopsd.evaluation.results import percent
 from dopsd.tables import markdown_table
 
 # Written by `benchmarks.tiny_recipe` and `benchmarks.reuse`, in their own form.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dopsd.cache import BlockCache, Cache
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be, require
+from dopsd.seeds import REMASKING, mix_seeds
 from dopsd.trajectory import NEVER, Trajectory
 
 Remasking = Literal["low_confidence", "random", "margin", "entropy"]
@@ -98,22 +99,6 @@ def spread(total: int, parts: int) -> list[int]:
     """``total`` in ``parts`` whole numbers that differ by at most one, the larger first."""
     base, extra = divmod(total, parts)
     return [base + (part < extra) for part in range(parts)]
-
-
-def mix_seeds(*values: Tensor | int) -> Tensor:
-    """One int64 hash per element of the broadcast ``values`` (splitmix64, Steele et al. 2014): seeds of what is drawn.
-
-    A draw is then a function of what it is for, and not of what was drawn before it or beside it.
-    """
-    # Made where the values are: numbers then never have to be sent there.
-    device = next((value.device for value in values if isinstance(value, Tensor)), None)
-    state = torch.zeros((), dtype=torch.int64, device=device)
-    for value in values:
-        state = (state ^ value) - 7046029254386353131  # 0x9E3779B97F4A7C15, as a signed integer
-        state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-        state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
-        state = state ^ ((state >> 31) & 0x1FFFFFFFF)
-    return state
 
 
 def left_pad(prompts: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor | None]:
@@ -258,7 +243,7 @@ def draw(
         seeds=seeds.flatten() if decoding.temperature else None,
     )
     if decoding.remasking == "random":
-        confidence = mix_seeds(seeds, 1).double()
+        confidence = mix_seeds(seeds, REMASKING).double()
     return tokens.view(seeds.shape), confidence.view(seeds.shape)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dopsd import evaluate
-from dopsd.accuracy import difference, mcnemar, summary
+from dopsd.evaluation.accuracy import difference, mcnemar, summary
 
 Command = Callable[..., tuple[int, str, str]]
 BEFORE, AFTER = [1.0, 0.0, 0.5, 1.0, 0.0, 0.25], [1.0, 1.0, 1.0, 0.5, 0.0, 0.75]

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from dopsd import evaluate
-from dopsd.accuracy import wilson
 from dopsd.config import parse_evaluate
+from dopsd.evaluation.accuracy import wilson
+from dopsd.evaluation.decoding import own_future
 from dopsd.rollout import Decoder, Rollout
-from dopsd.sampler import mix_seeds
+from dopsd.seeds import mix_seeds
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trajectory import Trajectory
 
@@ -114,7 +115,7 @@ def test_hints_are_a_share_of_correct_answers_only() -> None:
     seeds = torch.tensor([5, 6, 7])
     shown = []
     for share, count in ((0.0, 0), (0.25, 4), (0.5, 8), (1.0, 16)):
-        hints = evaluate.own_future(rollouts, share, -1, seeds)
+        hints = own_future(rollouts, share, -1, seeds)
         assert hints.shape == (3, 16)
         assert ((hints != -1).sum(-1)).tolist() == [count, 0, count]
         assert bool(((hints == -1) | (hints == tokens)).all())

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dopsd.accuracy import difference, is_grade, mcnemar, summary
 from dopsd.errors import UsageError, require
+from dopsd.evaluation.accuracy import difference, is_grade, mcnemar, summary
+from dopsd.evaluation.results import GRADED, SETTING, interval, label, percent
 from dopsd.files import write_json, write_text
-from dopsd.results import GRADED, SETTING, interval, label, percent
 from dopsd.tables import markdown_table, show
 
 Result = dict[str, Any]
