@@ -22,8 +22,7 @@ def main(argv: Sequence[str]) -> None:
         output = None if args.output is None else Path(args.output)
         if output is not None:
             check_output(output, args)
-        first, second = map(Path, args.compare)
-        compare.main(first, second, output)
+        compare.main(*compare.files_of(args.compare), output)
         return
     content = evaluate(args)
     if content is not None:

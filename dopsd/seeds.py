@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # What a seed is mixed with where it is for something besides decoding a row of a batch.
-EVALUATION = -1  # a trainer's rows that are decoded to be graded alone
+EVALUATION = -1  # rows that are decoded once to be graded, not to be trained on
 DRIFT = -2  # states whose drift is measured
 REMASKING = 1  # which positions random remasking reveals
 REVEAL = 2  # what a teacher is shown of a trajectory

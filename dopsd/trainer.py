@@ -73,7 +73,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         require(len(train_rows) > 0, "train_file", "no rows", "at least one row is needed to train")
         require_layers(decoder.model, "reuse", teaching.reuse, "none")
-        require_layers(decoder.model, "cache", rollouts.cache, "off")
+        require_layers(decoder.model, "cache", rollouts.cache, "none")
         require_installed(OptimizerNames(args.optim).value)
         self.rollouts, self.teaching, self.decoder = rollouts, teaching, decoder
         self.objective: Objective = teaching.objective()

@@ -154,7 +154,7 @@ def test_a_file_of_problems(command: Callable[..., tuple[int, str, str]], tmp_pa
 def test_the_cache_is_used(tmp_path: Path) -> None:
     """Each kind gives its own responses."""
     found = {}
-    for kind in ("off", "prefix", "dual"):
+    for kind in ("none", "prefix", "block"):
         path = tmp_path / f"{kind}.json"
         evaluate.main(["--eval_problems", "6", "--cache", kind, "--output", str(path)])
         (one,) = json.loads(path.read_text())["results"]

@@ -17,7 +17,7 @@ from dopsd.evaluation.results import label
 from dopsd.evaluation.settings import Setting, plan, revealed, work
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding
-from dopsd.seeds import OWN_FUTURE, mix_seeds
+from dopsd.seeds import EVALUATION, OWN_FUTURE, mix_seeds
 from dopsd.tasks import Row
 
 
@@ -33,7 +33,8 @@ def decode_all(
     settings = list(plan(args, decoders))
     tries = args.pass_k + len(args.reveal)
     total = sum(tries * len(shares[setting.task]) * work(decoding) for setting, decoding in settings)
-    with Progress(total, process.is_main_process) as progress:
+    autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16)
+    with Progress(total, process.is_main_process) as progress, autocast:
         for setting, decoding in settings:
             share = Share(setting, decoding, decoders[setting.task], rows[setting.task], args, kept, progress)
             progress.begin(f"{label(setting._asdict())}, {setting.tokens_per_step} a step", setting.gen_length)
@@ -104,10 +105,12 @@ class Share:
     def batch(self, chosen: list[int]) -> None:
         """Every measure of the rows ``chosen``. What is drawn for a row depends on its index and the seed alone."""
         rows = [self.rows[index] for index in chosen]
-        seeds = mix_seeds(self.args.seed, torch.tensor(chosen))
+        indices = torch.tensor(chosen)
+        seeds = mix_seeds(self.args.seed, indices)
+        own = mix_seeds(self.args.seed, EVALUATION, indices)  # as a training run grades its held-out problems
         decoder, decoding, k, on_step = self.decoder, self.decoding, self.args.pass_k, self.progress.step
 
-        greedy = self.measure("greedy", chosen, 1, lambda: decoder.once(rows, decoding, seeds, on_step=on_step))
+        greedy = self.measure("greedy", chosen, 1, lambda: decoder.once(rows, decoding, own, on_step=on_step))
         self.progress.show([rollout.score for rollout in greedy])
         best = greedy
         if k > 1:

@@ -18,12 +18,12 @@ from torch import nn
 from dopsd import cli, files
 from dopsd.config import EvaluationArguments
 from dopsd.errors import must_be, require
-from dopsd.evaluation import journal
+from dopsd.evaluation import compare, journal
 from dopsd.evaluation.accuracy import is_grade
 from dopsd.evaluation.decoding import decode_all
 from dopsd.evaluation.journal import Journal
 from dopsd.evaluation.results import markdown, result
-from dopsd.evaluation.settings import Setting, hashed, identity, measures, plan, sentence
+from dopsd.evaluation.settings import Setting, hashed, identity, measures, plan, sentence, taken
 from dopsd.interruption import Interruption
 from dopsd.models import adapter_files, check_model, load_adapter, load_model, require_layers
 from dopsd.ranks import Ranks, gather, join, meet, on_first_process
@@ -68,6 +68,9 @@ def evaluate(args: EvaluationArguments) -> dict[str, Any] | None:
 
 def decode(args: EvaluationArguments, folder: Path | None, process: PartialState) -> dict[str, Any] | None:
     """Decode every setting, this process's share of it, into the journal in ``folder``; the first collects results."""
+    said = taken(args)
+    if said is not None and process.is_main_process:
+        print(said)
     # What takes no time to find out comes before what fetches datasets.
     check_model(args.model)
     if args.adapter is not None:
@@ -75,7 +78,7 @@ def decode(args: EvaluationArguments, folder: Path | None, process: PartialState
     tasks = {name: load_task(name, args.grading) for name in args.task}
     rows = {name: problems(task, args) for name, task in tasks.items()}
     model, tokenizer = load_model(**args.loading())
-    require_layers(model, "cache", args.cache, "off")
+    require_layers(model, "cache", args.cache, "none")
     if args.adapter is not None:
         load_adapter(model, args.adapter, trainable=False)
     nn.Module.to(model, process.device)
@@ -119,7 +122,9 @@ def check_output(output: Path, args: EvaluationArguments, unfinished: bool = Fal
     must_be(output.suffix == ".json" and not output.is_dir(), "output", str(output), "a file name that ends in .json")
     require(output.parent.is_dir(), "output", str(output), f"{output.parent} is no folder to write to")
     require(os.access(output.parent, os.W_OK), "output", str(output), f"{output.parent} can't be written to")
-    for path in filter(os.path.exists, [*(args.compare or []), *([] if args.test_file is None else [args.test_file])]):
+    read = [] if args.compare is None else [*compare.files_of(args.compare)]
+    read += [] if args.test_file is None else [Path(args.test_file)]
+    for path in filter(Path.exists, read):
         for written in (output, output.with_suffix(".md")):
             same = written.exists() and written.samefile(path)
             require(not same, "output", str(output), f"{written} is {path}, which is read")

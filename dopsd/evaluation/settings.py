@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dopsd import files
-from dopsd.config import EvaluationArguments
+from dopsd.config import DecodingArguments, EvaluationArguments, evaluation_options
 from dopsd.models import adapter_files
+from dopsd.recorded import recorded
 from dopsd.rollout import Decoder
 from dopsd.sampler import Decoding
 from dopsd.tasks import Row
@@ -28,7 +30,7 @@ class Setting(NamedTuple):
 
     task: str
     gen_length: int
-    tokens_per_step: int
+    tokens_per_step: float
 
 
 def measures(args: EvaluationArguments) -> list[str]:
@@ -84,5 +86,17 @@ def sentence(args: EvaluationArguments) -> str:
     """What was evaluated, in a line."""
     adapter = "" if args.adapter is None else f" with adapter {args.adapter}"
     source = "" if args.test_file is None else f", problems of {args.test_file}"
-    cache = "" if args.cache == "off" else f", decoded with cache={args.cache}"
-    return f"Model {args.model}{adapter}, seed {args.seed}{source}{cache}."
+    plain = DecodingArguments().sampling() | {"bf16": False}
+    other = [f"{name}={getattr(args, name)}" for name, value in plain.items() if getattr(args, name) != value]
+    decoding = f", decoded with {', '.join(other)}" if other else ""
+    return f"Model {args.model}{adapter}, seed {args.seed}{source}{decoding}."
+
+
+def taken(args: EvaluationArguments) -> str | None:
+    """Which options are as the adapter's folder has them, and not as they are by default, in a line; None: none is."""
+    found = None if args.adapter is None else recorded(Path(args.adapter))
+    options = {} if found is None else evaluation_options(found, args.model, args.task)
+    plain = vars(EvaluationArguments()) | {"model": None, "task": None}
+    same = [name for name, value in options.items() if plain[name] != value == getattr(args, name)]
+    said = [f"{name}={getattr(args, name)}" for name in same]
+    return f"as in {found.file}: {', '.join(said)}" if found is not None and said else None
