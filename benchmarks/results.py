@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dopsd.files import write_json
+from dopsd.versions import versions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).parent.parent
@@ -215,8 +216,6 @@ def _rounded(value: Any) -> Any:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on beside the code: hardware and versions, with the date and the revision."""
-    from dopsd.report import versions  # with all of transformers
-
     cuda = DEVICE.type == "cuda"
     return {
         "kind": "gpu" if cuda else "cpu",

@@ -19,7 +19,7 @@ from typing import get_args
 
 from benchmarks import tiny_recipe
 from benchmarks.results import FOLDER, Row
-from dopsd.cache import Cache
+from dopsd.cache import Cache, todays
 from dopsd.files import write_json
 from dopsd.step_batch import Reuse
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     args = parser.parse_args()
     rows: list[Row] = json.loads(FILE.read_text()) if FILE.is_file() else []
-    done = {(row.get("seed"), row.get("reuse"), row.get("cache")) for row in rows}
+    done = {(row.get("seed"), row.get("reuse"), todays(row.get("cache"))) for row in rows}
     for seed in args.seeds:
         for reuse in get_args(Reuse):
             if (seed, reuse, None) not in done:
