@@ -32,7 +32,7 @@ from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 from dopsd.objective import Objective
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding, decode
-from dopsd.step_batch import Inputs, Lesson, Reuse, StepBatch, step_batches
+from dopsd.step_batch import Example, Inputs, Reuse, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
 from dopsd.trainer import with_adapter
 from dopsd.trajectory import Trajectory
@@ -138,7 +138,7 @@ Forward = Callable[[Any, TeacherWeights, StepBatch, int], Tensor]
 
 
 class Student:
-    """The model with its adapter, optimiser and fixed teacher, and the update's only lesson."""
+    """The model with its adapter, optimiser and fixed teacher, and the update's only example."""
 
     def __init__(self, setting: Setting, device: torch.device, quantize: Quantize = "none") -> None:
         self.setting, self.device, config = setting, device, setting.config
@@ -173,11 +173,11 @@ class Student:
             return nullcontext()
         return torch.autocast(self.device.type, self.setting.dtype)
 
-    def lesson(self, objective: Objective) -> Lesson:
+    def example(self, objective: Objective) -> Example:
         """What the teacher sees at each step, drawn as in training."""
         mask_id, eos_id = self.special_ids()
         decoder = Decoder(self.network, None, Any, mask_id, eos_id, 1)  # type: ignore[arg-type]
-        return objective.lesson(Rollout({}, self.trajectory, "", 1.0, 1), decoder, 0)
+        return objective.example(Rollout({}, self.trajectory, "", 1.0, 1), decoder, 0)
 
     def special_ids(self) -> tuple[int, int]:
         """The mask and the end-of-text token."""
@@ -187,8 +187,8 @@ class Student:
     def batches(self, objective: Objective, size: int) -> Iterator[StepBatch]:
         """The update's states in micro-batches."""
         mask_id, eos_id = self.special_ids()
-        lessons = [self.lesson(objective)]
-        return step_batches(lessons, size, reuse=objective.reuse, mask_id=mask_id, pad_id=eos_id, device=self.device)
+        examples = [self.example(objective)]
+        return step_batches(examples, size, reuse=objective.reuse, mask_id=mask_id, pad_id=eos_id, device=self.device)
 
     def rollout(self, provider: str, cache: Cache) -> Stopwatch:
         """One whole response, decoded greedily."""

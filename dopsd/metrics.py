@@ -24,7 +24,7 @@ class Figures(NamedTuple):
 
     Args:
         update: its number.
-        over: how many things ``values`` are means of: prompts, lessons, rows of K; not read for others.
+        over: how many things ``values`` are means of: prompts, examples, rows of K; not read for others.
         values: by name.
     """
 

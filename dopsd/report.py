@@ -135,12 +135,12 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
     """Picture the first correct rollout: when tokens were revealed, what the teacher saw, where K was, KL per step."""
     rollout = next((one for one in rollouts if one.score >= 1), rollouts[0])
     decoder, objective = trainer.decoder, trainer.objective
-    lesson = objective.lesson(rollout, decoder, trainer.args.seed)
+    example = objective.example(rollout, decoder, trainer.args.seed)
     trajectory = rollout.trajectory
-    chosen = torch.zeros_like(lesson.reveal)
+    chosen = torch.zeros_like(example.reveal)
     step_kl = []
     batches = step_batches(
-        [lesson],
+        [example],
         # Without reuse and without a gradient, which takes what decoding does.
         min(trainer.sizes.states_per_forward, trainer.sizes.sequences_per_forward),
         **trainer.collation(),
@@ -151,12 +151,12 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
         for batch in batches:
             out = objective.forward(decoder.model, trainer.teacher, batch, decoder.mask_id)
             chosen[done : done + len(batch)].scatter_(1, batch.columns.cpu(), out.chosen.cpu())
-            step_kl.append(out.state_kl().float().cpu())
+            step_kl.append(out.state_divergence().float().cpu())
             done += len(batch)
     if done:
         labels = ["∎" if token == decoder.eos_id else decoder.tokenizer.decode([token]) for token in trajectory.tokens]
         title = f"{decoder.task.prompt(rollout.row)}{rollout.response}"
-        trace = TrajectoryTrace(trajectory, lesson.steps, lesson.reveal, chosen, torch.cat(step_kl), labels, title)
+        trace = TrajectoryTrace(trajectory, example.steps, example.reveal, chosen, torch.cat(step_kl), labels, title)
         plot_trajectory(trace, path)
 
 

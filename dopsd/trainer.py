@@ -34,12 +34,12 @@ from dopsd.memory.units import GIB, read_bytes
 from dopsd.metrics import Figures, combined
 from dopsd.models import STUDENT, add_lora, checkpoint_activations, device_of, load_adapter, require_layers
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
-from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
+from dopsd.objective import Objective, StepOutput, examples_of, mean_metrics
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.progress import ProgressBar
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
-from dopsd.step_batch import Lesson, StepBatch, step_batches
+from dopsd.step_batch import Example, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
 
 # Seeds of evaluation draws, apart from those of training.
@@ -86,7 +86,7 @@ class Trainer(transformers.Trainer):
             model, teaching.teacher, teaching.ema_decay, from_adapter=model_arguments.adapter is not None
         )
         self.validation_rows = validation_rows
-        self.pending: list[list[Lesson]] = []  # slices of the current batch that are still to be trained on
+        self.pending: list[list[Example]] = []  # slices of the current batch that are still to be trained on
         self.said_drift = False  # that some trajectory was computed without reuse
         self.accepted_count = 0  # over all ranks, in the current batch
         self.update_metrics: list[Figures] = []  # of this process, since the last log
@@ -130,14 +130,14 @@ class Trainer(transformers.Trainer):
             self.meter.take_peak()  # what was between updates, such as pictures, is not what was planned
         if not self.pending:
             self.pending = self.roll_out(inputs["rows"])
-        lessons = self.pending.pop(0)
+        examples = self.pending.pop(0)
         if not self.accepted_count:
             # No gradient exists on any rank, so the optimiser has nothing to step: neither decay nor momentum act.
             return torch.zeros((), device=self.args.device)
         start = time.monotonic()
-        states, logged = sum(len(lesson.steps) for lesson in lessons), len(self.update_metrics)
+        states, logged = sum(len(example.steps) for example in examples), len(self.update_metrics)
         while (
-            done := unless_out_of_memory(lambda: self.distil(self.batches(lessons), states, self.accepted_count))
+            done := unless_out_of_memory(lambda: self.distil(self.batches(examples), states, self.accepted_count))
         ) is None:
             model.zero_grad()  # the slice is done again as a whole
             del self.update_metrics[logged:]
@@ -149,7 +149,7 @@ class Trainer(transformers.Trainer):
         if not math.isfinite(loss):
             raise self.not_finite(f"the loss is {loss.item()} at")
         if outputs:
-            self.note(sum(len(output.kl) for output in outputs), **mean_metrics(outputs))
+            self.note(sum(len(output.divergence) for output in outputs), **mean_metrics(outputs))
             self.note(1, states=states, tokens=tokens, distill_seconds=time.monotonic() - start)
         if self.meter is not None:
             peak = self.meter.take_peak()
@@ -160,7 +160,7 @@ class Trainer(transformers.Trainer):
     def distil(
         self, batches: Iterable[StepBatch], states: int, count: int
     ) -> tuple[list[StepOutput], Tensor, int]:  # per batch; loss; tokens of the student
-        """Forward and backward over batches of ``states`` states in all; ``count`` lessons share the update."""
+        """Forward and backward over batches of ``states`` states in all; ``count`` examples share the update."""
         self.student.train()
         outputs, loss, tokens = [], torch.zeros((), device=self.args.device), 0
         with tqdm(total=states, desc="distil", unit="state", **self.bar.inner()) as bar:
@@ -174,8 +174,8 @@ class Trainer(transformers.Trainer):
                 bar.update(len(batch))
         return outputs, loss, tokens
 
-    def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Lesson]]:
-        """Decode and grade a batch of rows; the accepted ones' lessons, in ``update_per_slice`` slices."""
+    def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Example]]:
+        """Decode and grade a batch of rows; the accepted ones' examples, in ``update_per_slice`` slices."""
         start = time.monotonic()
         rows = [row for _, row in indexed_rows]
         indices = torch.tensor([index for index, _ in indexed_rows])
@@ -188,8 +188,8 @@ class Trainer(transformers.Trainer):
         rollouts = self.decoded(decode, total=len(rows), desc="roll out", unit="prompt")
         threshold = self.teaching.score_threshold if self.teaching.correct_only else 0.0
         kept = [index for index, rollout in enumerate(rollouts) if rollout.score >= threshold]
-        lessons = lessons_of(self.objective, [rollouts[index] for index in kept], self.decoder, seeds[kept].tolist())
-        self.accepted_count = sum(ranks.gather(len(lessons)))
+        examples = examples_of(self.objective, [rollouts[index] for index in kept], self.decoder, seeds[kept].tolist())
+        self.accepted_count = sum(ranks.gather(len(examples)))
         lengths = [rollout.trajectory.text_length(self.decoder.eos_id) for rollout in rollouts]
         self.note(
             len(rollouts),
@@ -202,22 +202,22 @@ class Trainer(transformers.Trainer):
         )
         slices = self.teaching.update_per_slice
         return [
-            [part for lesson in lessons if len((part := lesson.slice(number, slices)).steps)]
+            [part for example in examples if len((part := example.slice(number, slices)).steps)]
             for number in range(slices)
         ]
 
-    def batches(self, lessons: Sequence[Lesson]) -> Iterator[StepBatch]:
-        """Every state of ``lessons``, with reuse, or without for those that drift by more than ``drift_limit``."""
+    def batches(self, examples: Sequence[Example]) -> Iterator[StepBatch]:
+        """Every state of ``examples``, with reuse, or without for those that drift by more than ``drift_limit``."""
         teaching, network = self.teaching, self.decoder.model
         size, limit, options = self.sizes.states_per_forward, teaching.drift_limit, self.collation()
-        if not lessons or teaching.reuse == "none" or not teaching.drift_samples:
-            return step_batches(lessons, size, reuse=teaching.reuse, **options)
+        if not examples or teaching.reuse == "none" or not teaching.drift_samples:
+            return step_batches(examples, size, reuse=teaching.reuse, **options)
         with self.accelerator.autocast():
             drifts = mean_drifts(
                 self.objective,
                 network,
                 self.teacher,
-                lessons,
+                examples,
                 samples=teaching.drift_samples,
                 seed=int(mix_seeds(self.args.seed, self.state.global_step, DRIFT)),
                 # Whole states without a gradient take what decoding does.
@@ -232,8 +232,8 @@ class Trainer(transformers.Trainer):
                 f"update {self.state.global_step + 1}: reuse={teaching.reuse} makes a trajectory drift by "
                 f"{float(drifts.max()):.3g}, more than drift_limit={limit}: such ones are computed without it"
             )
-        exact = [lesson for lesson, is_far in zip(lessons, far, strict=True) if is_far]
-        reused = [lesson for lesson, is_far in zip(lessons, far, strict=True) if not is_far]
+        exact = [example for example, is_far in zip(examples, far, strict=True) if is_far]
+        reused = [example for example, is_far in zip(examples, far, strict=True) if not is_far]
         return chain(step_batches(reused, size, reuse=teaching.reuse, **options), step_batches(exact, size, **options))
 
     def collation(self) -> dict[str, Any]:
@@ -392,7 +392,7 @@ class Trainer(transformers.Trainer):
         folder.mkdir(parents=True, exist_ok=True)  # where processes have no disk in common
         pending = {
             "accepted_count": self.accepted_count,
-            "slices": [[lesson.to_json() for lesson in lessons] for lessons in self.pending],
+            "slices": [[example.to_json() for example in examples] for examples in self.pending],
             "sizes": asdict(self.sizes),
             "metrics": self.update_metrics,  # of updates that are not logged yet
         }
@@ -409,7 +409,7 @@ class Trainer(transformers.Trainer):
         pending = json.loads((Path(resume_from_checkpoint) / name).read_text())
         self.accepted_count = pending["accepted_count"]
         self.update_metrics = [Figures(*figures) for figures in pending["metrics"]]
-        self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
+        self.pending = [[Example.from_json(fields) for fields in examples] for examples in pending["slices"]]
         sizes = Sizes(**pending["sizes"])
         if self.plan is not None and sizes != self.sizes:
             tqdm.write(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")

@@ -168,19 +168,19 @@ measurable = pytest.mark.skipif(
 @measurable
 @pytest.mark.parametrize("reuse", ["none", "prompt", "block"])
 def test_no_micro_batch_of_a_run_is_larger_than_a_probe(make_trainer: Make, random_model: Path, reuse: str) -> None:
-    """Every micro-batch of real lessons computes at most the tokens of the made-up one of its size."""
+    """Every micro-batch of real examples computes at most the tokens of the made-up one of its size."""
     trainer = make_trainer(
         *("--model", str(random_model), "--steps", "24", "--reuse", reuse, "--stop_at_eos", "false"), task=Right()
     )
     probe = RunProbe(trainer, meter.ResidentMeter())
     assert probe.states == 2 * 24
-    (lessons,) = trainer.roll_out([trainer.train_dataset[number] for number in range(4)])
+    (examples,) = trainer.roll_out([trainer.train_dataset[number] for number in range(4)])
     for size in (1, 2, 5, 24, 40):
         options = {"reuse": reuse, **trainer.collation()}
-        tokens = [batch.student.tokens for batch in step_batches(lessons, size, **options)]
-        index = [(number, step) for number, lesson in enumerate(lessons) for step in range(len(lesson.steps))]
+        tokens = [batch.student.tokens for batch in step_batches(examples, size, **options)]
+        index = [(number, step) for number, example in enumerate(examples) for step in range(len(example.steps))]
         parts = [index[start : start + size] for start in range(len(index) - size + 1)]
-        tokens += [collate(lessons, part, **options).student.tokens for part in parts]
+        tokens += [collate(examples, part, **options).student.tokens for part in parts]
         assert max(tokens) == probe.tokens(size) and len(probe.batch(size)) == size
 
 
@@ -345,7 +345,7 @@ def test_running_out_of_memory_changes_no_gradient(
     scarce = Scarce(monkeypatch, most, spared=1)  # whose gradient is there when the second micro-batch fails
     others = update(exact_trainer)
     assert exact_trainer.sizes.states_per_forward == expected and scarce.failed == {4: 1, 2: 2, 1: 3}[expected]
-    assert exact_trainer.accepted_count == 2 and [len(lessons) for lessons in exact_trainer.pending] == [2]
+    assert exact_trainer.accepted_count == 2 and [len(examples) for examples in exact_trainer.pending] == [2]
     assert grads.keys() == others.keys() and any(bool(grad.any()) for grad in grads.values())
     for name, grad in grads.items():
         assert float((grad - others[name]).abs().max()) <= 1e-11 * float(grad.abs().max()) + 1e-300, name
@@ -387,8 +387,8 @@ def test_decoding_goes_on_with_fewer_sequences(
     trainer.resize(replace(trainer.sizes, sequences_per_forward=5))
     found = trainer.roll_out(rows), trainer.decode_rows([row for _, row in rows], trainer.rollouts.decoding(), "x")
     assert trainer.decoder.batch_size == trainer.sizes.sequences_per_forward == 2
-    assert [[lesson.to_json() for lesson in part] for part in found[0]] == [
-        [lesson.to_json() for lesson in part] for part in expected[0]
+    assert [[example.to_json() for example in part] for part in found[0]] == [
+        [example.to_json() for example in part] for part in expected[0]
     ]
     assert [one.response for one in found[1]] == [one.response for one in expected[1]]
     most = 0

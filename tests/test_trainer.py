@@ -212,10 +212,10 @@ def test_slices_are_updates_of_their_own(
         rollouts.append([row["puzzle"] for _, row in rows])
         return roll_out(rows)
 
-    def watched_batches(lessons: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched_batches(examples: Any, *args: Any, **kwargs: Any) -> Any:
         decode = trainer.decoder.tokenizer.decode
-        trained.append({decode(one.trajectory.prompt_ids)[:-1]: one.steps.tolist() for one in lessons})
-        return step_batches(lessons, *args, **kwargs)
+        trained.append({decode(one.trajectory.prompt_ids)[:-1]: one.steps.tolist() for one in examples})
+        return step_batches(examples, *args, **kwargs)
 
     monkeypatch.setattr(trainer, "roll_out", watched_roll_out)
     monkeypatch.setattr(dopsd.trainer, "step_batches", watched_batches)

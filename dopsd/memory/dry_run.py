@@ -25,7 +25,7 @@ from dopsd.models import MODELS, add_lora, checkpoint_activations
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.rollout import Decoder
 from dopsd.sampler import inference
-from dopsd.step_batch import Lesson, Reuse, StepBatch
+from dopsd.step_batch import Example, Reuse, StepBatch
 from dopsd.teacher import TeacherWeights
 
 # Bytes of a parameter of a quantised linear layer: nf4 has 4 bits and its constants, themselves quantised, 0.127 more.
@@ -185,7 +185,7 @@ class DryRun:
         layers = [module for name, module in modules if type(module) is nn.Linear and ".lora_" not in name]
         return [layer.weight for layer in layers if layer.weight is not head and not layer.weight.requires_grad]
 
-    def lessons(self, reuse: Reuse) -> tuple[Lesson, Lesson]:
+    def examples(self, reuse: Reuse) -> tuple[Example, Example]:
         """As those of :class:`~dopsd.memory.RunProbe`."""
         objective = replace(self.teaching.objective(), reuse=reuse, teacher_context="self_future")
         decoder = Decoder(None, None, None, mask_id=0, eos_id=1, batch_size=1)  # type: ignore[arg-type]
@@ -199,11 +199,11 @@ class DryRun:
 
     def states(self) -> int:
         """Those of a whole update."""
-        return -(-self.args.train_batch_size * len(self.lessons("none")[1].steps) // self.teaching.update_per_slice)
+        return -(-self.args.train_batch_size * len(self.examples("none")[1].steps) // self.teaching.update_per_slice)
 
     def _batch(self, reuse: Reuse, states: int) -> StepBatch:
         options: dict[str, Any] = {"mask_id": 0, "pad_id": 1, "device": torch.device("cpu")}
-        return costliest_batch(*self.lessons(reuse), states=states, reuse=reuse, **options)
+        return costliest_batch(*self.examples(reuse), states=states, reuse=reuse, **options)
 
     def _training(self, reuse: Reuse, checkpointing: bool) -> Line:
         """A micro-batch beside what is persistent; the teacher's pass, which keeps nothing, is never its peak."""

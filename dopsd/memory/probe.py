@@ -16,7 +16,7 @@ from dopsd.models import device_of
 from dopsd.objective import Objective
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding, decode
-from dopsd.step_batch import Lesson, StepBatch, collate
+from dopsd.step_batch import Example, StepBatch, collate
 from dopsd.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 def synthetic_example(
     objective: Objective, decoder: Decoder, row: Any, prompt_ids: Tensor, decoding: Decoding, vocab: int
-) -> Lesson:
-    """A lesson with the most states that ``decoding`` can make, of random tokens; ``row`` is its teacher's."""
+) -> Example:
+    """An example with the most states that ``decoding`` can make, of random tokens; ``row`` is its teacher's."""
     counts = [[1] * decoding.block_length] * decoding.blocks if decoding.threshold is not None else decoding.schedule()
     reveals = torch.tensor([count for block in counts for count in block])
     generator = torch.Generator().manual_seed(0)
@@ -34,17 +34,17 @@ def synthetic_example(
     tokens[tokens == decoder.eos_id] = (decoder.eos_id + 1) % vocab  # an end of the text would hide what is behind it
     reveal_step = torch.arange(len(reveals)).repeat_interleave(reveals)
     trajectory = Trajectory(prompt_ids.cpu(), tokens, reveal_step, decoding.block_length)
-    return objective.lesson(Rollout(row, trajectory, "", score=1.0, tries=1), decoder, seed=0)
+    return objective.example(Rollout(row, trajectory, "", score=1.0, tries=1), decoder, seed=0)
 
 
-def costliest_batch(short: Lesson, long: Lesson, states: int, **options: Any) -> StepBatch:
-    """The costliest micro-batch: the last state of one lesson, and then the first ones of others.
+def costliest_batch(short: Example, long: Example, states: int, **options: Any) -> StepBatch:
+    """The costliest micro-batch: the last state of one example, and then the first ones of others.
 
     No other has its states in more blocks, and prompts of two lengths need a mask. ``options`` are those of
     :func:`~dopsd.step_batch.collate`.
     """
     index = [(0, len(short.steps) - 1)]
-    index += [(1 + place // len(long.steps), place % len(long.steps)) for place in range(states - 1)]
+    index += [(1 + state // len(long.steps), state % len(long.steps)) for state in range(states - 1)]
     return collate([short, *[long] * index[-1][0]], index, **options)
 
 
