@@ -30,7 +30,6 @@ from dopsd.config import ModelArguments, TeachingArguments
 from dopsd.models import quantization
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 from dopsd.objective import Objective
-from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding, decode
 from dopsd.step_batch import Example, Inputs, Reuse, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
@@ -175,9 +174,7 @@ class Student:
 
     def example(self, objective: Objective) -> Example:
         """What the teacher sees at each step, drawn as in training."""
-        mask_id, eos_id = self.special_ids()
-        decoder = Decoder(self.network, None, Any, mask_id, eos_id, 1)  # type: ignore[arg-type]
-        return objective.example(Rollout({}, self.trajectory, "", 1.0, 1), decoder, 0)
+        return objective.example(self.trajectory, self.trajectory.prompt_ids, eos_id=self.special_ids()[1], seed=0)
 
     def special_ids(self) -> tuple[int, int]:
         """The mask and the end-of-text token."""

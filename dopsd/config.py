@@ -22,13 +22,13 @@ from transformers import HfArgumentParser
 
 from dopsd import ranks
 from dopsd.cache import Cache
-from dopsd.errors import UsageError, must_be, require
-from dopsd.memory.units import read_bytes
+from dopsd.errors import UsageError, must_be, must_be_choices, require
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
 from dopsd.sampler import Decoding
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
+from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
 # Of the numbers that options take; seeds go so far.
@@ -251,6 +251,7 @@ class TeachingArguments:
     )
 
     def __post_init__(self) -> None:
+        must_be_choices(self)
         must_be(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         must_be(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "in [0, 1]")
         at_least_one(self, "update_per_slice", "states_per_forward")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be
-from dopsd.rollout import Decoder, Rollout
-from dopsd.sampler import inference, mix_seeds
-from dopsd.step_batch import Example, Inputs, PackedInputs, Reuse, StepBatch
-from dopsd.teacher import RevealScope, TeacherWeights, self_future
+from dopsd.sampler import inference
+from dopsd.step_batch import Inputs, PackedInputs, StepBatch
+from dopsd.teacher import TeacherView, TeacherWeights
 from dopsd_kernels import fused_confidence, fused_step_kl
 from dopsd_kernels.step_kl import Divergence
 
@@ -69,17 +68,16 @@ class Selection(NamedTuple):
         return inputs.hidden_states(model, self.columns)[self.state, self.rank]
 
 
-@dataclass(frozen=True)
-class Objective:
+@dataclass(frozen=True, kw_only=True)
+class Objective(TeacherView):
     """What is taught at each step; field meanings are those of the command-line options of the same names.
 
     ``workspace_bytes`` is no option: the limit of :func:`~dopsd_kernels.fused_step_kl`, None for its own default.
+
+    Raises:
+        UsageError: a field has a value that is not accepted.
     """
 
-    retain_ratio: float
-    reveal_scope: RevealScope
-    reveal_tail: bool
-    teacher_context: Literal["self_future", "reference"]
     selection: Literal["teacher", "student"]
     confidence: Confidence
     divergence: Divergence
@@ -89,42 +87,13 @@ class Objective:
     top_k: int | None
     tail: Literal["renormalize", "bucket"]
     normalization: Literal["step_mean", "batchmean"]
-    skip_last_block: bool
-    reuse: Reuse = "none"
     workspace_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        must_be(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "in [0, 1]")
+        super().__post_init__()
         must_be(self.clip is None or self.clip >= 0, "clip", self.clip, "at least 0, or none")
         must_be(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or none")
         must_be(0 < self.beta < 1, "beta", self.beta, "strictly between 0 and 1")
-
-    def example(self, rollout: Rollout, decoder: Decoder, seed: int) -> Example:
-        """Which steps of a rollout are trained on, and what its teacher sees at each; drawn from ``seed`` alone."""
-        trajectory = rollout.trajectory
-        steps = torch.arange(trajectory.num_steps)
-        if self.skip_last_block:
-            last = len(trajectory.tokens) - trajectory.block_length
-            steps = steps[trajectory.block_starts(steps) < last]
-        if self.teacher_context == "reference":
-            nothing = torch.zeros(len(steps), len(trajectory.tokens), dtype=torch.bool)
-            prompt_ids = decoder.encode(decoder.task.reference_prompt(rollout.row))
-            return Example(trajectory, steps, nothing, prompt_ids.cpu())
-        reveal = self_future(
-            trajectory,
-            steps,
-            retain_ratio=self.retain_ratio,
-            scope=self.reveal_scope,
-            tail=self.reveal_tail,
-            eos_id=decoder.eos_id,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        example = Example(trajectory, steps, reveal, trajectory.prompt_ids)
-        if self.reuse == "block" and len(steps):
-            # One draw for a block, that of its first state, whose later positions are then the same in all its states.
-            still_masked = trajectory.reveal_step >= steps[:, None]
-            example = replace(example, reveal=reveal[example.anchors()] & still_masked)
-        return example
 
     def forward(self, model: Any, teacher: TeacherWeights, batch: StepBatch, mask_id: int) -> StepOutput:
         """Both sides of a batch of states, and the divergence between them at K.
@@ -215,17 +184,6 @@ def top_k_overlap(student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor
     mine = fused_confidence(student_hidden, weight, top_k=k).top_indices
     theirs = fused_confidence(teacher_hidden, weight, top_k=k).top_indices
     return (mine[:, :, None] == theirs[:, None, :]).any(-1).float().mean(-1)
-
-
-def examples_of(
-    objective: Objective, rollouts: Sequence[Rollout], decoder: Decoder, seeds: Sequence[int]
-) -> list[Example]:
-    """The examples of ``rollouts``, leaving out those with no step to train on."""
-    examples = [
-        objective.example(rollout, decoder, int(mix_seeds(seed, 2)))
-        for rollout, seed in zip(rollouts, seeds, strict=True)
-    ]
-    return [example for example in examples if len(example.steps)]
 
 
 def mean_metrics(outputs: Sequence[StepOutput]) -> dict[str, float]:

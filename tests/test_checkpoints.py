@@ -24,8 +24,7 @@ from dopsd.models import add_lora, load_adapter, load_model, quantization
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.models.dream import DreamConfig, DreamModel
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
-from dopsd.objective import Objective, examples_of
-from dopsd.rollout import Decoder, Rollout
+from dopsd.objective import Objective
 from dopsd.sampler import Decoding, decode
 from dopsd.step_batch import step_batches
 from dopsd.teacher import TeacherWeights
@@ -361,7 +360,7 @@ def test_decoding_and_distilling_with_every_family(name: str, tmp_path: Path) ->
     """
     folder_of(tmp_path, FAMILIES[name.removeprefix("shifted ")])
     shift_logits = name == "shifted llama"
-    model, tokenizer = load_model(str(tmp_path), shift_logits=shift_logits)
+    model, _ = load_model(str(tmp_path), shift_logits=shift_logits)
     shift = int(shift_logits or name == "dream")
     generator = torch.Generator().manual_seed(4)
     prompts = [torch.randint(2, 25, (length,), generator=generator) for length in (3, 7, 5)]
@@ -376,9 +375,10 @@ def test_decoding_and_distilling_with_every_family(name: str, tmp_path: Path) ->
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     teacher = TeacherWeights(student, "fixed", 0.9, from_adapter=False)
-    rollouts = [Rollout({}, trajectory, "", 1.0, 1) for trajectory in trajectories]
-    decoder = Decoder(model, tokenizer, None, MASK, EOS, 8)  # type: ignore[arg-type]
-    examples = examples_of(OBJECTIVE, rollouts, decoder, [0, 1, 2])
+    examples = [
+        OBJECTIVE.example(trajectory, trajectory.prompt_ids, eos_id=EOS, seed=seed)
+        for seed, trajectory in enumerate(trajectories)
+    ]
     (batch,) = step_batches(examples, 1000, mask_id=MASK, pad_id=EOS, device=torch.device("cpu"))
 
     output = OBJECTIVE.forward(model, teacher, batch, MASK)

@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from dopsd import confidence, objective
+from dopsd.config import TeachingArguments, parse_train
 from dopsd.errors import UsageError
 from dopsd.models import add_lora
 from dopsd.models.llada import LLaDAModelLM
-from dopsd.objective import Objective, StepOutput, examples_of, mean_metrics
+from dopsd.objective import Objective, StepOutput, mean_metrics
 from dopsd.rollout import Rollout
-from dopsd.sampler import mix_seeds
 from dopsd.step_batch import Example, step_batches
 from dopsd.teacher import STUDENT, TEACHER, TeacherWeights
 from dopsd.trajectory import NEVER, Trajectory
@@ -77,19 +77,21 @@ def make_rollouts(vocab: int, commits: Sequence[Sequence[Sequence[int]]] = EVEN)
     ]
 
 
-class StubDecoder:
-    """What `examples_of` needs of a decoder: the reference prompt is one token longer than the longest prompt."""
+# One token longer than the longest prompt.
+REFERENCE = torch.tensor([5, 4, 3, 2, 1, 2, 3])
 
-    eos_id = EOS
 
-    class task:
-        @staticmethod
-        def reference_prompt(row: Any) -> str:
-            return "reference"
-
-    @staticmethod
-    def encode(text: str) -> Tensor:
-        return torch.tensor([5, 4, 3, 2, 1, 2, 3])
+def examples_of(options: Objective, rollouts: Sequence[Rollout]) -> list[Example]:
+    """The examples of rollouts, each drawn from its number."""
+    return [
+        options.example(
+            rollout.trajectory,
+            REFERENCE if options.teacher_context == "reference" else rollout.trajectory.prompt_ids,
+            eos_id=EOS,
+            seed=seed,
+        )
+        for seed, rollout in enumerate(rollouts)
+    ]
 
 
 @dataclass
@@ -283,7 +285,7 @@ def update(setup: Setup, examples: Sequence[Example], options: Objective, size: 
 
 def check_update(setup: Setup, options: Objective, tolerance: float, size: int, rollouts: Sequence[Rollout]) -> Oracle:
     """Loss, adapter gradients and metrics of a whole update equal the transcription's; returns the latter."""
-    examples = examples_of(options, rollouts, StubDecoder(), list(range(len(rollouts))))
+    examples = examples_of(options, rollouts)
     oracle = eq12(setup, examples, options)
     if oracle.divergence:
         oracle.loss.backward()
@@ -403,7 +405,7 @@ def test_micro_batches_do_not_matter(small_llada: Callable[..., LLaDAModelLM]) -
     reference = None
     for size in (1, 3, 20, 1000):
         setup = make_setup(small_llada, "fixed")
-        examples = examples_of(options, make_rollouts(37), StubDecoder(), [0, 1, 2])
+        examples = examples_of(options, make_rollouts(37))
         loss, outputs = update(setup, examples, options, size)
         assert [len(output.chosen) for output in outputs] == [min(size, 20 - i) for i in range(0, 20, size)]
         grads = torch.cat([p.grad.flatten() for p in setup.model.parameters() if p.grad is not None])
@@ -420,39 +422,29 @@ def test_gradient_checkpointing_changes_nothing(small_llada: Callable[..., LLaDA
 
 
 def test_a_state_of_the_skipped_block_is_left_out() -> None:
-    """``skip_last_block`` drops exactly the steps of the last block; a trajectory without other steps is no example."""
+    """``skip_last_block`` drops exactly the steps of the last block."""
     rollouts = make_rollouts(37)
-    whole = examples_of(Objective(**DEFAULTS), rollouts, StubDecoder(), [0, 1, 2])
-    cut = examples_of(Objective(**{**DEFAULTS, "skip_last_block": True}), rollouts, StubDecoder(), [0, 1, 2])
+    whole = examples_of(Objective(**DEFAULTS), rollouts)
+    cut = examples_of(Objective(**{**DEFAULTS, "skip_last_block": True}), rollouts)
     assert [example.steps.tolist() for example in whole] == [list(range(n)) for n in STATES_EVEN]
     assert [example.steps.tolist() for example in cut] == [list(range(7)), list(range(6)), list(range(4))]
 
-    one_block = Trajectory(torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([0, 1]), 2)
-    skipping = Objective(**{**DEFAULTS, "skip_last_block": True})
-    assert examples_of(skipping, [Rollout({}, one_block, "", 1.0, 1)], StubDecoder(), [0]) == []
-
 
 def test_an_example_is_a_function_of_its_seed() -> None:
-    """A trajectory's reveal depends on its seed and not on the trajectories beside it; other seeds draw otherwise."""
-    rollouts, options = make_rollouts(37), Objective(**DEFAULTS)
-    together = examples_of(options, rollouts, StubDecoder(), [5, 6, 7])
-    for index, seed in enumerate((5, 6, 7)):
-        (alone,) = examples_of(options, rollouts[index : index + 1], StubDecoder(), [seed])
-        assert torch.equal(alone.reveal, together[index].reveal)
-        direct = options.example(rollouts[index], StubDecoder(), int(mix_seeds(seed, 2)))
-        assert torch.equal(direct.reveal, together[index].reveal)
-    other = examples_of(options, rollouts, StubDecoder(), [8, 9, 10])
-    assert not torch.equal(other[0].reveal, together[0].reveal)
+    """The same one draws the same reveal, another draws otherwise."""
+    trajectory, options = make_rollouts(37)[0].trajectory, Objective(**DEFAULTS)
+    drawn = [options.example(trajectory, trajectory.prompt_ids, eos_id=EOS, seed=seed).reveal for seed in (5, 5, 6)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_the_reference_teacher_reads_another_prompt() -> None:
     """An AR-style teacher has the reference prompt and no future tokens; a self-future one has the student's prompt."""
     rollouts = make_rollouts(37)
     options = Objective(**{**DEFAULTS, "teacher_context": "reference"})
-    reference = examples_of(options, rollouts, StubDecoder(), [0, 1, 2])
-    own = examples_of(Objective(**DEFAULTS), rollouts, StubDecoder(), [0, 1, 2])
+    reference = examples_of(options, rollouts)
+    own = examples_of(Objective(**DEFAULTS), rollouts)
     for example, rollout in zip(reference, rollouts, strict=True):
-        assert torch.equal(example.teacher_prompt_ids, StubDecoder.encode(""))
+        assert torch.equal(example.teacher_prompt_ids, REFERENCE)
         assert not example.reveal.any() and example.reveal.shape == (rollout.trajectory.num_steps, LENGTH)
     assert all(torch.equal(example.teacher_prompt_ids, example.trajectory.prompt_ids) for example in own)
 
@@ -484,6 +476,24 @@ def test_bad_options_are_named(name: str, value: float) -> None:
     """A value outside its range is an error that names the option."""
     with pytest.raises(UsageError, match=f"^{name} must be "):
         Objective(**{**DEFAULTS, name: value})
+
+
+CHOICES = ("reveal_scope", "teacher_context", "selection", "confidence", "divergence", "clip_form", "tail")
+
+
+@pytest.mark.parametrize("name", [*CHOICES, "normalization", "reuse", "teacher"])
+def test_what_is_in_no_table_is_refused_everywhere(name: str) -> None:
+    """A choice that there is not is one sentence with those that there are, from Python too; so is a teacher's kind."""
+    said = f"^{name} must be one of \\(.*', '.*\\), but is 'x'$"
+    with pytest.raises(UsageError, match=said):
+        TeachingArguments(**{name: "x"})
+    with pytest.raises(UsageError, match=said):
+        if name == "teacher":
+            TeacherWeights(PeftModel.__new__(PeftModel), "x", 0.9, from_adapter=False)  # type: ignore[arg-type]
+        else:
+            Objective(**{**DEFAULTS, name: "x"})
+    with pytest.raises(UsageError, match=f"{name}.*: invalid choice: 'x'"):
+        parse_train([f"--{name}", "x"])
 
 
 # ---- what is never made ----
@@ -537,12 +547,12 @@ def test_only_candidates_and_k_meet_the_head(
 ) -> None:
     """Forward and backward: logits of the teacher at the candidates and of both sides at K, and nothing more.
 
-    The products are those with the teacher's candidates (twice where entropies are taken), then over K both sides'
+    The products are those with the teacher's candidates, whose entropies take no other, then over K both sides'
     logits in one, the gradient back to the hidden states, and both sides of the overlap metric.
     """
     setup = make_setup(small_llada, kind, torch.float32, vocab_size=VOCAB, mask_token_id=VOCAB - 1)
     options = Objective(**{**DEFAULTS, "confidence": confidence, "clip": clip})
-    examples = examples_of(options, make_rollouts(VOCAB), StubDecoder(), [0, 1, 2])
+    examples = examples_of(options, make_rollouts(VOCAB))
     (batch,) = step_batches(examples, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
     k_rows, candidates = int(batch.k.sum()), int(batch.candidates.sum())
     assert len({k_rows, 2 * k_rows, candidates, batch.candidates.numel(), batch.student.input_ids.numel()}) == 5
@@ -552,15 +562,14 @@ def test_only_candidates_and_k_meet_the_head(
     allowed = max(2 * k_rows, candidates)
     assert max(watch.rows) == allowed
     assert watch.largest <= allowed * VOCAB
-    chosen = [candidates] * (2 if confidence == "entropy" else 1)
-    assert sorted(watch.products) == sorted([*chosen, 2 * k_rows, k_rows, k_rows, k_rows])
+    assert sorted(watch.products) == sorted([candidates, 2 * k_rows, k_rows, k_rows, k_rows])
 
 
 def test_student_selection_needs_no_candidates(small_llada: Callable[..., LLaDAModelLM]) -> None:
     """Where the student's commits are K, the teacher's head is not applied to the candidates at all."""
     setup = make_setup(small_llada, "fixed", torch.float32, vocab_size=VOCAB, mask_token_id=VOCAB - 1)
     options = Objective(**{**DEFAULTS, "selection": "student"})
-    examples = examples_of(options, make_rollouts(VOCAB), StubDecoder(), [0, 1, 2])
+    examples = examples_of(options, make_rollouts(VOCAB))
     (batch,) = step_batches(examples, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
     with Watch(setup.model, VOCAB, 16) as watch:
         options.forward(setup.network, setup.teacher, batch, setup.mask_id).loss.backward()
@@ -592,7 +601,7 @@ def test_choosing_k_waits_for_nothing(
     """How many positions K has is known beforehand; the loss alone waits, to see that its row weights are right."""
     setup = make_setup(small_llada, "fixed")
     options = Objective(**{**DEFAULTS, "selection": selection})
-    examples = examples_of(options, make_rollouts(37), StubDecoder(), [0, 1, 2])
+    examples = examples_of(options, make_rollouts(37))
     (batch,) = step_batches(examples, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
 
     def unwatched(*args: Any, **kwargs: Any) -> Any:
@@ -613,7 +622,7 @@ def test_teacher_adapter_is_not_in_the_students_graph(small_llada: Callable[...,
     """After an update with an averaged teacher, its adapter has no gradient, needs none, and has not moved."""
     setup = make_setup(small_llada, "ema")
     before = lora_of(setup.model, TEACHER, torch.float64)
-    examples = examples_of(Objective(**DEFAULTS), make_rollouts(37), StubDecoder(), [0, 1, 2])
+    examples = examples_of(Objective(**DEFAULTS), make_rollouts(37))
     update(setup, examples, Objective(**DEFAULTS), 7)
     for name, parameter in setup.model.named_parameters():
         if f".{TEACHER}." in name:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_dream import small_dream
-from test_objective import BLOCK, DEFAULTS, EOS, LENGTH, StubDecoder, make_rollouts, make_setup, make_trajectory
+from test_objective import BLOCK, DEFAULTS, EOS, LENGTH, examples_of, make_rollouts, make_setup, make_trajectory
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +17,7 @@ from dopsd.drift import mean_drifts
 from dopsd.models import add_lora
 from dopsd.models.bidirectional import BidirectionalModel, Packed, eager, positions_of
 from dopsd.models.llada import LLaDABlock, LLaDAModelLM
-from dopsd.objective import Objective, StepOutput, examples_of
+from dopsd.objective import Objective, StepOutput
 from dopsd.rollout import Rollout
 from dopsd.step_batch import Example, PackedInputs, Reuse, StepBatch, collate, step_batches
 from dopsd.trajectory import Trajectory
@@ -35,7 +35,7 @@ def examples_for(reuse: Reuse, rollouts: Sequence[Rollout] | None = None, **chan
     """Examples of the objective's tests: 4, 3 and 2 blocks of one to three steps, prompts of 3, 6 and 5 tokens."""
     options = Objective(**{**DEFAULTS, "reuse": reuse, **changes})
     rollouts = make_rollouts(37) if rollouts is None else rollouts
-    return examples_of(options, rollouts, StubDecoder(), list(range(len(rollouts))))
+    return examples_of(options, rollouts)
 
 
 def models(small_llada: Callable[..., LLaDAModelLM], name: str) -> BidirectionalModel:
