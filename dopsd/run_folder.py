@@ -16,6 +16,7 @@ from dopsd import checkpoints
 from dopsd.checkpoints import ADAPTER_FILE, RUN_FILE
 from dopsd.errors import RunError, require
 from dopsd.files import plain, sha256, write_json
+from dopsd.renamed import RENAMED
 
 LOCK_FILE = "run.lock"
 REPORT_FILE = "report.json"
@@ -68,7 +69,8 @@ class RunFolder:
         self.hold()
         run = checkpoints.run_id(self.path)
         for group, options in json.loads((self.path / RUN_FILE).read_text()).items():
-            for name, value in options.items() if group in self.config else ():
+            for old, value in options.items() if group in self.config else ():
+                name = RENAMED.get(old, old)
                 if name not in FREE:
                     given = plain(self.config[group].get(name))
                     require(given == value, name, given, f"the run in {self.path} has {name}={value!r}")

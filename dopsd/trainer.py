@@ -100,7 +100,7 @@ class Trainer(transformers.Trainer):
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
         self.add_callback(self.bar)
         self.add_callback(TeacherFollows(self))
-        self.add_callback(CollapseGuard(self, teaching.update_per_slice))
+        self.add_callback(CollapseGuard(self, teaching.updates_per_batch))
         # transformers would switch checkpointing on when training starts, whatever has been planned by then.
         checkpointing = bool(args.gradient_checkpointing)
         for name in ("gradient_checkpointing", "activation_checkpointing"):
@@ -145,7 +145,7 @@ class Trainer(transformers.Trainer):
         return loss
 
     def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Example]]:
-        """Decode and grade a batch of rows; the accepted ones' examples, in ``update_per_slice`` slices."""
+        """Decode and grade a batch of rows; the accepted ones' examples, in ``updates_per_batch`` slices."""
         start = time.monotonic()
         rows = [row for _, row in indexed_rows]
         indices = torch.tensor([index for index, _ in indexed_rows])
@@ -170,7 +170,7 @@ class Trainer(transformers.Trainer):
             completion_length=mean([float(length) for length in lengths]),
             rollout_seconds=time.monotonic() - start,
         )
-        slices = self.teaching.update_per_slice
+        slices = self.teaching.updates_per_batch
         return [
             [part for example in examples if len((part := example.slice(number, slices)).steps)]
             for number in range(slices)
@@ -263,7 +263,7 @@ class Trainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         chunk = self.args.train_batch_size * self.args.world_size
-        return PromptSampler(len(self.train_dataset), chunk, self.teaching.update_per_slice, seed)  # type: ignore[arg-type]
+        return PromptSampler(len(self.train_dataset), chunk, self.teaching.updates_per_batch, seed)  # type: ignore[arg-type]
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the Trainer's formula is for one forward and backward over given inputs."""

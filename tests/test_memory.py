@@ -318,7 +318,7 @@ def exact_trainer(make_trainer: Make, random_model: Path) -> Iterator[Trainer]:
     """In fp64, without dropout, two slices a batch, two prompts of 24 states each."""
     trainer = make_trainer(
         *("--model", str(random_model), "--lora_dropout", "0", "--steps", "24", "--states_per_forward", "8"),
-        *("--update_per_slice", "2", "--stop_at_eos", "false"),
+        *("--updates_per_batch", "2", "--stop_at_eos", "false"),
         task=Right(),
     )
     trainer.student.double()

@@ -199,9 +199,9 @@ def test_every_accepted_trajectory_counts_the_same(exact_trainer: Trainer) -> No
 def test_slices_are_updates_of_their_own(
     make_trainer: Make, random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """update_per_slice=2: two optimiser steps per rollout, and between them every state of it exactly once."""
+    """updates_per_batch=2: two optimiser steps per rollout, and between them every state of it exactly once."""
     trainer = make_trainer(
-        *("--model", str(random_model), "--max_steps", "4", "--update_per_slice", "2", "--states_per_forward", "5"),
+        *("--model", str(random_model), "--max_steps", "4", "--updates_per_batch", "2", "--states_per_forward", "5"),
         *("--stop_at_eos", "false"),
         task=Graded(1.0),
     )

@@ -199,7 +199,7 @@ class DryRun:
 
     def states(self) -> int:
         """Those of a whole update."""
-        return -(-self.args.train_batch_size * len(self.examples("none")[1].steps) // self.teaching.update_per_slice)
+        return -(-self.args.train_batch_size * len(self.examples("none")[1].steps) // self.teaching.updates_per_batch)
 
     def _batch(self, reuse: Reuse, states: int) -> StepBatch:
         options: dict[str, Any] = {"mask_id": 0, "pad_id": 1, "device": torch.device("cpu")}

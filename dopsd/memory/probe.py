@@ -100,7 +100,7 @@ class RunProbe:
     @property
     def states(self) -> int:
         """Those of a whole update, at most."""
-        return -(-self.args.train_batch_size * len(self.long.steps) // self.teaching.update_per_slice)
+        return -(-self.args.train_batch_size * len(self.long.steps) // self.teaching.updates_per_batch)
 
     def tokens(self, states: int) -> int:
         return self.batch(states).student.tokens
