@@ -3,28 +3,36 @@
     python -m benchmarks.compile_table                        # every architecture, as a table; exit status 1 on a fault
     python -m benchmarks.compile_table --arch sm_90 --json table.json
 
-Each entry of dopsd_kernels/common/configs.json is compiled with the variants of its kernel that differ most: dtypes,
-and options that change what a program keeps in registers. A row is at fault if it spills more registers than its
-variant allows, needs more shared memory than the chip has, or multiplies 16-bit operands without tensor cores.
+The public ops are called with tensors that have no memory, and Triton compiles what they launch: with each entry of the
+kernels' configurations, for the dtypes and options that change most what a program keeps in registers. A row is at
+fault if it spills more registers than it may, needs more shared memory than the chip has, or multiplies 16-bit operands
+without tensor cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import functools
 import io
-import json
+import itertools
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
+
+import torch
+
+from dopsd.files import write_json
+from dopsd.tables import markdown_table
+from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention, step_kl_from_logits
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -36,297 +44,164 @@ TARGETS = {
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One compilation of a kernel, with enough to tell how it will be launched."""
-
-    kernel: str  # module:function
-    label: str  # what distinguishes it
-    config: dict[str, int]  # the entry it belongs to, for the table
-    signature: dict[str, str]  # in any order: "*bf16" (aligned to 16 bytes), "fp32", "i32", "i32:16" (a multiple of 16)
-    constexprs: dict[str, Any]  # the other arguments; a function as module:function
-    options: dict[str, int]  # num_warps, and num_stages where the launch has it
-    tensor_cores: bool = False  # whether it must use them
-    spill_budget: int = 0  # bytes
+def _confidence(hidden: torch.dtype, weight: torch.dtype, top_k: int, **sample: Any) -> None:
+    tensors = torch.empty(33, 4096, dtype=hidden), torch.empty(126464, 4096, dtype=weight)
+    fused_confidence(*tensors, bias=torch.empty(126464), top_k=top_k, backend="triton", **sample)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Variants of each op
-# ------------------------------------------------------------------------------------------------------------
+def _step_kl(**options: Any) -> None:
+    student, teacher, weight = (torch.empty(rows, 4096, dtype=torch.bfloat16) for rows in (33, 33, 126464))
+    fused_step_kl(student.requires_grad_(), teacher, weight, clip=0.05, backend="triton", **options)
 
-# Spilled once per vocabulary tile, whose reduction needs more registers than its product, and not inside the product:
-# by the largest tiles, by a top_k of 128 (1 KB of keys per row), and by fp32 operands, which lie in registers twice as
-# wide as 16-bit ones.
+
+def _step_kl_from_logits(**options: Any) -> None:
+    student, teacher = (torch.empty(33, 126464, dtype=torch.bfloat16) for _ in range(2))
+    step_kl_from_logits(student.requires_grad_(), teacher, clip=0.05, backend="triton", **options).loss.backward()
+
+
+def _attention(dtype: torch.dtype, width: int) -> None:
+    shapes = ((2, 3, 4, 33, width), *[(2, 3, 2, 33, width)] * 2, *[(2, 2, 57, width)] * 2)
+    masks = {"prefix_mask": torch.empty(2, 57, dtype=torch.bool), "own_mask": torch.empty(2, 3, 33, dtype=torch.bool)}
+    tensors = (torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes)
+    prefix_attention(*tensors, **masks, backend="triton").sum().backward()
+
+
+# Configuration entry -> by label, the calls that launch it; with biases and masks, which cost registers.
+_SAMPLE = {"temperature": 1.0, "seed": 0}
+_BUCKET = {"divergence": "jsd", "top_k": 20, "tail": "bucket", "clip_form": "nonnegative"}
+_BF16, _FP32 = torch.bfloat16, torch.float32
+CALLS: dict[str, dict[str, Callable[[], None]]] = {
+    "confidence_argmax": {
+        "bf16 x bf16, top 0": functools.partial(_confidence, _BF16, _BF16, 0),
+        "bf16 x bf16, top 0, entropy": functools.partial(_confidence, _BF16, _BF16, 0, entropy=True),
+    },
+    "confidence": {
+        "bf16 x bf16, top 2, sample": functools.partial(_confidence, _BF16, _BF16, 2, **_SAMPLE),
+        "bf16 x bf16, top 0, sample, entropy": functools.partial(_confidence, _BF16, _BF16, 0, entropy=True, **_SAMPLE),
+        "bf16 x bf16, top 32": functools.partial(_confidence, _BF16, _BF16, 32),
+    },
+    "confidence_wide": {
+        "bf16 x bf16, top 128, sample": functools.partial(_confidence, _BF16, _BF16, 128, **_SAMPLE),
+        "fp32 x fp32, top 32, sample": functools.partial(_confidence, _FP32, _FP32, 32, **_SAMPLE),
+        "bf16 x fp32, top 0, sample": functools.partial(_confidence, _BF16, _FP32, 0, **_SAMPLE),
+    },
+    "step_kl_rows": {
+        "reverse KL, fp32": functools.partial(_step_kl, clip_form="nonnegative"),
+        "JSD, fp32, bucket": functools.partial(_step_kl, **_BUCKET),
+        "JSD, bf16, bucket": functools.partial(_step_kl_from_logits, **_BUCKET),
+        "skew reverse KL, bf16": functools.partial(_step_kl_from_logits, divergence="skew_reverse_kl"),
+        "skew forward KL, bf16": functools.partial(_step_kl_from_logits, divergence="skew_forward_kl"),
+    },
+    **{
+        name: {"bf16, D = 128": functools.partial(_attention, _BF16, 128)}
+        for name in ("prefix_attention", "prefix_attention_query_gradient", "prefix_attention_key_gradient")
+    },
+    "prefix_attention_fp32": {"fp32, D = 64": functools.partial(_attention, _FP32, 64)},
+}
+
+# Bytes that may be spilled. Once per vocabulary tile, whose reduction needs more registers than its product, and not
+# inside the product: by the largest tiles, by a top_k of 128 (1 KB of keys per row), and by fp32 operands, which lie in
+# registers twice as wide as 16-bit ones.
 _TILE_SPILL = 256
-# Spilled once per tile of 128 x 128 logits by their noise. Counted in bytes, writing and reading it is below a tenth of
-# the tile's product at d = 4096. Tiles of 64 rows would not spill, but read half as much again from the L2 cache for
-# each product, which is their limit.
+# Once per tile of 128 x 128 logits, by their noise. Counted in bytes, writing and reading it is below a tenth of the
+# tile's product at d = 4096. Tiles of 64 rows would not spill, but read half as much again from the L2 cache for each
+# product, which is their limit.
 _NOISE_SPILL = 832
-# Spilled by large tiles and their sums: some of the numbers that wait between the products of a tile of keys, or, where
-# keys are summed for, outside the loop over tiles of rows.
+# By large tiles and their sums: some of the numbers that wait between the products of a tile of keys, or, where keys
+# are summed for, outside the loop over tiles of rows.
 _ATTENTION_SPILL = 256
+# Once per vocabulary tile, by an entropy: one more sum of a row waits through the product.
+_ENTROPY_SPILL = 64
 
 
-def confidence(arch: str) -> Iterator[Variant]:
-    """Both kernels of fused_confidence, at d = 4096."""
-    import triton.language as tl
-
-    bf16, fp32 = ("bf16", "bf16"), ("fp32", "fp32")  # of hidden and weight
-    for name, options in (
-        ("confidence_argmax", [(bf16, 0, False, False), (bf16, 0, False, True)]),
-        ("confidence", [(bf16, 2, True, True), (bf16, 32, False, True)]),
-        ("confidence_wide", [(bf16, 128, True, True), (fp32, 32, True, True), (("bf16", "fp32"), 0, True, False)]),
-    ):
-        for config in _configs(name, arch):
-            for (hidden, weight), top_k, sample, entropy in options:
-                upcast = hidden != weight
-                itemsize = 2 if (hidden, weight) == bf16 else 4
-                absent = [] if sample else ["seed", "chosen", "chosen_logit"]
-                absent += [] if top_k else ["top"]
-                absent += [] if entropy else ["weighted"]
-                pointers = {
-                    "hidden": hidden,
-                    "weight": weight,
-                    "bias": "fp32",
-                    "seed": "i64",
-                    "largest": "i64",
-                    "total": "fp32",
-                    "weighted": "fp32",
-                    "chosen": "i64",
-                    "chosen_logit": "fp32",
-                    "top": "i64",
-                }
-                label = (
-                    f"{hidden} x {weight}, top {top_k}{', sample' if sample else ''}{', entropy' if entropy else ''}"
-                )
-                budget = _TILE_SPILL if name == "confidence_wide" or config["BLOCK_V"] > 128 else 0
-                if name == "confidence" and config["BLOCK_N"] == 128:
-                    budget = _NOISE_SPILL if sample else _TILE_SPILL
-                yield Variant(
-                    kernel="dopsd_kernels.confidence.kernels:_confidence",
-                    label=label,
-                    config=config,
-                    signature={
-                        **{name: f"*{kind}" for name, kind in pointers.items() if name not in absent},
-                        **dict.fromkeys(("rows", "splits", "split_tiles"), "i32"),
-                        **dict.fromkeys(("vocab", "width", "hidden_stride", "weight_stride"), "i32:16"),
-                        "inverse_temperature": "fp32",
-                    },
-                    constexprs={
-                        **dict.fromkeys(absent),
-                        "weight_step": 1,
-                        "HAS_BIAS": True,
-                        "SAMPLE": sample,
-                        "TOP_K": top_k,
-                        "UPCAST": upcast,
-                        "OFFSET": tl.int32,
-                        "EVEN_WIDTH": True,
-                        "BLOCK_K": config["ROW_BYTES"] // itemsize,
-                        **{key: config[key] for key in ("BLOCK_N", "BLOCK_V", "GROUP")},
-                    },
-                    options={name: config[name] for name in ("num_warps", "num_stages")},
-                    tensor_cores=itemsize == 2,
-                    spill_budget=budget,
-                )
-    for splits, top_k in ((1024, 0), (1024, 128)):
-        outputs = ("logsumexp", "max_logit", "logit", "top_values", "entropy")
-        yield Variant(
-            kernel="dopsd_kernels.confidence.kernels:_merge",
-            label=f"top {top_k}, sample",
-            config={"BLOCK_S": splits},
-            signature={
-                **dict.fromkeys(("largest", "chosen", "token", "argmax", "top_indices"), "*i64"),
-                **dict.fromkeys(("total", "weighted", "chosen_logit", *outputs), "*fp32"),
-                **({"top": "*i64"} if top_k else {}),
-                **dict.fromkeys(("splits", "count"), "i32"),
-            },
-            constexprs={
-                **({} if top_k else {"top": None}),
-                "SAMPLE": True,
-                "TOP_K": top_k,
-                "BLOCK_S": splits,
-                "BLOCK_KEYS": 1024,
-            },
-            options={"num_warps": 4 if top_k else 1},
-        )
+def spill_budget(entry: str, constexprs: dict[str, Any]) -> int:
+    """The bytes that a kernel with this entry's configuration may spill."""
+    if entry.startswith("prefix_attention"):
+        return _ATTENTION_SPILL
+    if "BLOCK_V" not in constexprs:
+        return 0
+    entropy = _ENTROPY_SPILL if constexprs["weighted"] is not None else 0
+    if entry == "confidence" and constexprs["BLOCK_N"] == 128:
+        return entropy + (_NOISE_SPILL if constexprs["SAMPLE"] else _TILE_SPILL)
+    return entropy + (_TILE_SPILL if entry == "confidence_wide" or constexprs["BLOCK_V"] > 128 else 0)
 
 
-def step_kl(arch: str) -> Iterator[Variant]:
-    """The passes of fused_step_kl: without a top-k, and with a bucket, which keeps most."""
-    from dopsd_kernels.step_kl import kernels
-
-    signature = {
-        **dict.fromkeys(("bias_s", "bias_t", "normalizers", "sums", "scale"), "*fp32"),
-        "threshold": "*i64",
-        **dict.fromkeys(("stride_s", "stride_t", "stride_gradient"), "i32:16"),
-        **dict.fromkeys(("vocab", "split_columns"), "i32:16"),
-        **dict.fromkeys(("rows", "first_row", "first_column"), "i32"),
-        **dict.fromkeys(("inverse_temperature", "beta", "clip"), "fp32"),
-    }
-
-    def variant(
-        name: str, label: str, config: dict[str, int], constexprs: dict[str, Any], types: dict[str, str], **more: Any
-    ) -> Variant:
-        arguments = getattr(kernels, name).arg_names
-        constexprs = {key: value for key, value in {**config, **constexprs}.items() if key in arguments}
-        kinds = {**signature, **types}
-        return Variant(
-            kernel=f"dopsd_kernels.step_kl.kernels:{name}",
-            label=label,
-            config=config,
-            signature={key: kinds[key] for key in arguments if key not in constexprs},
-            constexprs=constexprs,
-            **more,
-        )
-
-    for config in _configs("step_kl_rows", arch):
-        for label, logits, bucket in (
-            ("reverse KL, fp32", "*fp32", False),
-            ("JSD, fp32, bucket", "*fp32", True),
-            ("JSD, bf16, bucket", "*bf16", True),
-        ):
-            constexprs = {
-                "DIVERGENCE": f"dopsd_kernels.step_kl.divergence_kernels:{'_jsd' if bucket else '_reverse_kl'}",
-                "CLIPPED": True,
-                "NONNEGATIVE": True,
-                "PARTS": config["SPLITS"],
-                "PADDED_PARTS": config["SPLITS"],
-                **({} if bucket else dict.fromkeys(("bias_s", "bias_t", "threshold", "scale"))),
-            }
-            for name in ("_normalizers", "_row_sums", "_logit_gradient"):
-                yield variant(
-                    name,
-                    label,
-                    config,
-                    constexprs,
-                    {"z_s": logits, "z_t": logits, "gradient": "*bf16"},
-                    options={"num_warps": config["num_warps"]},
-                )
-
-
-def prefix_attention(arch: str) -> Iterator[Variant]:
-    """Forward and backward with both masks, which cost registers, at D = 128 (fp32: 64)."""
-    from dopsd_kernels.prefix_attention import kernels
-
-    def variants(config: dict[str, int], names: tuple[str, ...], dtype: str, width: int) -> Iterator[Variant]:
-        for name in names:
-            arguments = getattr(kernels, name).arg_names
-            for own in (False, True) if name == "_backward_keys" else (None,):
-                constexprs = {
-                    "UPCAST": False,
-                    "BLOCK_D": width,
-                    "BLOCK_M": config["BLOCK_M"],
-                    "BLOCK_N": config["BLOCK_N"],
-                    **({} if own is None else {"OWN": own}),
-                }
-                signature = {
-                    **dict.fromkeys(("q", "k", "v", "k_prefix", "v_prefix", "grad", "out"), f"*{dtype}"),
-                    **dict.fromkeys(("d_q", "d_k", "d_v"), f"*{dtype}"),
-                    **dict.fromkeys(("lse", "delta"), "*fp32"),
-                    **dict.fromkeys(("prefix_mask", "own_mask", "mask"), "*i8"),
-                    **{key: "i32:16" for key in arguments if key.startswith("stride_")},
-                    **dict.fromkeys(("rows", "prefix", "keys", "length", "split_rows"), "i32"),
-                    **dict.fromkeys(("heads", "repeats"), "i32"),
-                    "width": "i32:16",
-                    "scale": "fp32",
-                }
-                sides = {None: "", True: ", own keys", False: ", prefix"}[own]
-                yield Variant(
-                    kernel=f"dopsd_kernels.prefix_attention.kernels:{name}",
-                    label=f"{dtype}, D = {width}{sides}",
-                    config=config,
-                    signature={key: signature[key] for key in arguments if key not in constexprs},
-                    constexprs=constexprs,
-                    options={key: config[key] for key in ("num_warps", "num_stages")},
-                    tensor_cores=dtype != "fp32",
-                    spill_budget=_ATTENTION_SPILL,
-                )
-
-    for config in _configs("prefix_attention", arch):
-        yield from variants(config, ("_forward",), "bf16", 128)
-    for config in _configs("prefix_attention_query_gradient", arch):
-        yield from variants(config, ("_backward_queries",), "bf16", 128)
-    for config in _configs("prefix_attention_key_gradient", arch):
-        yield from variants(config, ("_backward_keys",), "bf16", 128)
-    for config in _configs("prefix_attention_fp32", arch):
-        yield from variants(config, ("_forward", "_backward_queries", "_backward_keys"), "fp32", 64)
-
-
-OPS = (confidence, step_kl, prefix_attention)
-
-
-def _configs(kernel: str, arch: str) -> list[dict[str, int]]:
-    from dopsd_kernels.common.configs import read
-
-    return [entry["config"] for entry in read()[kernel] if arch in entry["arch"]]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Compiling
-# ------------------------------------------------------------------------------------------------------------
-
-
-def compile_variant(arch: str, variant: Variant) -> dict[str, Any]:
-    """Return a row of the table."""
+def compile_call(arch: str, entry: str, config: dict[str, int], label: str) -> list[dict[str, Any]]:
+    """Compile what a call launches with a configuration; a row for every kernel that this process has not compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import JITFunction, driver
 
-    from dopsd_kernels.common.configs import LAUNCH, SHARED_MEMORY
+    from dopsd_kernels.common import configs
 
-    module, name = variant.kernel.split(":")
-    fn = _function(variant.kernel)
-    arguments = fn.arg_names
-    unknown = set(arguments) ^ (set(variant.signature) | set(variant.constexprs))
-    if unknown:
-        raise ValueError(f"{name} and its variant disagree on {', '.join(sorted(unknown))}")
-    kinds = {x: variant.signature.get(x, "constexpr") for x in arguments}
-    multiples = [i for i, x in enumerate(arguments) if kinds[x].startswith("*") or kinds[x].endswith(":16")]
-    source = ASTSource(
-        fn,
-        signature={x: kind.removesuffix(":16") for x, kind in kinds.items()},
-        constexprs={x: _function(c) if isinstance(c, str) else c for x, c in variant.constexprs.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
-    )
+    rows: list[dict[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
+        # Of an op's kernels, the one that the entry is for and those that have no entry.
+        if any(config.get(name, value) != value for name, value in arguments.items() if name.startswith("BLOCK")):
+            return
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = run(kernel, *args, grid=grid, warmup=True, **named)
+        if (arch, compiled.hash) not in _SEEN:
+            _SEEN.add((arch, compiled.hash))
+            about = {"config": config, "variant": label + _SIDES.get(arguments.get("OWN"), "")}
+            budget = spill_budget(entry, arguments)
+            about |= {"tensor_cores": _needs_tensor_cores(arguments), "spill_budget": budget, "hash": compiled.hash}
+            rows.append({"kernel": _name(kernel), "arch": arch, **about, **_found(arch, compiled, log.getvalue())})
+
     triton.knobs.nvidia.dump_ptxas_log = True
-    log = io.StringIO()
-    with contextlib.redirect_stdout(log):
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options={**variant.options, **LAUNCH})
-    assembly = compiled.asm["ptx" if TARGETS[arch][0] == "cuda" else "amdgcn"]
+    triton.knobs.compilation.always_compile = True  # what another process has compiled has no log
+    target, place = GPUTarget(*TARGETS[arch]), list(TARGETS).index(arch)
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: place, get_current_stream=lambda device: 0
+        )
+    )
+    # A large GPU has many splits, which the kernel that merges them is compiled for; here they come from the least.
+    many = {**config, **({"SPLITS": 1024} if "PROGRAMS" in config else {})}
+    with (
+        configs.use({**configs.read(), entry: [{"arch": [arch], "config": many}]}),
+        mock.patch.object(configs, "family", return_value=arch),
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(torch.Tensor, "nonzero", lambda x: x.new_empty(len(x), 1, dtype=torch.int64)),
+        mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()),  # knows no meta tensors
+        mock.patch.object(JITFunction, "run", compile_only),
+        torch.device("meta"),
+    ):
+        CALLS[entry][label]()
+    return rows
+
+
+_SEEN: set[tuple[str, str]] = set()
+_SIDES = {True: ", own keys", False: ", prefix"}
+
+
+def _name(kernel: Any) -> str:
+    return f"{kernel.__module__.split('.')[1]}.{kernel.__name__}"
+
+
+def _needs_tensor_cores(arguments: dict[str, Any]) -> bool:
+    """Whether a kernel multiplies (what has stages does) operands of 16 bits."""
+    operands = next(x for x in arguments.values() if isinstance(x, torch.Tensor))
+    return "num_stages" in arguments and operands.itemsize == 2 and not arguments["UPCAST"]
+
+
+def _found(arch: str, compiled: Any, log: str) -> dict[str, Any]:
+    """What the compiler made of a kernel."""
+    from dopsd_kernels.common.configs import SHARED_MEMORY
+
     if TARGETS[arch][0] == "cuda":
-        registers = _number(r"Used (\d+) registers", log.getvalue())
-        spill = _number(r"(\d+) bytes spill stores", log.getvalue())
+        assembly = compiled.asm["ptx"]
+        registers, spill = (_number(x, log) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
     else:
-        registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
-        spill = 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        assembly = compiled.asm["amdgcn"]
+        registers, spill = (_number(x, assembly) for x in (r"\.vgpr_count:\s+(\d+)", r"\.vgpr_spill_count:\s+(\d+)"))
+        spill *= 4
     instruction = next((x for x in INSTRUCTIONS if x in assembly), "-")
-    shared, limit = compiled.metadata.shared, SHARED_MEMORY[arch]
-    faults = []
-    if spill > variant.spill_budget:
-        faults.append("spills")
-    if shared > limit:
-        faults.append("shared memory")
-    if variant.tensor_cores and instruction == "-":
-        faults.append("no tensor cores")
-    return {
-        "kernel": f"{module.split('.')[1]}.{name}",
-        "arch": arch,
-        "config": variant.config,
-        "variant": variant.label,
-        "registers": registers,
-        "spill_bytes": spill,
-        "spill_budget": variant.spill_budget,
-        "shared_bytes": shared,
-        "shared_limit": limit,
-        "instruction": instruction,
-        "tensor_cores": variant.tensor_cores,
-        "faults": faults,
-    }
-
-
-def _function(place: str) -> Any:
-    module, name = place.split(":")
-    return getattr(importlib.import_module(module), name)
+    found = {"registers": registers, "spill_bytes": spill, "instruction": instruction}
+    return {**found, "shared_bytes": compiled.metadata.shared, "shared_limit": SHARED_MEMORY[arch]}
 
 
 def _number(pattern: str, text: str) -> int:
@@ -336,14 +211,32 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def table(archs: list[str]) -> list[dict[str, Any]]:
-    """Compile everything for some architectures. Call it where TRITON_INTERPRET is not set."""
-    work = [(arch, variant) for arch in archs for op in OPS for variant in op(arch)]
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(compile_variant, *zip(*work, strict=True)))
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row."""
+    wrong = {
+        "spills": row["spill_bytes"] > row["spill_budget"],
+        "shared memory": row["shared_bytes"] > row["shared_limit"],
+        "no tensor cores": row["tensor_cores"] and row["instruction"] == "-",
+    }
+    return [name for name, is_wrong in wrong.items() if is_wrong]
+
+
+def work(arch: str) -> list[tuple[Any, ...]]:
+    """What `compile_call` is called with for an architecture."""
+    from dopsd_kernels.common.configs import read
+
+    entries = read()
+    return [
+        (arch, entry, one["config"], label)
+        for entry, calls in CALLS.items()
+        for one in entries[entry]
+        if arch in one["arch"]
+        for label in calls
+    ]
 
 
 def main() -> int:
+    """Compile everything and print a table; exit status 1 if a row is at fault."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_table", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--json", type=Path, help="also write the rows there")
@@ -352,16 +245,14 @@ def main() -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        rows = table(arguments.arch)
+        calls = [call for arch in arguments.arch for call in work(arch)]
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = itertools.chain(*pool.map(compile_call, *zip(*calls, strict=True)))
+            rows = list({(row["arch"], row.pop("hash")): row for row in found}.values())
+    rows = [{**row, "faults": faults(row)} for row in rows]
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print("kernel arch registers spilled shared/limit instruction | variant | config")
-    for row in rows:
-        config = " ".join(f"{key}={value}" for key, value in row["config"].items())
-        print(
-            f"{row['kernel']:25} {row['arch']:7} {row['registers']:3} {row['spill_bytes']:5} "
-            f"{row['shared_bytes']:6}/{row['shared_limit']} {row['instruction']:15} | {row['variant']} | {config}"
-        )
+        write_json(arguments.json, rows)
+    print(markdown_table([{name: str(value) for name, value in row.items()} for row in rows]))
     faulty = [row for row in rows if row["faults"]]
     for row in faulty:
         print(f"FAULT: {row['kernel']} {row['arch']} {row['variant']} {row['config']}: {', '.join(row['faults'])}")

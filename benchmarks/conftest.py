@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import results
+from benchmarks.results import FOLDER, Recorder, new_path
 
-ROWS = pytest.StashKey[results.Recorder]()
+ROWS = pytest.StashKey[Recorder]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,12 +34,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def recorder(request: pytest.FixtureRequest) -> results.Recorder:
+def recorder(request: pytest.FixtureRequest) -> Recorder:
     """Holds the rows, and writes them if asked to."""
-    path = results.new_path(results.FOLDER) if request.config.getoption("--record") else None
-    recorder = results.Recorder(path, rehearsal=request.config.getoption("--rehearse"))
-    request.config.stash[ROWS] = recorder
-    return recorder
+    path = new_path(FOLDER) if request.config.getoption("--record") else None
+    return request.config.stash.setdefault(ROWS, Recorder(path, request.config.getoption("--rehearse")))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -13,119 +13,178 @@ import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.results import ABOUT, Row, name_of
 from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention, reference
 from dopsd_kernels.common import products
 from dopsd_kernels.common.backends import triton_unsupported
 from dopsd_kernels.step_kl.contracts import StepKLOptions
 
 _FLOOR_BYTES = 1 << 30  # logits of one of the floor's products
-ACCURACY_ROWS = 64  # few enough for fp64
 
-Results = tuple[Tensor, ...] | None
+# By setting.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "reverse_kl": {},
+    "clipped": {"clip": 0.05},
+    "forward_kl": {"divergence": "forward_kl"},
+    "top_k=20": {"top_k": 20},
+}
+ASKED: dict[str, dict[str, Any]] = {
+    "argmax": {},
+    "top_k=20": {"top_k": 20},
+    "sampled": {"temperature": 1.0, "seed": 0},
+}
 
-
-@dataclass(frozen=True)
-class Provider:
-    """One way to compute a case.
-
-    Args:
-        name: who.
-        run: computes it from the case and its tensors, and returns what is to be compared with the case's ``exact``;
-            None if it is the work, but not the op.
-        missing: why it cannot run on a device, or None; called before ``run``.
-    """
-
-    name: str
-    run: Callable[[Any, Any], Results]
-    missing: Callable[[torch.device], str | None] = lambda device: None
+Missing = Callable[[torch.device], "str | None"]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of hidden states and the LM head that they are multiplied by.
+class Case:
+    """A problem; its fields are the columns that name it, those that its op has no use for 0 or empty."""
 
-    Args:
-        setting: what is asked of them.
-        rows, width, vocab, dtype: N, d, V and the operands' dtype.
-        data: "diffuse", or "peaked" like a trained model's.
-    """
-
-    op = ""
-    phase = ""
-
-    setting: str
-    rows: int
-    width: int
-    vocab: int
-    dtype: torch.dtype
-    data: str = "diffuse"
+    op: str
+    phase: str
+    setting: str = ""  # what is asked of the op
+    rows: int = 0  # N
+    width: int = 0  # d, or of an attention head
+    vocab: int = 0  # V
+    dtype: torch.dtype = torch.float32
+    data: str = "diffuse"  # or "peaked", like a trained model's
+    groups: int = 0  # G
+    sequences: int = 0  # S of each group
+    heads: int = 0
+    length: int = 0  # T tokens of a sequence
+    prefix: int = 0  # P keys that a group shares
 
     def __str__(self) -> str:
-        return f"{self.op} {self.setting}{', peaked' if self.data == 'peaked' else ''}, N={self.rows}"
+        return name_of(self.about())
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> Row:
         """The columns that name it."""
-        return {"part": "kernels", "op": self.op, "phase": self.phase, "variant": "", **_columns(self)}
+        part = "attention" if self.op == "attention" else "kernels"
+        columns = {name: getattr(self, name, "") for name in ABOUT[part] if name != "provider"}
+        return {"part": part, **columns, "dtype": str(self.dtype).removeprefix("torch.")}
 
-    def small(self) -> Rows:
-        """The same with fewer rows."""
-        return replace(self, rows=min(self.rows, ACCURACY_ROWS))
-
-    def needs(self) -> dict[str, float]:
-        """The arithmetic of the products that it needs, and their operands' bytes, each once."""
-        one, operands = 2 * self.rows * self.width * self.vocab, (self.vocab + self.rows) * self.width
-        return {"flops": one, "bytes": operands * self.dtype.itemsize}
-
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw student (N, d), which requires a gradient, teacher (N, d) and weight (V, d).
-
-        Weight rows have norm 1, so that hidden entries of size x give logits of size x. "diffuse" rows have random
-        logits of standard deviation 3, with nothing that stands out. "peaked" rows have an entropy of about 1 to 3
-        nats, as a language model where it must choose: one token, drawn by Zipf's law, has about a third of the mass,
-        and the others a standard deviation of 1 around -2 log(id), as in a vocabulary sorted by frequency. The teacher
-        is a little surer of the leading one.
-        """
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=device)
-
-        weight = (normal(self.vocab, self.width) / math.sqrt(self.width)).to(self.dtype)
-        if self.data == "diffuse":
-            teacher = 3 * normal(self.rows, self.width)
-            student = teacher + 0.9 * normal(self.rows, self.width)
-        else:
-            common, spread = 16.0, 1.0
-            falling = -2 * torch.arange(1, self.vocab + 1, device=device).float().log()
-            weight[:, 0] = (falling / common).to(self.dtype)  # all hidden states have this entry in common
-            token = (self.vocab ** torch.rand(self.rows, generator=generator, device=device)).long() - 1
-            direction = weight[token].float()
-            direction[:, 0] = 0
-            others = spread * normal(self.rows, self.width)
-            # The others must not touch the leading token's own logit.
-            others -= (others * direction).sum(-1, keepdim=True) * direction
-            lead = falling.logsumexp(0) + spread**2 / 2 - 0.7 + 0.3 * normal(self.rows, 1) - falling[token, None]
-            student = lead * direction + others
-            teacher = student + 0.5 * direction + 0.3 * normal(self.rows, self.width)
-            student[:, 0] = teacher[:, 0] = common
-        return student.to(self.dtype).requires_grad_(), teacher.to(self.dtype), weight
+    def small(self) -> Case:
+        """The same with few enough rows, or groups and heads, for fp64."""
+        return replace(self, rows=min(self.rows, 64), groups=min(self.groups, 1), heads=min(self.heads, 2))
 
 
-def _columns(case: Any) -> dict[str, Any]:
-    return {name: dtype_name(value) if name == "dtype" else value for name, value in asdict(case).items()}
+class Provider(NamedTuple):
+    """One way to compute an op."""
+
+    forward: Callable[..., Tensor | None]  # of a case and its tensors; None if it is the work, but not the op
+    missing: Missing = lambda device: None  # why it cannot run on a device, or None; called before all else
+    takes: Callable[[Case], bool] = lambda case: True  # whether it is compared in a case
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype's name without the module's."""
-    return str(dtype).removeprefix("torch.")
+class Op(NamedTuple):
+    """What can be computed, and who can; the first is what the others are compared with."""
+
+    tensors: Callable[[Case, torch.device], tuple[Tensor, ...]]  # those with a gradient have requires_grad
+    needs: Callable[[Case], dict[str, float]]  # the arithmetic of the products, and their operands' bytes, each once
+    exact: Callable[..., Tensor]  # what is right, from the tensors in fp64
+    providers: dict[str, Provider]
+
+
+def providers(case: Case) -> list[str]:
+    """The names of those that a case compares."""
+    return [name for name, provider in OPS[case.op].providers.items() if provider.takes(case)]
+
+
+def run(case: Case, forward: Callable[..., Tensor | None], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Compute a case: its output and, of both phases, the gradients of the output's sum; nothing of what is no op."""
+    with torch.set_grad_enabled(case.phase == "both"):
+        out = forward(case, *tensors)
+    if out is None or case.phase == "forward":
+        return () if out is None else (out,)
+    inputs = [x for x in tensors if x.requires_grad]
+    return out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+
+def installed(package: str, module: str, gpu: bool = False, part: str = "") -> Missing:
+    """Ask for a package, for a part of it that older versions lack and, of its Triton kernels, for a GPU."""
+
+    def missing(device: torch.device) -> str | None:
+        if importlib.util.find_spec(module) is None:
+            return f"{package} is not installed: pip install {package}"
+        if part and importlib.util.find_spec(f"{module}.{part}") is None:
+            return f"the installed {package} has no {part}: pip install -U {package}"
+        return "it is a Triton kernel and needs a GPU" if gpu and device.type == "cpu" else None
+
+    return missing
+
+
+def no_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot be used, or None if it can."""
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "torch.compile needs a C++ compiler on a CPU, and there is no g++ (or $CXX)"
+    return None
+
+
+def no_triton(device: torch.device) -> str | None:
+    """Why our Triton kernels cannot be timed, or None if they can."""
+    if device.type == "cpu":
+        return "Triton kernels need a GPU; their interpreter is for tests"
+    return triton_unsupported([torch.empty(0, device=device)])
+
+
+def _only_on_gpu(device: torch.device) -> str | None:
+    return "on a CPU flex_attention is not compiled, and has no backward" if device.type == "cpu" else None
+
+
+# Rows of hidden states and an LM head
+
+
+def _rows(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """Draw student (N, d), which requires a gradient, teacher (N, d) and weight (V, d).
+
+    Weight rows have norm 1, so that hidden entries of size x give logits of size x. "diffuse" rows have random
+    logits of standard deviation 3, with nothing that stands out. "peaked" rows have an entropy of about 1 to 3
+    nats, as a language model where it must choose: one token, drawn by Zipf's law, has about a third of the mass,
+    and the others a standard deviation of 1 around -2 log(id), as in a vocabulary sorted by frequency. The teacher
+    is a little surer of the leading one.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    weight = (normal(case.vocab, case.width) / math.sqrt(case.width)).to(case.dtype)
+    if case.data == "diffuse":
+        teacher = 3 * normal(case.rows, case.width)
+        student = teacher + 0.9 * normal(case.rows, case.width)
+    else:
+        common = 16.0
+        falling = -2 * torch.arange(1, case.vocab + 1, device=device).float().log()
+        weight[:, 0] = (falling / common).to(case.dtype)  # all hidden states have this entry in common
+        token = (case.vocab ** torch.rand(case.rows, generator=generator, device=device)).long() - 1
+        direction = weight[token].float()
+        direction[:, 0] = 0
+        others = normal(case.rows, case.width)
+        # The others must not touch the leading token's own logit.
+        others -= (others * direction).sum(-1, keepdim=True) * direction
+        lead = falling.logsumexp(0) + 0.5 - 0.7 + 0.3 * normal(case.rows, 1) - falling[token, None]
+        student = lead * direction + others
+        teacher = student + 0.5 * direction + 0.3 * normal(case.rows, case.width)
+        student[:, 0] = teacher[:, 0] = common
+    return student.to(case.dtype).requires_grad_(), teacher.to(case.dtype), weight
+
+
+def _rows_need(case: Case) -> dict[str, float]:
+    # The loss has two products forward, and one backward whose result is written; with top_k and renormalised sides,
+    # only the teacher's logits are needed as a whole. All else has one.
+    of_loss = case.op == "step_kl"
+    count = 3 if of_loss and "top_k" not in case.setting else 1
+    operands = (case.vocab + (3 if of_loss else 1) * case.rows) * case.width
+    return {"flops": count * 2 * case.rows * case.width * case.vocab, "bytes": operands * case.dtype.itemsize}
 
 
 def _bare(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -137,109 +196,19 @@ def _bare(hidden: Tensor, weight: Tensor) -> Tensor:
     return buffer
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Who can run
-# ------------------------------------------------------------------------------------------------------------
+# fused_step_kl: the loss and the gradient of the student's hidden states
 
 
-def installed(package: str, module: str, gpu: bool = False) -> Callable[[torch.device], str | None]:
-    """Ask for a package and, of its Triton kernels, for a GPU."""
-
-    def missing(device: torch.device) -> str | None:
-        if importlib.util.find_spec(module) is None:
-            return f"{package} is not installed: pip install {package}"
-        return "it is a Triton kernel and needs a GPU" if gpu and device.type == "cpu" else None
-
-    return missing
+def _exact_kl(case: Case, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    return reference.step_kl(student, teacher, weight, options=StepKLOptions(**OPTIONS[case.setting])).loss
 
 
-def no_compiler(device: torch.device) -> str | None:
-    """Return why torch.compile cannot be used, or None if it can."""
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "torch.compile needs a C++ compiler on a CPU, and there is no g++ (or $CXX)"
-    return None
+def _our_kl(case: Case, student: Tensor, teacher: Tensor, weight: Tensor, *, backend: str) -> Tensor:
+    return fused_step_kl(student, teacher, weight, backend=backend, **OPTIONS[case.setting]).loss
 
 
-def no_triton(device: torch.device) -> str | None:
-    """Return why our Triton kernels cannot be timed, or None if they can."""
-    if device.type == "cpu":
-        return "Triton kernels need a GPU; their interpreter is for tests"
-    return triton_unsupported([torch.empty(0, device=device)])
-
-
-def _only_on_gpu(device: torch.device) -> str | None:
-    return "on a CPU flex_attention is not compiled, and has no backward" if device.type == "cpu" else None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# fused_step_kl
-# ------------------------------------------------------------------------------------------------------------
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "reverse_kl": {},
-    "clipped": {"clip": 0.05},
-    "forward_kl": {"divergence": "forward_kl"},
-    "top_k=20": {"top_k": 20},
-}
-
-
-class StepKL(Rows):
-    """The loss and the gradient of the student's hidden states; `OPTIONS` has the settings."""
-
-    op = "step_kl"
-    phase = "both"
-
-    def needs(self) -> dict[str, float]:
-        # With top_k and renormalised sides, only the teacher's logits are needed as a whole.
-        units = 1 if "top_k" in self.setting else 3
-        operands = (self.vocab + 3 * self.rows) * self.width
-        return {"flops": units * 2 * self.rows * self.width * self.vocab, "bytes": operands * self.dtype.itemsize}
-
-    def exact(self, tensors: Any) -> Results:
-        student, teacher, weight = (x.detach().double() for x in tensors)
-        options = StepKLOptions(**OPTIONS[self.setting])
-        loss = reference.step_kl(student.requires_grad_(), teacher, weight, options=options).loss
-        return loss.detach(), *torch.autograd.grad(loss, student)
-
-    def providers(self) -> list[Provider]:
-        def ours(backend: str) -> Callable[..., Results]:
-            options = OPTIONS[self.setting]
-            return _loss(lambda case, s, t, w: fused_step_kl(s, t, w, backend=backend, **options).loss)
-
-        peers = []
-        if self.setting == "reverse_kl":
-            # Liger's and TRL's JSD with beta 1 is the reverse KL.
-            peers = [
-                Provider("liger", _loss(_liger_jsd), installed("liger-kernel", "liger_kernel", gpu=True)),
-                Provider("trl", _loss(_trl), installed("trl", "trl")),
-            ]
-            if self.data == "diffuse":  # compiling takes longer than all else
-                liger = installed("liger-kernel", "liger_kernel")
-                peers.append(Provider("liger chunked", _loss(_liger_chunked), liger))
-                peers.append(Provider("compile", _loss(_compiled_kl), no_compiler))
-        elif self.setting == "forward_kl":
-            module = "liger_kernel.ops.fused_linear_kl_div"
-            peers = [Provider("liger kl", _loss(_liger_kl), _no_liger_kl(module))]
-        return [
-            Provider("floor", _floor_step_kl),
-            Provider("eager", _loss(_eager_kl)),
-            Provider("ours torch", ours("torch")),
-            Provider("ours triton", ours("triton"), no_triton),
-            *peers,
-        ]
-
-
-def _loss(forward: Callable[..., Tensor]) -> Callable[[StepKL, Any], Results]:
-    def run(case: StepKL, tensors: Any) -> Results:
-        loss = forward(case, *tensors)
-        return loss.detach(), *torch.autograd.grad(loss, tensors[0])
-
-    return run
-
-
-def _floor_step_kl(case: StepKL, tensors: Any) -> None:
+def _floor_kl(case: Case, student: Tensor, teacher: Tensor, weight: Tensor) -> None:
     """Two products forward, in one of 2N rows, and one backward; with top_k the teacher's alone."""
-    student, teacher, weight = tensors
     if "top_k" in case.setting:
         _bare(teacher, weight)
         return
@@ -248,8 +217,8 @@ def _floor_step_kl(case: StepKL, tensors: Any) -> None:
         torch.mm(buffer[: len(chunk)], weight, out=chunk)
 
 
-def _kl_of_logits(student: Tensor, teacher: Tensor, weight: Tensor, setting: str) -> Tensor:
-    options = OPTIONS[setting]
+def _eager_kl(case: Case, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    options = OPTIONS[case.setting]
     with torch.no_grad():
         teacher_logits = (teacher @ weight.T).float()
     student_logits = (student @ weight.T).float()
@@ -257,238 +226,127 @@ def _kl_of_logits(student: Tensor, teacher: Tensor, weight: Tensor, setting: str
         teacher_logits, support = teacher_logits.topk(options["top_k"])
         student_logits = student_logits.gather(-1, support)
     log_t, log_s = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
-    p, q = (log_t, log_s) if setting == "forward_kl" else (log_s, log_t)
+    p, q = (log_t, log_s) if case.setting == "forward_kl" else (log_s, log_t)
     contributions = p.exp() * (p - q)
     if "clip" in options:
         contributions = contributions.clamp(max=options["clip"])
     return contributions.sum(-1).mean()
 
 
-def _eager_kl(case: StepKL, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-    return _kl_of_logits(student, teacher, weight, case.setting)
-
-
 _compiled = functools.cache(torch.compile)
 
 
-def _compiled_kl(case: StepKL, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def _compiled_kl(case: Case, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     for rows in (student, teacher):
         torch._dynamo.maybe_mark_dynamic(rows, 0)  # one compilation for every N
-    loss: Tensor = _compiled(_kl_of_logits)(student, teacher, weight, case.setting)
-    return loss
+    return _compiled(_eager_kl)(case, student, teacher, weight)
 
 
-def _liger_jsd(case: StepKL, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def _liger_jsd(case: Case, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    loss: Tensor = LigerFusedLinearJSD(jsd_beta=1.0)(student, weight, teacher, weight, None)
-    return loss
+    return LigerFusedLinearJSD(jsd_beta=1.0)(student, weight, teacher, weight, None)
 
 
-def _liger_chunked(case: StepKL, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def _liger_chunked(case: Case, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """Liger's chunked loss, which has no Triton; it always computes the weight's gradient, a fourth product."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     compiled = no_compiler(weight.device) is None
     chunked = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled)
     labels = torch.zeros(len(student), dtype=torch.long, device=weight.device)
-    loss: Tensor = chunked(student, weight, teacher, weight, labels)
-    return loss
+    return chunked(student, weight, teacher, weight, labels)
 
 
-def _liger_kl(case: StepKL, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def _liger_kl(case: Case, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     """Liger's fused linear KL, whose target is the teacher's whole distribution: making that is part of it."""
     from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
 
     with torch.no_grad():
         target = (teacher @ weight.T).softmax(-1)
-    loss: Tensor = LigerFusedLinearKLDivLoss()(student, weight, target)
-    return loss
+    return LigerFusedLinearKLDivLoss()(student, weight, target)
 
 
-def _no_liger_kl(module: str) -> Callable[[torch.device], str | None]:
-    liger = installed("liger-kernel", "liger_kernel", gpu=True)
-
-    def missing(device: torch.device) -> str | None:
-        if importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec(module) is None:
-            return "the installed liger-kernel has no fused linear KL: pip install -U liger-kernel"
-        return liger(device)
-
-    return missing
-
-
-def _trl(case: StepKL, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+def _trl(case: Case, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.gkd import GKDTrainer
 
     with torch.no_grad():
         teacher_logits = teacher @ weight.T
-    loss: Tensor = GKDTrainer.generalized_jsd_loss(student @ weight.T, teacher_logits, beta=1.0)
-    return loss
+    return GKDTrainer.generalized_jsd_loss(student @ weight.T, teacher_logits, beta=1.0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# fused_confidence
-# ------------------------------------------------------------------------------------------------------------
-
-ASKED: dict[str, dict[str, Any]] = {
-    "argmax": {},
-    "top_k=20": {"top_k": 20},
-    "sampled": {"temperature": 1.0, "seed": 0},
-}
+def _reverse(case: Case) -> bool:
+    return case.setting == "reverse_kl"  # Liger's and TRL's JSD with beta 1
 
 
-class Confidence(Rows):
-    """The probability of the chosen token (a sample's depends on the noise: of the largest logit instead)."""
-
-    op = "confidence"
-    phase = "forward"
-
-    def exact(self, tensors: Any) -> Results:
-        student, _teacher, weight = tensors
-        exact = reference.confidence(student.detach().double(), weight.double())
-        return ((exact.max_logit - exact.logsumexp).exp(),)
-
-    def providers(self) -> list[Provider]:
-        def ours(backend: str) -> Callable[..., Results]:
-            def run(case: Confidence, tensors: Any) -> Results:
-                output = fused_confidence(tensors[0], tensors[2], backend=backend, **ASKED[case.setting])
-                return ((output.max_logit - output.logsumexp).exp(),)
-
-            return run
-
-        return [
-            Provider("floor", _floor_confidence),
-            Provider("eager", _eager_confidence),
-            Provider("ours torch", ours("torch")),
-            Provider("ours triton", ours("triton"), no_triton),
-        ]
+def _plain_reverse(case: Case) -> bool:
+    return _reverse(case) and case.data == "diffuse"  # compiling takes longer than all else
 
 
-def _floor_confidence(case: Confidence, tensors: Any) -> None:
-    _bare(tensors[0].detach(), tensors[2])
+# fused_confidence: the probability of the chosen token (a sample's depends on the noise: of the largest logit instead)
 
 
-@torch.no_grad()
-def _eager_confidence(case: Confidence, tensors: Any) -> Results:
-    probability = (tensors[0] @ tensors[2].T).float().softmax(-1)
+def _exact_confidence(case: Case, hidden: Tensor, _: Tensor, weight: Tensor) -> Tensor:
+    exact = reference.confidence(hidden, weight)
+    return (exact.max_logit - exact.logsumexp).exp()
+
+
+def _our_confidence(case: Case, hidden: Tensor, _: Tensor, weight: Tensor, *, backend: str) -> Tensor:
+    output = fused_confidence(hidden, weight, backend=backend, **ASKED[case.setting])
+    return (output.max_logit - output.logsumexp).exp()
+
+
+def _floor_confidence(case: Case, hidden: Tensor, _: Tensor, weight: Tensor) -> None:
+    _bare(hidden, weight)
+
+
+def _eager_confidence(case: Case, hidden: Tensor, _: Tensor, weight: Tensor) -> Tensor:
+    probability = (hidden @ weight.T).float().softmax(-1)
     if case.setting == "sampled":
         torch.multinomial(probability, 1)
     elif "top_k" in case.setting:
         probability.topk(ASKED[case.setting]["top_k"])
-    return (probability.max(-1).values,)
+    return probability.max(-1).values
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The two products of a chunk, alone
-# ------------------------------------------------------------------------------------------------------------
+# The two products of a chunk, alone, as `fused_step_kl` calls them; the provider is the results' dtype
 
 
-class Products(Rows):
-    """One of the library's products as `fused_step_kl` calls it, with the results' dtype as the provider."""
-
-    op = "products"
-    phase = "forward"
-
-    def exact(self, tensors: Any) -> Results:
-        return tuple(x.double() for x in _product(self, tensors, None))
-
-    def providers(self) -> list[Provider]:
-        kinds = [torch.float32] if self.dtype == torch.float32 else [torch.float32, self.dtype]
-        return [Provider(f"{dtype_name(kind)} out", functools.partial(_product, kind=kind)) for kind in kinds]
+def _product(case: Case, hidden: Tensor, _: Tensor, weight: Tensor, *, multiply: Callable[..., Tensor]) -> Tensor:
+    if case.setting == "logits":
+        return multiply(hidden, weight.T)
+    # The hidden gradient's; any matrix of its other operand's shape will do: the weight's own rows, in its dtype.
+    return multiply(weight.T.reshape(-1)[: case.rows * case.vocab].view(case.rows, case.vocab), weight)
 
 
-def _product(case: Products, tensors: Any, kind: torch.dtype | None) -> tuple[Tensor, ...]:
-    student, _teacher, weight = (x.detach() for x in tensors)
-    a, b = student, weight.T
-    if case.setting == "hidden gradient":
-        # Any matrix of the gradient's shape will do: the weight's own rows, in its dtype.
-        a, b = weight.T.reshape(-1)[: case.rows * case.vocab].view(case.rows, case.vocab), weight
-    if kind is None:
-        return (a.double() @ b.double(),)
-    return (products.matmul(a, b) if kind == torch.float32 else torch.mm(a, b),)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # prefix_attention
-# ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Attention of G x S sequences of T tokens over P keys that a group shares, and their own.
-
-    The shapes are those of a block's other states with reuse of all but the block (T = 32), and of the prompt.
-    """
-
-    groups: int
-    sequences: int
-    heads: int
-    length: int
-    prefix: int
-    width: int
-    dtype: torch.dtype
-    phase: str
-
-    def __str__(self) -> str:
-        return f"attention {self.phase}, T={self.length}, P={self.prefix}"
-
-    def about(self) -> dict[str, Any]:
-        """The columns that name it."""
-        return {"part": "attention", **_columns(self)}
-
-    def small(self) -> Attention:
-        """The same with one group of few heads."""
-        return replace(self, groups=1, heads=min(self.heads, 2))
-
-    def needs(self) -> dict[str, float]:
-        """Two products forward, four backward (scores computed again do not count); every tensor once."""
-        queries = self.groups * self.sequences * self.heads * self.length
-        product = 2 * queries * (self.prefix + self.length) * self.width
-        own, shared = queries * self.width, self.groups * self.heads * self.prefix * self.width
-        # q, k, v, out and the prefix' two; backward reads them and out's gradient, and writes the gradients.
-        numbers = 4 * own + 2 * shared
-        if self.phase == "both":
-            numbers += 4 * own + 2 * shared + own + 3 * own + 2 * shared
-        return {"flops": product * (2 if self.phase == "forward" else 6), "bytes": numbers * self.dtype.itemsize}
-
-    def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Random q, k, v and the prefix' keys and values, with gradients."""
-        generator = torch.Generator(device).manual_seed(0)
-        own = (self.groups, self.sequences, self.heads, self.length, self.width)
-        shared = (self.groups, self.heads, self.prefix, self.width)
-        return tuple(
-            torch.randn(shape, generator=generator, device=device).to(self.dtype).requires_grad_()
-            for shape in (own, own, own, shared, shared)
-        )
-
-    def exact(self, tensors: Any) -> Results:
-        return _attend(concatenated)(self, tuple(x.detach().double().requires_grad_() for x in tensors))
-
-    def providers(self) -> list[Provider]:
-        def ours(backend: str) -> Callable[..., Tensor]:
-            return functools.partial(prefix_attention, backend=backend)
-
-        return [
-            Provider("concatenated", _attend(concatenated)),
-            Provider("ours torch", _attend(ours("torch"))),
-            Provider("ours triton", _attend(ours("triton")), no_triton),
-            Provider("flex", _attend(flex), _only_on_gpu),
-        ]
+def _attended(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    """Random q, k, v and the prefix' keys and values, with gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    own = (case.groups, case.sequences, case.heads, case.length, case.width)
+    shared = (case.groups, case.heads, case.prefix, case.width)
+    drawn = [torch.randn(shape, generator=generator, device=device) for shape in (own, own, own, shared, shared)]
+    return tuple(x.to(case.dtype).requires_grad_() for x in drawn)
 
 
-def _attend(attention: Callable[..., Tensor]) -> Callable[[Attention, Any], Results]:
-    def run(case: Attention, tensors: Any) -> Results:
-        with torch.set_grad_enabled(case.phase == "both"):
-            out = attention(*tensors)
-        if case.phase == "forward":
-            return (out,)
-        return out.detach(), *torch.autograd.grad(out, tensors, torch.ones_like(out))
+def _attention_needs(case: Case) -> dict[str, float]:
+    """Two products forward, four backward (scores computed again do not count); every tensor once."""
+    queries = case.groups * case.sequences * case.heads * case.length
+    product = 2 * queries * (case.prefix + case.length) * case.width
+    own, shared = queries * case.width, case.groups * case.heads * case.prefix * case.width
+    # q, k, v, out and the prefix' two; backward reads them and out's gradient, and writes the gradients.
+    numbers = 4 * own + 2 * shared if case.phase == "forward" else 12 * own + 6 * shared
+    return {"flops": product * (2 if case.phase == "forward" else 6), "bytes": numbers * case.dtype.itemsize}
 
-    return run
+
+def _our_attention(case: Case, *tensors: Tensor, backend: str) -> Tensor:
+    return prefix_attention(*tensors, backend=backend)
 
 
-def concatenated(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
+def _concatenated(case: Case, q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
     """PyTorch's attention over every sequence's own copy of the prefix."""
     keys, values = (
         torch.cat([prefix[:, None].expand(-1, q.shape[1], -1, -1, -1), own], 3).flatten(0, 1)
@@ -497,55 +355,119 @@ def concatenated(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Te
     return F.scaled_dot_product_attention(q.flatten(0, 1), keys, values).view_as(q)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
+def _flex(case: Case, q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
     """flex_attention over the prefix and all of a group's sequences, with a mask that keeps these apart."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    groups, sequences, heads, length, _ = q.shape
     queries, own_keys, own_values = (x.transpose(1, 2).flatten(2, 3) for x in (q, k, v))
     keys, values = torch.cat([k_prefix, own_keys], 2), torch.cat([v_prefix, own_values], 2)
-    mask = _flex_mask(sequences, length, k_prefix.shape[2], q.device)
-    attend: Any = flex_attention if q.device.type == "cpu" else _compiled(flex_attention)
-    out: Tensor = attend(queries, keys, values, block_mask=mask)
-    return out.view(groups, heads, sequences, length, -1).transpose(1, 2)
+    attend = flex_attention if q.device.type == "cpu" else _compiled(flex_attention)
+    out = attend(queries, keys, values, block_mask=_flex_mask(case.sequences, case.length, case.prefix, str(q.device)))
+    return out.unflatten(2, (case.sequences, case.length)).transpose(1, 2)
 
 
 @functools.cache
-def _flex_mask(sequences: int, length: int, prefix: int, device: torch.device) -> Any:
+def _flex_mask(sequences: int, length: int, prefix: int, device: str) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key < prefix) | ((key - prefix) // length == query // length)
 
-    return create_block_mask(allowed, None, None, sequences * length, prefix + sequences * length, device=str(device))
+    return create_block_mask(allowed, None, None, sequences * length, prefix + sequences * length, device=device)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The cases
-# ------------------------------------------------------------------------------------------------------------
+# The tables
 
-Case = StepKL | Confidence | Products | Attention
+
+def _ours(forward: Callable[..., Tensor]) -> dict[str, Provider]:
+    return {
+        "ours torch": Provider(functools.partial(forward, backend="torch")),
+        "ours triton": Provider(functools.partial(forward, backend="triton"), no_triton),
+    }
+
+
+OPS = {
+    "step_kl": Op(
+        _rows,
+        _rows_need,
+        _exact_kl,
+        {
+            "floor": Provider(_floor_kl),
+            "eager": Provider(_eager_kl),
+            **_ours(_our_kl),
+            "liger": Provider(_liger_jsd, installed("liger-kernel", "liger_kernel", gpu=True), _reverse),
+            "trl": Provider(_trl, installed("trl", "trl"), _reverse),
+            "liger chunked": Provider(_liger_chunked, installed("liger-kernel", "liger_kernel"), _plain_reverse),
+            "compile": Provider(_compiled_kl, no_compiler, _plain_reverse),
+            "liger kl": Provider(
+                _liger_kl,
+                installed("liger-kernel", "liger_kernel", gpu=True, part="ops.fused_linear_kl_div"),
+                lambda case: case.setting == "forward_kl",
+            ),
+        },
+    ),
+    "confidence": Op(
+        _rows,
+        _rows_need,
+        _exact_confidence,
+        {"floor": Provider(_floor_confidence), "eager": Provider(_eager_confidence), **_ours(_our_confidence)},
+    ),
+    "products": Op(
+        _rows,
+        _rows_need,
+        functools.partial(_product, multiply=torch.mm),
+        {
+            "float32 out": Provider(functools.partial(_product, multiply=products.matmul)),
+            "bfloat16 out": Provider(
+                functools.partial(_product, multiply=torch.mm), takes=lambda case: case.dtype == torch.bfloat16
+            ),
+        },
+    ),
+    "attention": Op(
+        _attended,
+        _attention_needs,
+        _concatenated,
+        {
+            "concatenated": Provider(_concatenated),
+            **_ours(_our_attention),
+            "flex": Provider(_flex, _only_on_gpu),
+        },
+    ),
+}
 
 
 def cases(device: torch.device, rehearsal: bool = False) -> list[Case]:
     """The cases of a kind of machine, what tells most first; small ones of every kind for a rehearsal."""
-    many, few, head, decoded = 512, 64, (256, 16384, torch.float32), (256, 32768, torch.float32)
-    groups, heads, attended = 1, 8, torch.float32
-    lengths: tuple[tuple[int, int], ...] = ((32, 424), (256, 200))
+    many, few = 512, 64
+    head = {"width": 256, "vocab": 16384, "dtype": torch.float32}
+    decoder = {**head, "vocab": 32768}
+    attention = {"groups": 1, "sequences": 15, "heads": 8, "width": 128, "dtype": torch.float32}
+    # Those of a block's other states with reuse of all but the block, and of the prompt.
+    lengths = [{"length": 32, "prefix": 424}, {"length": 256, "prefix": 200}]
     if rehearsal:
-        many, few, head, decoded = 12, 8, (32, 500, torch.float32), (32, 500, torch.float32)
-        groups, heads, lengths = 2, 2, ((4, 12),)
+        many, few = 12, 8
+        head = decoder = {**head, "width": 32, "vocab": 500}
+        attention |= {"groups": 2, "heads": 2}
+        lengths = [{"length": 4, "prefix": 12}]
     elif device.type == "cuda":
-        many, few, head = 2048, 256, (4096, 126464, torch.bfloat16)
-        decoded, groups, heads, attended = head, 8, 32, torch.bfloat16
-    found: list[Case] = [StepKL("reverse_kl", rows, *head) for rows in (many, few)]
-    found += [Products(setting, few, *head) for setting in ("logits", "hidden gradient")]
-    found += [StepKL("top_k=20", many, *head), StepKL("clipped", many, *head)]
-    found += [Confidence(setting, rows, *decoded) for setting in ("argmax", "top_k=20") for rows in (32, many)]
-    found += [Confidence("sampled", rows, *decoded, "peaked") for rows in (32, many)]
-    found += [
-        Attention(groups, 15, heads, length, prefix, 128, attended, phase)
-        for length, prefix in lengths
-        for phase in ("forward", "both")
+        many, few = 2048, 256
+        head = decoder = {"width": 4096, "vocab": 126464, "dtype": torch.bfloat16}
+        attention |= {"groups": 8, "heads": 32, "dtype": torch.bfloat16}
+
+    def loss(setting: str, rows: int, **more: str) -> Case:
+        return Case("step_kl", "both", setting, rows, **head, **more)
+
+    return [
+        *(loss("reverse_kl", rows) for rows in (many, few)),
+        *(Case("products", "forward", setting, few, **head) for setting in ("logits", "hidden gradient")),
+        *(loss(setting, many) for setting in ("top_k=20", "clipped")),
+        *(
+            Case("confidence", "forward", what, rows, **decoder)
+            for what in ("argmax", "top_k=20")
+            for rows in (32, many)
+        ),
+        *(Case("confidence", "forward", "sampled", rows, **decoder, data="peaked") for rows in (32, many)),
+        *(Case("attention", phase, **attention, **sizes) for sizes in lengths for phase in ("forward", "both")),
+        loss("forward_kl", many),
+        loss("reverse_kl", many, data="peaked"),
     ]
-    return [*found, StepKL("forward_kl", many, *head), StepKL("reverse_kl", many, *head, "peaked")]

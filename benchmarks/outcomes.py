@@ -53,16 +53,16 @@ class Outcomes:
         if self.worker or report.nodeid in self.done or (report.when != "call" and report.outcome == "passed"):
             return
         self.done.add(report.nodeid)  # a test can fail and then its cleanup, too: the first says what was wrong
-        row = {"part": "tests", "name": report.nodeid, "status": "ok", "seconds": report.duration}
+        status = "ok"
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             said = crash.message if crash is not None else report.longreprtext
-            row["status"] = f"failed: {(said or 'without a word').splitlines()[0]}"
+            status = f"failed: {(said or 'without a word').splitlines()[0]}"
         elif report.skipped:
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
             reason = reason.removeprefix("Skipped: ")
-            row["status"] = OUT_OF_TIME if reason == OUT_OF_TIME else f"skipped: {reason}"
-        self.recorder.add([row])
+            status = reason if reason == OUT_OF_TIME else f"skipped: {reason}"
+        self.recorder.add([{"part": "tests", "name": report.nodeid, "status": status, "seconds": report.duration}])
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self) -> None:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import platform
 import re
-import shutil
-import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import DEVICE, Trial
-from dopsd.files import write_text
+from dopsd.files import write_json
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 PEERS = ("liger-kernel", "trl", "flash-attn", "bitsandbytes")
@@ -107,25 +104,13 @@ def cases(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def name_of(row: Row) -> str:
-    """A case, in a few words."""
+    """What a row is about, in a few words; of an op, its case."""
     if row["part"] == "attention":
         return f"attention {row['phase']}, T = {row['length']}, P = {row['prefix']}"
+    if row["part"] != "kernels":
+        return f"{row['part']} {row.get('phase', '')}".strip()
     peaked = ", peaked" if row["data"] == "peaked" else ""
     return f"{row['op']} {row['setting'].replace('_', ' ')}{peaked}, N = {row['rows']}"
-
-
-def fault(row: Row) -> str | None:
-    """What is wrong with a row, or None."""
-    if row.get("part") not in ABOUT:
-        return f"has part={row.get('part')!r}, which is none of {', '.join(ABOUT)}"
-    for name in ("status", *ABOUT[row["part"]]):
-        if name not in row:
-            return f"has no {name}"
-    if not _STATUS.fullmatch(row["status"]):
-        return f"has status={row['status']!r}"
-    if "ms" in row and not 0 <= row["ms_q20"] <= row["ms"] <= row["ms_q80"]:
-        return "has a median outside its quantiles"
-    return None
 
 
 def load(path: Path) -> Content:
@@ -140,12 +125,23 @@ def load(path: Path) -> Content:
     if content["rehearsal"]:
         raise ValueError(f"{path.name} is a rehearsal: its sizes are small and its figures mean nothing")
     rows = [row for row in content["rows"] if row["part"] != "ceilings"]  # of older files, in no row's rounds
-    faults = [f"row {number} {wrong}" for number, row in enumerate(rows) if (wrong := fault(row))]
-    if not faults and len({identity(row) for row in rows}) < len(rows):
-        faults = ["two rows are about the same"]
-    if faults:
-        raise ValueError(f"{path.name}: {faults[0]}")
+    for number, row in enumerate(rows):
+        if wrong := _fault(row):
+            raise ValueError(f"{path.name}: row {number} {wrong}")
+    if len({identity(row) for row in rows}) < len(rows):
+        raise ValueError(f"{path.name}: two rows are about the same")
     return {**content, "rows": rows}
+
+
+def _fault(row: Row) -> str | None:
+    if row.get("part") not in ABOUT:
+        return f"has part={row.get('part')!r}, which is none of {', '.join(ABOUT)}"
+    for name in ("status", *ABOUT[row["part"]]):
+        if name not in row:
+            return f"has no {name}"
+    if not _STATUS.fullmatch(row["status"]):
+        return f"has status={row['status']!r}"
+    return None
 
 
 def new_path(folder: Path) -> Path:
@@ -167,62 +163,47 @@ class Recorder:
 
     def __init__(self, path: Path | None, rehearsal: bool = False) -> None:
         self.path = path
-        if path is not None and path.is_file():
-            self.content: Content = json.loads(path.read_text())
-        else:
-            self.content = {"rehearsal": rehearsal, "machine": machine(), "rows": []}
+        known = path is not None and path.is_file()
+        self.content: Content = (
+            json.loads(path.read_text()) if known else {"rehearsal": rehearsal, "machine": machine(), "rows": []}
+        )
+        self.by_identity: dict[tuple[Any, ...], Row] = {identity(row): row for row in self.content["rows"]}
+        if not known:
             self._write()
-        self.place = {identity(row): number for number, row in enumerate(self.content["rows"])}
 
     @property
     def rows(self) -> list[Row]:
         """All rows so far."""
-        rows: list[Row] = self.content["rows"]
-        return rows
+        return list(self.by_identity.values())
 
-    def row(self, about: Row) -> Row | None:
-        """What the file has about the same, or None."""
-        number = self.place.get(identity(about))
-        return None if number is None else self.rows[number]
+    def new(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of rows about what the file does not have yet."""
+        return [row for row in rows if identity(row) not in self.by_identity]
 
-    def announce(self, rows: Sequence[Row]) -> list[Row]:
-        """Write that these are being measured; return those that the file did not have yet."""
-        new = [row for row in rows if self.row(row) is None]
+    def announce(self, rows: Sequence[Row]) -> None:
+        """Write that these are being measured."""
         ended = {"status": "failed: the process ended in it"}
-        self.add([{**row, **(ended if row["status"] == "ok" else {})} for row in new])
-        return new
+        self.add([{**row, **(ended if row["status"] == "ok" else {})} for row in rows])
 
     def withdraw(self, rows: Sequence[Row]) -> None:
         """Forget what was announced: it can be tried again."""
-        gone = {identity(row) for row in rows}
-        self.content["rows"] = [row for row in self.rows if identity(row) not in gone]
-        self.place = {identity(row): number for number, row in enumerate(self.rows)}
+        for row in rows:
+            del self.by_identity[identity(row)]
         self._write()
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Write rows, in place of what was announced.
-
-        Raises:
-            ValueError: a row has a column that `COLUMNS` lacks, or is not one that `load` accepts.
-        """
+        """Write rows, in place of what was announced; ValueError for a column that `COLUMNS` lacks, or no valid row."""
         for row in rows:
-            wrong = next((f"has a column {name}, which is unknown" for name in row if name not in COLUMNS), fault(row))
+            wrong = next((f"has a column {name}, which is unknown" for name in row if name not in COLUMNS), _fault(row))
             if wrong is not None:
                 raise ValueError(f"a row {wrong}: {row}")
-            row = {name: _rounded(value) for name, value in row.items()}
-            number = self.place.setdefault(identity(row), len(self.rows))
-            self.rows[number : number + 1] = [row]
+            self.by_identity[identity(row)] = {name: _rounded(value) for name, value in row.items()}
         self._write()
 
     def _write(self) -> None:
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A row per line, for people and for diffs.
-        lines = ",\n  ".join(json.dumps(row) for row in self.rows)
-        head = ",\n ".join(f'"{name}": {json.dumps(self.content[name])}' for name in ("rehearsal", "machine"))
-        rows = f"[\n  {lines}\n ]" if lines else "[]"
-        write_text(self.path, f'{{\n {head},\n "rows": {rows}\n}}\n')
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {**self.content, "rows": self.rows})
 
 
 def _rounded(value: Any) -> Any:
@@ -232,57 +213,38 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def figures(trial: Trial) -> Row:
-    """Return a trial's measured columns: median times, the 20 % and 80 % quantiles, and peak extra memory."""
-    times = [1000 * one.device for one in trial.times]
-    low, *_, high = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 2
-    row: Row = {"rounds": len(times), "ms_q20": low, "ms": statistics.median(times), "ms_q80": high}
-    host = [1000 * one.host for one in trial.times if one.host is not None]
-    return {**row, **({"host_ms": statistics.median(host)} if host else {}), "peak_bytes": trial.peak_bytes}
-
-
-def of_ceiling(row: Row) -> Row:
-    """Return the share of its ceiling that a row's time makes."""
-    shares = [row[need] / row["ceiling"].get(need, math.inf) for need in ("flops", "bytes") if need in row]
-    return {"of_ceiling": 1000 * max(shares) / row["ms"]}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The machine
-# ------------------------------------------------------------------------------------------------------------
-
-
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on beside the code: hardware and versions, with the date and the revision."""
+    """What the figures depend on beside the code: hardware and versions, with the date and the revision."""
     from dopsd.report import versions  # with all of transformers
 
     cuda = DEVICE.type == "cuda"
     return {
         "kind": "gpu" if cuda else "cpu",
         "device": torch.cuda.get_device_name(DEVICE) if cuda else _cpu_name(),
-        "driver": query_gpu("driver_version").get("driver_version") if cuda else None,
-        "clocks": query_gpu(*CLOCKS) if cuda else {},
+        "driver": query_gpu("driver_version").get("driver_version"),
+        "clocks": query_gpu(*CLOCKS),
         "cuda": torch.version.cuda or torch.version.hip,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions(*PEERS),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "revision": _output("git", "describe", "--always", "--dirty"),
+        "revision": _first_line("git", "describe", "--always", "--dirty"),
     }
 
 
 def query_gpu(*fields: str) -> dict[str, str]:
-    """Return what nvidia-smi says of the first GPU; nothing where there is no nvidia-smi."""
-    line = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
-    values = [] if line is None else [value.strip() for value in line.split(",")]
-    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+    """What nvidia-smi says of the first GPU; nothing where there is no nvidia-smi."""
+    line = _first_line("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader") or ""
+    values = [value.strip() for value in line.split(",")]
+    return dict(zip(fields, values, strict=True)) if line and len(values) == len(fields) else {}
 
 
-def _output(*command: str) -> str | None:
-    if shutil.which(command[0]) is None:
+def _first_line(*command: str) -> str | None:
+    try:
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
         return None
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip().partition("\n")[0] or None
+    return printed.strip().partition("\n")[0] or None
 
 
 def _cpu_name() -> str:

@@ -4,8 +4,7 @@
 
 runs the tiny recipe with each ``--reuse`` once per seed, and decodes held-out problems with the shipped model and each
 ``--cache``. It adds a row per run to ``benchmarks/results/reuse.json`` and goes on where it was stopped. The kinds of a
-seed follow each other, so that a machine that becomes slower does so for all of them. ``python -m benchmarks.report``
-then makes the tables and the plot of ``docs/performance.md`` again.
+seed follow each other, so that a machine that becomes slower does so for all of them.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from benchmarks import tiny_recipe
-from benchmarks.results import FOLDER
+from benchmarks.results import FOLDER, Row
 from dopsd.cache import Cache
+from dopsd.files import write_json
 from dopsd.step_batch import Reuse
 
 FILE = FOLDER / "reuse.json"
@@ -28,18 +28,12 @@ FILE = FOLDER / "reuse.json"
 OPTIONS = ["--eval_tokens_per_step", "2", "--eval_strategy", "no", "--save_strategy", "no"]
 
 
-RATES = (2, 1)  # tokens per step
-PROBLEMS = 512
-
-
-def decode(cache: str) -> list[dict[str, Any]]:
-    """Accuracy and seconds of greedy decoding with a cache, at each rate."""
+def decode(cache: str) -> list[Row]:
+    """Accuracy and seconds of greedy decoding of 512 problems with a cache, at two tokens per step and at one."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out.json"
-        options = {"cache": cache, "eval_problems": PROBLEMS, "output": output}
-        command = [sys.executable, "-m", "dopsd.evaluate", "--tokens_per_step", *map(str, RATES)]
-        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        subprocess.run(command, check=True)
+        options = ["--tokens_per_step", "2", "1", "--eval_problems", "512", "--cache", cache, "--output", str(output)]
+        subprocess.run([sys.executable, "-m", "dopsd.evaluate", *options], check=True)
         results = json.loads(output.read_text())["results"]
     kept = ("tokens_per_step", "problems", "accuracy", "standard_error", "seconds")
     return [{"cache": cache, **{name: one[name] for name in kept}} for one in results]
@@ -49,23 +43,19 @@ def main() -> None:
     """Run what the file does not have yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--out", type=Path, default=FILE, help="JSON file; rows are added to it")
     args = parser.parse_args()
-    rows = json.loads(args.out.read_text()) if args.out.is_file() else []
-
-    def add(more: list[dict[str, Any]]) -> None:
-        rows.extend(more)
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
-
-    done = {(row["seed"], row["reuse"]) for row in rows if "reuse" in row}
+    rows: list[Row] = json.loads(FILE.read_text()) if FILE.is_file() else []
+    done = {(row.get("seed"), row.get("reuse"), row.get("cache")) for row in rows}
     for seed in args.seeds:
         for reuse in get_args(Reuse):
-            if (seed, reuse) not in done:
+            if (seed, reuse, None) not in done:
                 options = ["--reuse", reuse, *OPTIONS]
-                add([{"seed": seed, "reuse": reuse, "options": options, **tiny_recipe.run(seed, options)}])
+                rows.append({"seed": seed, "reuse": reuse, "options": options, **tiny_recipe.run(seed, options)})
+                write_json(FILE, rows)
     for cache in get_args(Cache):
-        if not any(row.get("cache") == cache for row in rows):
-            add(decode(cache))
+        if (None, None, cache) not in done:
+            rows += decode(cache)
+            write_json(FILE, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One update of a model of LLaDA-8B's shape with random weights, and the rollout before it: time, arithmetic, memory.
 
-The trajectory is made up: 128 states, two random tokens a step. What is random changes neither shapes nor arithmetic.
+The trajectory is made up: 128 states, two random tokens a step; what they are changes neither shapes nor arithmetic.
 Phases are those of `dopsd.trainer`: the teacher's pass with its choice of K, the student's pass with the loss and the
 backward, and the optimiser. ``plain`` is what straightforward code does with the same states: logits and softmax of
 every position, on both sides. Ours comes with every kind of reuse and cache, and with the linear layers in NF4.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Literal, get_args
@@ -20,21 +20,18 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 
-from benchmarks import kernels
-from benchmarks.measure import DEVICE, Times, Trial
-from benchmarks.ops import dtype_name
-from benchmarks.results import Recorder, Row, figures, of_ceiling
+from benchmarks.measure import Trial, ceilings, interleave, of_ceiling, rates
+from benchmarks.results import DEVICE, Recorder, Row
 from dopsd.cache import Cache
 from dopsd.confidence import most_confident
 from dopsd.config import ModelArguments, TeachingArguments
+from dopsd.memory.probe import synthetic_trajectory
 from dopsd.models import quantization
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 from dopsd.objective import Objective
 from dopsd.sampler import Decoding, decode
-from dopsd.step_batch import Example, Inputs, Reuse, StepBatch, step_batches
+from dopsd.step_batch import Inputs, Reuse, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
-from dopsd.trainer import with_adapter
-from dopsd.trajectory import Trajectory
 
 ROUNDS = 3
 
@@ -45,7 +42,7 @@ Quantize = Literal["none", "nf4"]
 class Setting:
     """Sizes of the model and of the update."""
 
-    config: LLaDAConfig
+    config: Any
     dtype: torch.dtype
     lora_r: int
     prompt: int
@@ -59,25 +56,10 @@ class Setting:
 
 
 LLADA_8B = Setting(LLaDAConfig(), torch.bfloat16, 128, prompt=200, response=256, block=32, sizes=(16, 64))
-REHEARSED = Setting(
-    LLaDAConfig(
-        vocab_size=64,
-        d_model=64,  # NF4 has blocks of 64 weights
-        n_layers=2,
-        n_heads=2,
-        mlp_hidden_size=128,
-        max_sequence_length=64,
-        mask_token_id=63,
-        eos_token_id=62,
-        pad_token_id=62,
-    ),
-    torch.float32,
-    4,
-    prompt=5,
-    response=16,
-    block=8,
-    sizes=(4, 8),
-)
+_TOKENS: dict[str, int] = {"vocab_size": 64, "mask_token_id": 63, "eos_token_id": 62, "pad_token_id": 62}
+# NF4 has blocks of 64 weights.
+_SMALL: dict[str, int] = {"d_model": 64, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 128, "max_sequence_length": 64}
+REHEARSED = Setting(LLaDAConfig(**_TOKENS, **_SMALL), torch.float32, 4, prompt=5, response=16, block=8, sizes=(4, 8))
 
 
 class Stopwatch:
@@ -137,68 +119,53 @@ Forward = Callable[[Any, TeacherWeights, StepBatch, int], Tensor]
 
 
 class Student:
-    """The model with its adapter, optimiser and fixed teacher, and the update's only example."""
+    """The model with its adapter, optimiser and fixed teacher."""
 
     def __init__(self, setting: Setting, device: torch.device, quantize: Quantize = "none") -> None:
-        self.setting, self.device, config = setting, device, setting.config
+        self.setting, self.device = setting, device
+        self.mask_id, self.eos_id = setting.config.mask_token_id, setting.config.eos_token_id
         torch.manual_seed(0)
         default = torch.get_default_dtype()
         torch.set_default_dtype(setting.dtype)
         try:
             with device:
-                self.network = LLaDAModelLM(config)
+                self.network = LLaDAModelLM(setting.config)
         finally:
             torch.set_default_dtype(default)
         self.parameters = sum(p.numel() for p in self.network.parameters())
         if quantize == "nf4":
             to_nf4(self.network)
-        self.model = with_adapter(self.network, ModelArguments(lora_r=setting.lora_r))
+        self.model = ModelArguments(lora_r=setting.lora_r).student(self.network)
         self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         fused = device.type == "cuda"  # as transformers' default optimiser is
         self.optimizer = torch.optim.AdamW(self.trained, lr=5e-6, betas=(0.9, 0.99), weight_decay=0.1, fused=fused)
         self.teacher = TimedTeacher(self.model, "fixed", 0.0, from_adapter=False)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(setting.config.vocab_size - 2, (setting.prompt + setting.response,), generator=generator)
-        prompt, response = tokens.split([setting.prompt, setting.response])
-        # Two positions of a block at a time, in a random order.
-        rank = torch.rand(setting.response // setting.block, setting.block, generator=generator).argsort(-1).flatten()
-        block = torch.arange(setting.response) // setting.block
-        self.trajectory = Trajectory(prompt, response, (block * setting.block + rank) // 2, setting.block)
+        self.prompt = torch.arange(setting.prompt)
 
-    def autocast(self) -> Any:
+    def autocast(self) -> torch.autocast:
         """As the trainer does for 16-bit weights."""
-        if self.setting.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.setting.dtype)
-
-    def example(self, objective: Objective) -> Example:
-        """What the teacher sees at each step, drawn as in training."""
-        return objective.example(self.trajectory, self.trajectory.prompt_ids, eos_id=self.special_ids()[1], seed=0)
-
-    def special_ids(self) -> tuple[int, int]:
-        """The mask and the end-of-text token."""
-        config: Any = self.setting.config
-        return config.mask_token_id, config.eos_token_id
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.setting.dtype == torch.bfloat16)
 
     def batches(self, objective: Objective, size: int) -> Iterator[StepBatch]:
-        """The update's states in micro-batches."""
-        mask_id, eos_id = self.special_ids()
-        examples = [self.example(objective)]
-        return step_batches(examples, size, reuse=objective.reuse, mask_id=mask_id, pad_id=eos_id, device=self.device)
+        """The update's states in micro-batches; what the teacher sees at each step is drawn as in training."""
+        vocab = self.setting.config.vocab_size - 2
+        trajectory = synthetic_trajectory(self.prompt, self.setting.decoding, vocab, self.eos_id)
+        example = objective.example(trajectory, self.prompt, eos_id=self.eos_id, seed=0)
+        ids = {"mask_id": self.mask_id, "pad_id": self.eos_id}
+        return step_batches([example], size, reuse=objective.reuse, device=self.device, **ids)
 
     def rollout(self, provider: str, cache: Cache) -> Stopwatch:
         """One whole response, decoded greedily."""
-        mask_id, eos_id = self.special_ids()
-        prompt = self.trajectory.prompt_ids.to(self.device)
-        decoding, seeds = replace(self.setting.decoding, cache=cache), torch.zeros(1, dtype=torch.int64)
+        prompt, seeds = self.prompt.to(self.device), torch.zeros(1, dtype=torch.int64)
+        decoding = replace(self.setting.decoding, cache=cache)
         stopwatch = Stopwatch(self.device)
         self.model.eval()
         with stopwatch.phase("rollout"), self.autocast():
             if provider == "plain":
-                plain_decode(self.network, prompt, decoding, mask_id)
+                plain_decode(self.network, prompt, decoding, self.mask_id)
             else:
-                decode(self.network, [prompt], decoding, mask_id=mask_id, eos_id=eos_id, seeds=seeds)
+                decode(self.network, [prompt], decoding, mask_id=self.mask_id, eos_id=self.eos_id, seeds=seeds)
         return stopwatch
 
     def update(self, batches: Iterator[StepBatch], forward: Forward) -> Stopwatch:
@@ -208,7 +175,7 @@ class Student:
         with stopwatch.phase("student"):
             for batch in batches:
                 with self.autocast():
-                    loss = forward(self.network, self.teacher, batch, self.special_ids()[0])
+                    loss = forward(self.network, self.teacher, batch, self.mask_id)
                 loss.backward()
         with stopwatch.phase("optimiser"):
             torch.nn.utils.clip_grad_norm_(self.trained, 0.2)
@@ -283,15 +250,14 @@ def plain_decode(network: Any, prompt: Tensor, decoding: Decoding, mask_id: int)
 # ------------------------------------------------------------------------------------------------------------
 
 
-def fed(inputs: Any) -> tuple[int, int]:
-    """Return how many tokens a pass computes, and how many pairs of a query and a key its attention has."""
+def pairs_of(inputs: Any) -> int:
+    """How many pairs of a query and a key the attention of a pass has."""
     if isinstance(inputs, Inputs):
         states, length = inputs.input_ids.shape
-        return states * length, states * length**2
-    tokens, pairs = fed(inputs.anchors)
+        return states * length**2
     packed, own = inputs.packed, inputs.packed.input_ids.shape[1]
     keys = packed.prefix_mask.sum(-1)[packed.anchor] + own
-    return tokens + packed.input_ids.numel(), pairs + own * int(keys.sum())
+    return pairs_of(inputs.anchors) + own * int(keys.sum())
 
 
 def network_flops(config: Any, tokens: int, pairs: int, read: int, rank: int = 0) -> tuple[int, int, int]:
@@ -318,37 +284,30 @@ def update_needs(student: Student, batches: Sequence[StepBatch]) -> dict[str, Ro
     A pass over frozen weights costs as much backwards as forwards, attention and the adapter twice as much. The head is
     needed at the teacher's candidates, and at K for both sides and for the gradient.
     """
-    config: Any = student.setting.config
+    config, rank = student.setting.config, student.setting.lora_r
+    teacher, own = {"tokens": 0, "flops": 0}, {"tokens": 0, "flops": 0}
     head = 2 * config.d_model * config.vocab_size
-    teacher = own = tokens = teacher_tokens = 0
     for batch in batches:
-        count, pairs = fed(batch.teacher)
-        teacher += sum(network_flops(config, count, pairs, batch.columns.numel()))
-        teacher += head * len(batch.candidate_index)
-        teacher_tokens += count
-        count, pairs = fed(batch.student)
-        chosen = int(batch.rows_by_confidence.sum())
-        weights, adapter, attention = network_flops(config, count, pairs, chosen, student.setting.lora_r)
-        own += 2 * weights + 3 * (adapter + attention + head * chosen)
-        tokens += count
+        looked_at, chosen = batch.columns.numel(), int(batch.rows_by_confidence.sum())
+        teacher["tokens"] += batch.teacher.tokens
+        teacher["flops"] += sum(network_flops(config, batch.teacher.tokens, pairs_of(batch.teacher), looked_at))
+        teacher["flops"] += head * len(batch.candidate_index)
+        weights, *others = network_flops(config, batch.student.tokens, pairs_of(batch.student), chosen, rank)
+        own["tokens"] += batch.student.tokens
+        own["flops"] += 2 * weights + 3 * (sum(others) + head * chosen)
     # AdamW reads parameter, gradient and two moments, and writes all but the gradient.
     moved = 7 * sum(p.numel() * p.itemsize for p in student.trained)
-    return {
-        "teacher": {"tokens": teacher_tokens, "flops": teacher},
-        "student": {"tokens": tokens, "flops": own},
-        "optimiser": {"tokens": 0, "bytes": moved},
-        "update": {"tokens": tokens + teacher_tokens, "flops": teacher + own},
-    }
+    update = {name: teacher[name] + own[name] for name in own}
+    return {"teacher": teacher, "student": own, "optimiser": {"tokens": 0, "bytes": moved}, "update": update}
 
 
-def rollout_needs(student: Student, cache: Cache) -> Row:
+def rollout_needs(setting: Setting, cache: Cache) -> Row:
     """Return what decoding one response needs: a pass per step, and the head at the block's masked positions.
 
     With a cache, a block's later steps compute the block alone (``dual``) or all from its start on (``prefix``), and
     these tokens attend to all.
     """
-    setting, config = student.setting, student.setting.config
-    length = setting.prompt + setting.response
+    config, length = setting.config, setting.prompt + setting.response
     flops = tokens = 0
     for block, schedule in enumerate(setting.decoding.schedule()):
         behind = setting.response - block * setting.block
@@ -374,23 +333,14 @@ def objective(reuse: Reuse = "none") -> Objective:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do the update, or the rollout before it.
+    """One way to do the update, or the rollout before it."""
 
-    Args:
-        provider: ``ours`` or ``plain``.
-        size: states of a micro-batch; of a rollout, sequences.
-        phase: which of the two it is.
-        reuse: of an update of ours.
-        cache: of a rollout of ours.
-        quantize: how the student's linear layers are stored.
-    """
-
-    provider: str
-    size: int
+    provider: Literal["ours", "plain"]
+    size: int  # states of a micro-batch; of a rollout, sequences
     phase: Literal["update", "rollout"] = "update"
-    reuse: Reuse = "none"
-    cache: Cache = "off"
-    quantize: Quantize = "none"
+    reuse: Reuse = "none"  # of an update of ours
+    cache: Cache = "off"  # of a rollout of ours
+    quantize: Quantize = "none"  # the student's linear layers
 
     def run(self, student: Student, short: bool = False) -> Stopwatch:
         """Do it once. A short update has one micro-batch: it compiles, and makes what the optimiser keeps."""
@@ -405,7 +355,7 @@ class Way:
     def needs(self, student: Student) -> dict[str, Row]:
         """What each of its phases needs."""
         if self.phase == "rollout":
-            return {"rollout": rollout_needs(student, self.cache)}
+            return {"rollout": rollout_needs(student.setting, self.cache)}
         return update_needs(student, list(student.batches(objective(self.reuse), self.size)))
 
     def about(self, setting: Setting, status: str = "ok") -> Row:
@@ -420,7 +370,7 @@ class Way:
             "prefix": setting.prompt,
             "length": setting.response,
             "states": setting.decoding.total_steps,
-            "dtype": dtype_name(setting.dtype),
+            "dtype": str(setting.dtype).removeprefix("torch."),
             "status": status,
         }
 
@@ -445,28 +395,27 @@ def ways(setting: Setting) -> list[Way]:
 def measure(recorder: Recorder, until: float, rehearsal: bool) -> bool:
     """Write a row per way and phase; return whether all of ours ran, or had no time or memory to."""
     setting = REHEARSED if rehearsal else LLADA_8B
-    left = [way for way in ways(setting) if recorder.row(way.about(setting)) is None]
+    left = [way for way in ways(setting) if recorder.new([way.about(setting)])]
     for quantize, group in groupby(list(left), lambda way: way.quantize):
-        student, built = None, Trial(lambda: None)
+        students: list[Student] = []
+        built = Trial(lambda: students.append(Student(setting, DEVICE, quantize)))  # noqa: B023
         if quantize == "nf4" and not is_bitsandbytes_available():
             built.status = "skipped: bitsandbytes is not installed: pip install 'dopsd[quant]'"
         for way in group:
             recorder.announce([way.about(setting, built.status)])
             if built.status == "ok" and time.time() > until:
                 built.status = "out of time"
-            if student is None and built.status == "ok":
-                made: list[Student] = []
-                built.attempt(lambda: made.append(Student(setting, DEVICE, quantize)))  # noqa: B023
-                student = made[0] if made else None
+            if not students:
+                built.attempt(built.run)
             # Each has an equal share of the time that is left: further rounds of one must not cost another its first.
             enough = time.time() + (until - time.time()) / len(left)
             left.remove(way)
-            if student is None or built.status != "ok":
-                recorder.add([way.about(setting, built.status)])
+            if built.status == "ok":
+                recorder.add(measure_way(students[0], way, enough, rehearsal))
             else:
-                recorder.add(measure_way(student, way, enough, rehearsal))
+                recorder.add([way.about(setting, built.status)])
         # Before the next student is built, this one goes.
-        del student
+        students.clear()
         gc.collect()
         torch.cuda.empty_cache()
     ours = [row["status"] for row in recorder.rows if (row["part"], row["provider"]) == ("step", "ours")]
@@ -484,7 +433,10 @@ def measure_way(student: Student, way: Way, enough: float, rehearsal: bool) -> l
         before = torch.cuda.memory_allocated()
         while len(found) < ROUNDS and not (found and time.time() + found[-1].seconds[way.phase] > enough):
             found.append(way.run(student))
-            ceiling = kernels.ceiling(rehearsal)
+            limits = ceilings(rehearsal)
+            interleave([trial for _, trial in limits.values()], 0.0, 3, 3)
+            ceiling = rates(limits)
+            del limits  # its memory is not the next round's
 
     trial = Trial(rounds)
     trial.attempt(rounds)
@@ -495,8 +447,8 @@ def measure_way(student: Student, way: Way, enough: float, rehearsal: bool) -> l
     rows = []
     for phase, needs in way.needs(student).items():
         total = max((stopwatch.peaks[phase] for stopwatch in found if stopwatch.cuda), default=None)
-        times = [Times(stopwatch.seconds[phase], None) for stopwatch in found]
-        measured = figures(Trial(rounds, "ok", times, None if total is None else total - before))
-        row = {**about, "phase": phase, **sizes, **measured, **needs, "total_bytes": total, "ceiling": ceiling}
-        rows.append({**row, **of_ceiling(row)})
+        times = [(stopwatch.seconds[phase], None) for stopwatch in found]
+        measured = Trial(rounds, times=times, peak_bytes=None if total is None else total - before).figures()
+        row = {**about, "phase": phase, **sizes, **measured, **needs, "total_bytes": total}
+        rows.append({**row, **of_ceiling(row, ceiling)})
     return rows

@@ -1,79 +1,54 @@
 """The ops against the bare products, straightforward code, torch.compile and other libraries: time, memory and error.
 
 A case's providers are timed together, in rounds that each run all of them once; pytest-benchmark is then told of every
-provider what was measured. No time is asserted.
+provider what was measured, by a clock that a replayed run advances. No time is asserted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Executor
+import functools
 from typing import Any
 
 import pytest
 
-from benchmarks import kernels, measure
-from benchmarks.measure import DEVICE, Trial
-from benchmarks.ops import Case, Provider, cases
-from benchmarks.results import Recorder
+from benchmarks.measure import measure_case
+from benchmarks.ops import OPS, Case, cases, providers
+from benchmarks.results import DEVICE
 
-
-class Replay:
-    """A clock that a run advances by what was measured."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.left: Iterator[measure.Times] = iter(())
-
-    def read(self) -> float:
-        return self.now
-
-    def run(self) -> None:
-        self.now += next(self.left).device
-
-
-REPLAY = Replay()
+_NOW = [0.0]  # of the clock
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for every provider that is here, in the order in which they are measured."""
     chosen = [
-        pytest.param(case, place, id=f"{case}, {provider.name}".replace(", ", "-").replace(" ", "_"))
+        pytest.param(case, name, id=f"{case}, {name}".replace(" = ", "=").replace(", ", "-").replace(" ", "_"))
         for case in cases(DEVICE, metafunc.config.getoption("--rehearse"))
-        for place, provider in enumerate(case.providers())
-        if provider.missing(DEVICE) is None
+        for name in providers(case)
+        if OPS[case.op].providers[name].missing(DEVICE) is None
     ]
-    metafunc.parametrize(("case", "place"), chosen)
+    metafunc.parametrize(("case", "provider"), chosen)
 
 
-@pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest, recorder: Recorder) -> Iterator[Any]:
-    """Measures a case, once."""
-    rehearsal = request.config.getoption("--rehearse")
-    limits = kernels.ceilings(rehearsal)
-    known: dict[Case, tuple[list[Provider], list[Any], list[Trial]]] = {}
-
-    def find(process: Executor | None, case: Case) -> tuple[list[Provider], list[Any], list[Trial]]:
-        if case not in known:
-            rounds = (2, 2) if rehearsal else (3, 15)
-            rows, trials = kernels.measure_case(case, case.providers(), limits, process, 1.0, rounds)
-            recorder.add(rows)
-            known[case] = case.providers(), rows, trials
-        return known[case]
-
-    with measure.fresh_process() as process:
-        yield lambda case: find(None if rehearsal else process, case)
+@functools.lru_cache(1)  # it holds the case's tensors
+def measured(case: Case, rehearsal: bool) -> tuple[Any, ...]:
+    """The rows and the trials of a case, which is measured once."""
+    return measure_case(case, providers(case), rehearsal, (0.0, 2, 2) if rehearsal else (0.6, 3, 15))
 
 
-@pytest.mark.benchmark(timer=REPLAY.read)
-def test_op(benchmark: Any, measured: Any, case: Case, place: int) -> None:
-    providers, rows, trials = measured(case)
-    provider, row, trial = providers[place], rows[place], trials[place]
-    benchmark.group, benchmark.name = str(case), provider.name
+@pytest.mark.benchmark(timer=lambda: _NOW[0])
+def test_op(benchmark: Any, recorder: Any, request: pytest.FixtureRequest, case: Case, provider: str) -> None:
+    rows, trials = measured(case, request.config.getoption("--rehearse"))
+    recorder.add(recorder.new(rows))
+    row, trial = next((row, trial) for row, trial in zip(rows, trials, strict=True) if row["provider"] == provider)
+    benchmark.group, benchmark.name = str(case), provider
     if trial.status != "ok":
-        (pytest.fail if provider.name.startswith("ours") else pytest.skip)(trial.status)
-    REPLAY.left = iter(trial.times)
-    benchmark.pedantic(REPLAY.run, rounds=len(trial.times))
+        (pytest.fail if provider.startswith("ours") else pytest.skip)(trial.status)
+    left = iter(trial.times)
+
+    def replay() -> None:
+        _NOW[0] += next(left)[0]
+
+    benchmark.pedantic(replay, rounds=len(trial.times))
     benchmark.extra_info |= {name: row[name] for name in ("error", "peak_bytes", "host_ms") if name in row}
-    if provider.name.startswith("ours"):
+    if provider.startswith("ours"):
         assert row["error"] < 0.01

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels
-from benchmarks.measure import DEVICE, Clock, Trial
-from benchmarks.ops import Attention, Case, Confidence, StepKL
+from benchmarks.measure import Trial, error, timed
+from benchmarks.ops import OPS, Case, cases, run
+from benchmarks.results import DEVICE
+from dopsd.files import write_text
 from dopsd_kernels.common import configs
 
 Config = dict[str, int]
@@ -45,17 +46,20 @@ CANDIDATES = {
     "num_warps": (4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5),
 }
+SIZES = ("rows", "width", "vocab")
 _HEAD = (4096, 126464, torch.bfloat16)
+_ATTENTION = next(case for case in cases(torch.device("cuda")) if case.op == "attention" and case.phase == "both")
 # Kernel -> the case whose time its configuration decides.
-CASES: dict[str, Case] = {
-    "step_kl_rows": StepKL("reverse_kl", 2048, *_HEAD),
-    "confidence_argmax": Confidence("argmax", 256, *_HEAD),
-    "confidence": Confidence("sampled", 256, *_HEAD, "peaked"),
-    "confidence_wide": Confidence("top_k=20", 256, *_HEAD[:2], torch.float32),
-    "prefix_attention": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "forward"),
-    "prefix_attention_query_gradient": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "both"),
-    "prefix_attention_key_gradient": Attention(8, 15, 32, 32, 424, 128, torch.bfloat16, "both"),
+CASES = {
+    "step_kl_rows": Case("step_kl", "both", "reverse_kl", 2048, *_HEAD),
+    "confidence_argmax": Case("confidence", "forward", "argmax", 256, *_HEAD),
+    "confidence": Case("confidence", "forward", "sampled", 256, *_HEAD, "peaked"),
+    "confidence_wide": Case("confidence", "forward", "top_k=20", 256, *_HEAD[:2], torch.float32),
+    "prefix_attention": replace(_ATTENTION, phase="forward"),
+    "prefix_attention_query_gradient": _ATTENTION,
+    "prefix_attention_key_gradient": _ATTENTION,
 }
+ROUNDS = 9
 WORTHWHILE = 0.99  # a smaller gain than 1 % is noise
 ERROR = 0.02  # of bf16 results; a configuration with more is wrong
 
@@ -88,7 +92,7 @@ def insert(entries: list[Entry], entry: Entry) -> list[Entry]:
     An older entry of the same architecture and sizes is replaced; entries for smaller problems stay in front.
     """
     (arch,) = entry["arch"]
-    limits = {name: value for name, value in entry.items() if name not in ("arch", "config")}
+    limits = {name: value for name, value in entry.items() if name in SIZES}
     kept = [old for old in entries if {**old, "config": None} != {**entry, "config": None}]
     applied = (
         place
@@ -105,30 +109,30 @@ def write(entries: dict[str, list[Entry]], path: Path) -> None:
         f" {json.dumps(kernel)}: [\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in of_kernel) + "\n ]"
         for kernel, of_kernel in entries.items()
     )
-    path.write_text("{\n" + ",\n".join(of_kernels) + "\n}\n")
+    write_text(path, "{\n" + ",\n".join(of_kernels) + "\n}\n")
 
 
 def timer(kernel: str, case: Case, arch: str, entries: dict[str, list[Entry]]) -> Callable[[Config], float]:
     """Return a function that times the public op on this GPU with a configuration of one of its kernels."""
-    (provider,) = (provider for provider in case.providers() if provider.name == "ours triton")
-    tensors, clock = case.tensors(DEVICE), Clock(DEVICE)
+    op = OPS[case.op]
+    tensors = op.tensors(case, DEVICE)
 
     def seconds(config: Config) -> float:
-        trial = Trial(lambda: provider.run(case, tensors))
+        trial = Trial(lambda: run(case, op.providers["ours triton"].forward, tensors))
 
-        def run() -> None:
+        def measure() -> None:
             # Compiles, too. A configuration may be impossible: too much shared memory, or a block too small.
-            if kernels.error(case, provider)["error"] > ERROR:
+            if error(case, "ours triton")["error"] > ERROR:
                 raise ValueError("wrong results")
-            clock.time(trial.run)
-            trial.times += [clock.time(trial.run) for _ in range(9)]
+            timed(trial.run)
+            trial.times += [timed(trial.run) for _ in range(ROUNDS)]
 
-        with configs.use({**entries, kernel: [{"arch": [arch], "config": config}, *entries[kernel]]}):
-            trial.attempt(run)
+        with configs.use({**entries, kernel: [{"arch": [arch], "config": config}]}):
+            trial.attempt(measure)
         if trial.status != "ok":
             print(trial.status, flush=True)
             return math.inf
-        return statistics.median(times.device for times in trial.times)
+        return statistics.median(device for device, _ in trial.times)
 
     return seconds
 
@@ -136,39 +140,34 @@ def timer(kernel: str, case: Case, arch: str, entries: dict[str, list[Entry]]) -
 def tune(kernel: str, case: Case, arch: str, until: float, out: Path) -> bool:
     """Search one kernel's best configuration and write each that is found; return whether any ran."""
     entries = configs.read(out if out.is_file() else configs.PATH)
-    limits = {name: getattr(case, name) for name in ("rows", "width", "vocab") if isinstance(case, StepKL | Confidence)}
-    start = configs.choose(kernel, DEVICE, **limits)
-    found = [(start, math.inf)]
-    for config, seconds in search(start, timer(kernel, case, arch, entries), until):
-        found.append((config, seconds))
+    limits = {name: size for name in SIZES if case.op != "attention" and (size := getattr(case, name))}
+    start, fastest = configs.choose(kernel, DEVICE, **limits), math.inf
+    for config, fastest in search(start, timer(kernel, case, arch, entries), until):  # noqa: B007
         if config != start:
             entries[kernel] = insert(entries[kernel], {"arch": [arch], **limits, "config": config})
             write(entries, out)
-    print(f"{kernel}: {1e3 * found[-1][1]:.3f} ms", flush=True)
-    return not math.isinf(found[-1][1])
+    print(f"{kernel}: {1e3 * fastest:.3f} ms", flush=True)
+    return not math.isinf(fastest)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Tune kernels, as long as there is time; exit status 1 if a kernel ran in no configuration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", nargs="+", choices=CASES, default=list(CASES), metavar="KERNEL", help=", ".join(CASES)
-    )
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="KERNEL", help=" ".join(CASES))
     parser.add_argument("--minutes", type=float, default=math.inf, help="when to have stopped")
     parser.add_argument("--out", type=Path, default=configs.PATH, help="the file (default: the package's)")
-    for name in ("rows", "width", "vocab"):
+    for name in SIZES:
         parser.add_argument(f"--{name}", type=int, help="of the loss and the confidence, instead of LLaDA-8B's")
     args = parser.parse_args(argv)
     arch = configs.family(DEVICE)
     if arch is None:
         print(f"There are no Triton kernels for this device: {DEVICE}.", file=sys.stderr)
         return 2
-    sizes = {name: size for name in ("rows", "width", "vocab") if (size := getattr(args, name)) is not None}
     begin, fine = time.time(), True
     for number, kernel in enumerate(args.only, 1):
         case = CASES[kernel]
-        if isinstance(case, StepKL | Confidence):
-            case = replace(case, **sizes)
+        if case.op != "attention":
+            case = replace(case, **{name: size for name in SIZES if (size := getattr(args, name)) is not None})
         # Each kernel has an equal share of the time.
         fine &= tune(kernel, case, arch, begin + 60 * args.minutes * number / len(args.only), args.out)
     return 0 if fine else 1

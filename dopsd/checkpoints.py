@@ -7,13 +7,15 @@ the disk leaves is told from a checkpoint.
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from dopsd.errors import RunError
-from dopsd.files import sha256, sync, write_json
+from dopsd.files import first_line, read_json, sha256, sync, write_json
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # beside checkpoints; its id names the run
@@ -39,7 +41,7 @@ def run_id(output: Path) -> str | None:
         return None
     try:
         return json.loads(path.read_text())["id"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{path} is damaged: it is no JSON object with the run's id") from error
 
 
@@ -64,7 +66,7 @@ def begin(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Declare a checkpoint complete, once all of its files are on disk."""
+    """Declare what is saved in a folder complete, once all of its files are on disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in [*files, *(path for path in folder.rglob("*") if path.is_dir())]:
         sync(path)
@@ -75,20 +77,40 @@ def seal(folder: Path) -> None:
 
 def fault(folder: Path, run: str | None, processes: int) -> str | None:
     """Why ``processes`` processes of ``run`` can't go on from a checkpoint, in a clause; None: they can."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        theirs = manifest["run"]
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except FileNotFoundError:
+    if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}, so it was not saved to its end"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    try:
+        manifest = read_manifest(folder)
+    except RunError:
         return f"its {MANIFEST} is damaged"
-    if theirs != run:
+    if manifest.run != run:
         return "it is of another run"
     for name in needed(processes):
-        if name not in entries:
+        if name not in manifest.files:
             return f"it was saved without {name}, which a run on {processes} process{'es' * (processes > 1)} needs"
-    for name, (size, digest) in entries.items():
+    return altered(folder, manifest.files)
+
+
+class Manifest(NamedTuple):
+    """What a folder's manifest says."""
+
+    run: str | None
+    files: dict[str, tuple[int, str]]  # size and hash by name
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder that was sealed; RunError if it is damaged."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+        return Manifest(content["run"], files)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{folder / MANIFEST} is damaged: it doesn't say which files were saved") from error
+
+
+def altered(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | None:
+    """Which of a manifest's ``files`` is not what was saved, in a clause; None: all are."""
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             return f"its {name} is missing"
@@ -133,8 +155,17 @@ def unharmed(output: Path, processes: int) -> str:
 
 def has_ended(folder: Path) -> bool:
     """Whether a complete checkpoint is that of the last update."""
-    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    state = read_json(folder / STATE_FILE)
     return state["global_step"] >= state["max_steps"]
+
+
+@contextmanager
+def reading(folder: str | None) -> Iterator[None]:
+    """Raise RunError, naming the checkpoint, where a file that has the hash of its manifest is none of its kind."""
+    try:
+        yield
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder} can't be gone on from: {first_line(error)}") from error
 
 
 def rotate(folder: Path, limit: int | None, best: str | None) -> None:

@@ -18,12 +18,14 @@ from typing import Any, ClassVar, Literal, NoReturn, get_args
 import torch
 import transformers
 import yaml
+from peft import PeftModel
 from transformers import HfArgumentParser
 
 from dopsd import ranks
 from dopsd.cache import Cache
 from dopsd.errors import UsageError, must_be, must_be_choices, require
-from dopsd.models import SHIPPED
+from dopsd.models import SHIPPED, add_lora, load_adapter
+from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective
 from dopsd.renamed import todays_word
 from dopsd.sampler import Decoding
@@ -35,6 +37,7 @@ from dopsd_kernels.step_kl import Divergence
 
 # Of the numbers that options take; seeds go so far.
 LARGEST = 2**32 - 1
+LONGEST_RECIPE = 1 << 16
 
 RECIPES = files("dopsd") / "recipes"
 EPILOG = (
@@ -131,6 +134,12 @@ class ModelArguments(LoadArguments):
             self.lora_targets = None
         at_least_one(self, "lora_r", "lora_alpha")
         must_be(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+
+    def student(self, base: DiffusionModel) -> PeftModel:
+        """``base`` with the adapter to train: the one that is named, or a fresh one."""
+        if self.adapter is not None:
+            return load_adapter(base, self.adapter, trainable=True)
+        return add_lora(base, self.lora_targets, self.lora_r, self.lora_alpha, self.lora_dropout)
 
 
 @dataclass
@@ -553,7 +562,9 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     path = RECIPES / f"{recipe}.yaml" if recipe in shipped else Path(recipe)
     must_be(path.is_file(), "recipe", recipe, f"one of {', '.join(shipped)}, or a YAML file")
     try:
-        options = yaml.load(path.read_text(), RecipeLoader)
+        text = path.read_text()
+        must_be(len(text) <= LONGEST_RECIPE, "recipe", recipe, f"a file of at most {LONGEST_RECIPE} characters")
+        options = yaml.load(text, RecipeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"recipe={recipe!r}: not valid YAML: {' '.join(str(error).split())}") from error
     must_be(isinstance(options, dict), "recipe", recipe, "a YAML file with one option a line")

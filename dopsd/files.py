@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dopsd.errors import RunError
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -49,13 +56,29 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise RunError, with the file or folder and the room that there is, if what is written to it can't be.
+
+    What the system and libraries say of a write that fails names no file, and not always a cause.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RunError):
+            raise
+        room = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free >> 20
+        raise RunError(f"{path} can't be written: {first_line(error)}; {room} MiB are free there") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write atomically, so that a killed run leaves the old file or the new one, and so does a power cut."""
     part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
-    sync(part)
-    part.replace(path)
-    sync(path.parent)
+    with writing(path):
+        part.write_text(text)
+        sync(part)
+        part.replace(path)
+        sync(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -67,14 +90,15 @@ def write_json(path: Path, content: Any) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder to write files into; on leaving, each of them replaces the one of its name in ``folder``, whole."""
     part = folder / "files.part"
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
-    part.mkdir(parents=True)
-    yield part
-    for path in sorted(part.iterdir()):
-        sync(path)
-        path.replace(folder / path.name)
-    part.rmdir()
-    sync(folder)
+    with writing(part):
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+        part.mkdir(parents=True)
+        yield part
+        for path in sorted(part.iterdir()):
+            sync(path)
+            path.replace(folder / path.name)
+        part.rmdir()
+        sync(folder)
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd.errors import RunError, UsageError
-from dopsd.files import plain, read_json, write_json
+from dopsd.files import plain, read_json, write_json, writing
 
 SETTINGS = "settings.json"
 KEY = ("task", "gen_length", "tokens_per_step", "measure", "index")
@@ -52,18 +52,20 @@ class Journal:
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                     why = f"line {line + 1} can't be used ({type(error).__name__}: {error})"
                     raise RunError(f"{path}: {why}; --overwrite starts anew") from error
-        own = folder / f"process-{process}.jsonl"
-        self.file = own.open("ab")
-        self.file.truncate(len(complete(own)))
+        self.path = folder / f"process-{process}.jsonl"
+        self.file = self.path.open("ab")
+        self.file.truncate(len(complete(self.path)))
 
     def add(self, entries: Sequence[Entry]) -> None:
         """Keep a batch of entries; on disk when this returns."""
         new = {key_of(entry): entry for entry in entries}
         self.entries |= new
         if self.file is not None:
-            self.file.write("".join(json.dumps({"run": self.run, **entry}) + "\n" for entry in new.values()).encode())
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            lines = "".join(json.dumps({"run": self.run, **entry}) + "\n" for entry in new.values()).encode()
+            with writing(self.path):
+                self.file.write(lines)
+                self.file.flush()
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -13,7 +13,25 @@ from typing import NoReturn
 from dopsd.errors import RunError
 
 SECONDS = 5.0
-MEMORY = 1 << 30
+MEMORY = 768 << 20
+
+
+@contextmanager
+def limited_memory(what: str) -> Iterator[None]:
+    """Raise :class:`~dopsd.errors.RunError`, naming ``what``, where that takes, under Linux, too much memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = Path("/proc/self/statm")
+    if pages.is_file():
+        most = int(pages.read_text().split()[0]) * resource.getpagesize() + MEMORY
+        others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([most, *others]), hard))
+
+    try:
+        yield
+    except MemoryError:
+        raise RunError(f"{what} takes more than {MEMORY >> 20} MiB of memory") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager
@@ -22,12 +40,6 @@ def limited(what: str) -> Iterator[None]:
 
     Only the main thread can be interrupted: in others there is no limit to the time.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = Path("/proc/self/statm")
-    if pages.is_file():
-        most = int(pages.read_text().split()[0]) * resource.getpagesize() + MEMORY
-        others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-        resource.setrlimit(resource.RLIMIT_AS, (min([most, *others]), hard))
 
     def end(*_: object) -> NoReturn:
         raise RunError(f"{what} takes more than {SECONDS:g} seconds")
@@ -37,11 +49,9 @@ def limited(what: str) -> Iterator[None]:
         handler = signal.signal(signal.SIGALRM, end)
         signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
-        yield
-    except MemoryError:
-        raise RunError(f"{what} takes more than {MEMORY >> 30} GiB of memory") from None
+        with limited_memory(what):
+            yield
     finally:
         if main:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

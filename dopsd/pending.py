@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from dopsd.checkpoints import pending_name
+from dopsd.checkpoints import pending_name, reading
 from dopsd.distillation import Sizes
+from dopsd.files import read_json
 from dopsd.metrics import Figures
 from dopsd.step_batch import Example
 
@@ -36,8 +37,9 @@ class Pending(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path, process: int) -> Pending:
-        """The inverse of :meth:`save`."""
-        fields = json.loads((folder / pending_name(process)).read_text())
-        slices = [[Example.from_json(example) for example in examples] for examples in fields["slices"]]
-        metrics = [Figures(*figures) for figures in fields["metrics"]]
-        return cls(fields["accepted_count"], slices, Sizes(**fields["sizes"]), metrics)
+        """The inverse of :meth:`save`; RunError if the file is none of its kind."""
+        fields = read_json(folder / pending_name(process))
+        with reading(str(folder)):
+            slices = [[Example.from_json(example) for example in examples] for examples in fields["slices"]]
+            metrics = [Figures(*figures) for figures in fields["metrics"]]
+            return cls(fields["accepted_count"], slices, Sizes(**fields["sizes"]), metrics)

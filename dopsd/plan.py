@@ -10,12 +10,12 @@ from typing import Any, get_args
 from dopsd import cli
 from dopsd.config import parse_plan
 from dopsd.errors import RunError, must_be, require
-from dopsd.files import read_json
+from dopsd.files import first_line, read_json
 from dopsd.memory.dry_run import DryProbe, DryRun
 from dopsd.memory.planner import Planner, remedies, too_little, workspace_for
 from dopsd.models import MODELS, SHIPPED, class_of
 from dopsd.models.bidirectional import BidirectionalModel
-from dopsd.models.checkpoint import first_line, read_config
+from dopsd.models.checkpoint import read_config
 from dopsd.step_batch import Reuse
 from dopsd.tables import show
 from dopsd.units import gib, read_bytes

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dopsd.files import writing
 from dopsd.trajectory import NEVER, Trajectory
 
 if TYPE_CHECKING:
@@ -187,7 +188,8 @@ def plot_curves(
         notes.append(f"faint: as logged; strong: running mean of {window}")
     if notes:
         figure.supxlabel("; ".join(notes), fontsize=FONT, color=GRAY, x=0.99, horizontalalignment="right")
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
 
 
 def _smoothed(values: Array) -> bool:
@@ -366,7 +368,8 @@ def plot_trajectory(trace: TrajectoryTrace, path: Path) -> None:
     bars.spines[["top", "right"]].set_visible(False)
 
     _trajectory_legend(figure, trace, ring, x=left / total_width, y=(bottom + height + 0.06) / total_height)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+    with writing(path):
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
 
 
 def _cells(axes: Axes, trace: TrajectoryTrace, grid: bool) -> None:

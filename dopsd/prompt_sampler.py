@@ -1,4 +1,4 @@
-"""The order in which training prompts are taken."""
+"""The order in which a run takes its prompts."""
 
 from __future__ import annotations
 

@@ -94,8 +94,9 @@ def held_out(
         return kept
     rollouts = trainer.rollouts
     own = rollouts.decoding()
-    decodings = {f"{rollouts.gen_length / own.total_steps:g}": own}
-    decodings |= {str(rate): rollouts.decoding(rate) for rate in rollouts.eval_tokens_per_step}
+    decodings = {str(rate): rollouts.decoding(rate) for rate in rollouts.eval_tokens_per_step}
+    rate = f"{rollouts.gen_length / own.total_steps:g}"
+    decodings = {rate: own, **{other: decodings[other] for other in decodings if other != rate}}
     results = {
         rate: trainer.decode_rows(rows, decoding, f"held out, {moment}, {rate} tokens a step")
         for rate, decoding in decodings.items()
@@ -115,7 +116,7 @@ def kept_scores(path: Path, adapter: str | None) -> dict[str, list[float]] | Non
         kept = json.loads(path.read_text())
         scores = {rate: [one["score"] for one in ones] for rate, ones in kept["tokens_per_step"].items()}
         return scores if kept["adapter_sha256"] == adapter else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

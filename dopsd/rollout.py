@@ -16,6 +16,9 @@ from dopsd.sampler import Decoding, decode, mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
 
+# Characters of a prompt. That is far more than a model's context, and less than takes all memory to cut into tokens.
+LONGEST_PROMPT = 1 << 22
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -64,7 +67,14 @@ class Decoder:
                     text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
                 raise RunError(f"the tokenizer's chat template fails: {type(error).__name__}: {error}") from error
-        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        if len(text) > LONGEST_PROMPT:
+            raise RunError(f"a prompt has {len(text)} characters, and at most {LONGEST_PROMPT} are read")
+        try:
+            ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        except BaseException as error:
+            if isinstance(error, Exception | KeyboardInterrupt):
+                raise
+            raise RunError(f"the tokenizer fails: {error}") from error  # a panic of its Rust, which is no Exception
         return ids.to(self.model.lm_head_weight.device)
 
     def once(

@@ -15,7 +15,7 @@ from uuid import uuid4
 from dopsd import checkpoints
 from dopsd.checkpoints import ADAPTER_FILE, RUN_FILE
 from dopsd.errors import RunError, require
-from dopsd.files import plain, sha256, write_json
+from dopsd.files import plain, read_json, sha256, write_json, writing
 from dopsd.renamed import RENAMED
 
 LOCK_FILE = "run.lock"
@@ -68,7 +68,7 @@ class RunFolder:
         require(there, "resume_from_checkpoint", resume, f"{self.path} holds no run to go on with")
         self.hold()
         run = checkpoints.run_id(self.path)
-        for group, options in json.loads((self.path / RUN_FILE).read_text()).items():
+        for group, options in read_json(self.path / RUN_FILE).items():
             for old, value in options.items() if group in self.config else ():
                 name = RENAMED.get(old, old)
                 if name not in FREE:
@@ -116,8 +116,9 @@ class RunFolder:
         except OSError as error:  # a file system without locks
             print(f"{self.path} can't be locked ({error}): nothing keeps a second run out of it")
         self.lock = descriptor
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with writing(self.path / LOCK_FILE):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def finished(output: Path) -> dict[str, Any] | None:
@@ -125,6 +126,6 @@ def finished(output: Path) -> dict[str, Any] | None:
     try:
         result: dict[str, Any] = json.loads((output / REPORT_FILE).read_text())
         same = sha256(output / ADAPTER_FILE) == result["adapter_sha256"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return result if same else None

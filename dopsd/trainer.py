@@ -27,9 +27,8 @@ from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, Tr
 from dopsd.distillation import Distillation, Sizes
 from dopsd.errors import RunError, require
 from dopsd.memory.keeper import MemoryKeeper
-from dopsd.metrics import Figures, combined
-from dopsd.models import STUDENT, add_lora, load_adapter, require_layers
-from dopsd.models.bidirectional import DiffusionModel
+from dopsd.metrics import Figures, combined, of_rollouts
+from dopsd.models import STUDENT, check_saved, require_layers
 from dopsd.objective import StepOutput, mean_metrics
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.pending import Pending
@@ -81,7 +80,6 @@ class Trainer(transformers.Trainer):
         teacher = TeacherWeights(
             model, teaching.teacher, teaching.ema_decay, from_adapter=model_arguments.adapter is not None
         )
-        self.validation_rows = validation_rows
         self.slices: list[list[Example]] = []  # of the current batch, those that are still to be trained on
         self.said_drift = False  # that some trajectory was computed without reuse
         self.accepted_count = 0  # over all ranks, in the current batch
@@ -134,7 +132,8 @@ class Trainer(transformers.Trainer):
             del self.update_metrics[logged:]
 
         outputs, loss, tokens = self.memory.training(distil, states, self.state.global_step + 1, undo)
-        self.sum_over_processes(model, loss)
+        ranks.add(loss)
+        ranks.add_gradients(model)
         if not math.isfinite(loss):
             raise self.not_finite(f"the loss is {loss.item()} at")
         if outputs:
@@ -160,15 +159,9 @@ class Trainer(transformers.Trainer):
         kept = [index for index, rollout in enumerate(rollouts) if rollout.score >= threshold]
         examples = self.distillation.examples([rollouts[index] for index in kept], seeds[kept].tolist())
         self.accepted_count = sum(ranks.gather(len(examples)))
-        lengths = [rollout.trajectory.text_length(self.distillation.decoder.eos_id) for rollout in rollouts]
+        figures = of_rollouts(rollouts, self.distillation.decoder.eos_id)
         self.note(
-            len(rollouts),
-            pass_rate=mean([float(rollout.score >= 1) for rollout in rollouts]),
-            first_try=mean([float(rollout.score >= 1 and rollout.tries == 1) for rollout in rollouts]),
-            accepted=len(kept) / len(rollouts),
-            tries=mean([float(rollout.tries) for rollout in rollouts]),
-            completion_length=mean([float(length) for length in lengths]),
-            rollout_seconds=time.monotonic() - start,
+            len(rollouts), **figures, accepted=len(kept) / len(rollouts), rollout_seconds=time.monotonic() - start
         )
         slices = self.teaching.updates_per_batch
         return [
@@ -210,16 +203,6 @@ class Trainer(transformers.Trainer):
         help = "A lower learning_rate, clip_form=nonnegative or fp32 may help"
         return RunError(f"{what} update {self.state.global_step + 1}; {left}. {help}")
 
-    def sum_over_processes(self, model: Any, loss: Tensor) -> None:
-        """Add the ranks' gradients, and losses; a parameter without a gradient on some rank counts as zero there."""
-        if self.accelerator.num_processes == 1:
-            return
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        ranks.add(loss, *(parameter.grad for parameter in trained))
-
     def decoded(self, decode: Callable[[Decoder, tqdm], list[Rollout]], **bar: Any) -> list[Rollout]:
         """What ``decode`` makes of the decoder; ``bar`` are the options of the progress bar."""
 
@@ -235,7 +218,7 @@ class Trainer(transformers.Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Greedy accuracy on the validation rows (or ``eval_dataset``), logged as the Trainer logs its own."""
-        rows = self.validation_rows if eval_dataset is None else eval_dataset
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         scores = [rollout.score for rollout in self.decode_rows(rows, self.rollouts.decoding(), "validate")]
         metrics = {
             f"{metric_key_prefix}_accuracy": mean(scores),
@@ -281,7 +264,18 @@ class Trainer(transformers.Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+        output = Path(self.args.output_dir or ".")
+        folder = output / f"checkpoint-{self.state.global_step}"
+        try:
+            with files.writing(folder):
+                self.fill_checkpoint(folder, model, trial)
+        except RunError as error:
+            raise RunError(f"{error}; {checkpoints.unharmed(output, self.args.world_size)}") from error
+        if self.is_world_process_zero():
+            checkpoints.rotate(folder, self.kept_checkpoints, self.state.best_model_checkpoint)
+
+    def fill_checkpoint(self, folder: Path, model: Any, trial: Any) -> None:
+        """Write every file of a checkpoint, the manifest last."""
         ranks.on_first_process(lambda: checkpoints.begin(folder))
         folder.mkdir(parents=True, exist_ok=True)  # where processes have no disk in common
         pending = Pending(self.accepted_count, self.slices, self.distillation.sizes, self.update_metrics)
@@ -289,10 +283,9 @@ class Trainer(transformers.Trainer):
         super()._save_checkpoint(model, trial)
         ranks.meet()
         ranks.on_first_process(lambda: checkpoints.seal(folder))
-        if self.is_world_process_zero():
-            checkpoints.rotate(folder, self.kept_checkpoints, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_saved(self.student, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         pending = Pending.load(Path(resume_from_checkpoint), self.accelerator.process_index)
         self.accepted_count, self.slices, sizes, self.update_metrics = pending
@@ -300,10 +293,19 @@ class Trainer(transformers.Trainer):
             tqdm.write(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
         self.distillation.resize(sizes)  # the same sums, and so the same bits
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint or "")
         why = checkpoints.fault(best, checkpoints.run_id(best.parent), self.args.world_size)
         if why is None:
+            check_saved(self.student, str(best))
             super()._load_best_model()
         else:
             tqdm.write(f"{best}, the best by validation, can't be used: {why}; the last adapter is what is left")
@@ -313,9 +315,14 @@ class Trainer(transformers.Trainer):
         """What training left that ended with ``checkpoint``, without an update: its state, its adapter or the best."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE_FILE))
-        if self.args.load_best_model_at_end and self.state.best_global_step is not None:
-            self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}"
+        self.find_best()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+
+    def find_best(self) -> None:
+        """In a run that goes on, the best checkpoint is where this run has it, or is said to be missing in the end."""
+        if self.state.best_global_step is not None:
+            self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}"
 
     def save_adapter(self, folder: Path) -> str:
         """The student's adapter alone, ready for ``--adapter``; returns the hash of its tensors' file."""
@@ -323,16 +330,10 @@ class Trainer(transformers.Trainer):
         def save() -> str:
             with files.replacing(folder) as part:
                 self.student.save_pretrained(str(part), selected_adapters=[STUDENT])
+                checkpoints.seal(part)
             return files.sha256(folder / checkpoints.ADAPTER_FILE)
 
         return ranks.on_first_process(save)
-
-
-def with_adapter(base: DiffusionModel, arguments: ModelArguments) -> PeftModel:
-    """``base`` with the adapter to train: the one that ``arguments`` names, or a fresh one."""
-    if arguments.adapter is not None:
-        return load_adapter(base, arguments.adapter, trainable=True)
-    return add_lora(base, arguments.lora_targets, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout)
 
 
 class TeacherFollows(TrainerCallback):
@@ -340,6 +341,9 @@ class TeacherFollows(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.find_best()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.require_finite()

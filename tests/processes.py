@@ -6,8 +6,9 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 
@@ -15,10 +16,16 @@ import torch
 from torch.distributed import TCPStore
 
 
-def start(module: str, argv: list[str], output: Path, **environment: str) -> Process:
-    """``python -m module`` with ``argv``; what it prints goes to the file ``output``."""
+def start(
+    module: str,
+    argv: list[str],
+    output: Path | Connection,
+    first: Callable[[], object] | None = None,
+    **environment: str,
+) -> Process:
+    """``python -m module`` with ``argv``, after a call of ``first``; what it prints goes to ``output``."""
     fork = multiprocessing.get_context("forkserver")
-    process = fork.Process(target=_run, args=(module, argv, str(output), environment))
+    process = fork.Process(target=_run, args=(module, argv, output, first, environment))
     process.start()
     return process
 
@@ -51,11 +58,24 @@ def run_two(module: str, argv: list[str], folder: Path, **environment: str) -> l
     return [output.read_text() for _, output in processes]
 
 
-def _run(module: str, argv: list[str], output: str, environment: dict[str, str]) -> None:
+def _run(
+    module: str,
+    argv: list[str],
+    output: Path | Connection,
+    first: Callable[[], object] | None,
+    environment: dict[str, str],
+) -> None:
     os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    if isinstance(output, Connection):
+        file = output.fileno()
+    else:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
         os.dup2(file, stream)
+    if isinstance(output, Connection):
+        output.close()  # so that whoever reads sees the end with this process
     torch.set_num_threads(1)
     sys.argv = [module, *argv]
+    if first is not None:
+        first()
     runpy.run_module(module, run_name="__main__")

@@ -14,8 +14,8 @@ from processes import run_two, two
 from safetensors.torch import load_file
 
 from dopsd import train
+from dopsd.prompt_sampler import PromptSampler
 from dopsd.tasks.sudoku import Sudoku
-from dopsd.trainer import PromptSampler
 
 UPDATES = 4
 

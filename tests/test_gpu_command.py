@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, outcomes, report, results, tiny_recipe
+from benchmarks import gpu, outcomes, report, results, reuse, tiny_recipe
 from benchmarks.results import Recorder, Row
 
 
@@ -24,18 +24,21 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def call(command: list[str], path: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, the command itself can be run")
 def test_a_rehearsal_runs_every_part_with_little_installed_and_is_never_shown(
     tmp_path: Path, own_environment: None, bare_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    command = [*gpu.COMMAND, "--rehearse", "--out", str(out), "--minutes", "10"]
-    environment = {**os.environ, "PYTHONPATH": bare_path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=results.ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = call([*gpu.COMMAND, "--rehearse", "--out", str(out), "--minutes", "10"], bare_path)
     assert done.returncode == 0, done.stdout + done.stderr
     missing = done.stdout.partition("Not run:")[2]
     assert "ours triton" in missing and "liger chunked" in missing and "trl" in missing
-    assert {path.name for path in out.glob("*.txt")} == {"environment.txt", *(f"{name}.txt" for name in gpu.PARTS)}
+    assert {path.name for path in out.glob("*.txt")} == {f"{name}.txt" for name in gpu.PARTS}
     (path,) = out.glob("*.json")
     content = json.loads(path.read_text())
     assert content["rehearsal"] and {row["part"] for row in content["rows"]} == results.ABOUT.keys()
@@ -55,34 +58,23 @@ def test_a_rehearsal_runs_every_part_with_little_installed_and_is_never_shown(
 
 
 STAND_IN = """
-import os, signal, subprocess, sys, time
+import os, signal, sys
 import torch
 from benchmarks import gpu, ops
 
-def lose(case, tensors):
+def lose(case, *tensors):
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-def die(case, tensors):
+def die(case, *tensors):
     os.kill(os.getpid(), signal.SIGKILL)
 
-class Case(ops.StepKL):
-    thief = None
-
-    def providers(self):
-        floor, eager, *_ = super().providers()
-        return [floor, *([ops.Provider("thief", self.thief)] if self.thief else []), eager]
-
-class Loses(Case):
-    thief = staticmethod(lose)
-
-class Dies(Case):
-    thief = staticmethod(die)
-
-sizes = (4, 16, 50, torch.float32)
-chosen = [Loses("reverse_kl", *sizes), Dies("clipped", *sizes), Case("forward_kl", *sizes)]
-
+chosen = [ops.Case("step_kl", "both", setting, 4, 16, 50) for setting in ("reverse_kl", "clipped", "forward_kl")]
+providers = ops.OPS["step_kl"].providers
+providers["loses"] = ops.Provider(lose, takes=lambda case: case.setting == "reverse_kl")
+providers["dies"] = ops.Provider(die, takes=lambda case: case.setting == "clipped")
+gpu.cases = lambda *_: chosen
 gpu.COMMAND = [sys.executable, __file__]
-gpu.PARTS = {"loss": gpu.Part(1, lambda *args: gpu.measure_cases(*args, chosen, lambda name: True))}
+gpu.PARTS = {"loss": (1, gpu._ops("step_kl", among=lambda name: name in ("loses", "dies", "eager")))}
 sys.exit(gpu.main())
 """
 
@@ -90,23 +82,18 @@ sys.exit(gpu.main())
 def test_what_ends_a_process_costs_its_own_rows(tmp_path: Path, own_environment: None) -> None:
     """A provider that loses the GPU is named, and its case measured without it; of a case that kills the process that
     is known; the others are measured."""
-    script = tmp_path / "stand_in.py"
+    script, out = tmp_path / "stand_in.py", tmp_path / "out"
     script.write_text(STAND_IN)
-    environment = {**os.environ, "PYTHONPATH": str(results.ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), "--rehearse", "--out", str(tmp_path / "out"), "--minutes", "5"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = call([sys.executable, str(script), "--rehearse", "--out", str(out), "--minutes", "5"], str(results.ROOT))
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.count("+ ") == 3 and "The GPU is lost: failed: AcceleratorError" in done.stdout
-    (path,) = (tmp_path / "out").glob("*.json")
-    found = {
-        (row["setting"], row["provider"]): row["status"].split(":")[:2] for row in json.loads(path.read_text())["rows"]
-    }
-    died = ["failed", " the process ended in it"]
+    (path,) = out.glob("*.json")
+    rows = json.loads(path.read_text())["rows"]
+    found = {(row["setting"], row["provider"]): row["status"].split(":")[:2] for row in rows}
     assert found == {
-        ("reverse_kl", "thief"): ["failed", " AcceleratorError"],
-        **{("reverse_kl", name): ["ok"] for name in ("floor", "eager")},
-        **{("clipped", name): died for name in ("floor", "thief", "eager")},
-        **{("forward_kl", name): ["ok"] for name in ("floor", "eager")},
+        ("reverse_kl", "loses"): ["failed", " AcceleratorError"],
+        **{("clipped", name): ["failed", " the process ended in it"] for name in ("floor", "dies", "eager")},
+        **{(setting, name): ["ok"] for setting in ("reverse_kl", "forward_kl") for name in ("floor", "eager")},
     }
 
 
@@ -143,7 +130,7 @@ def test_a_part_out_of_time_is_interrupted_and_nothing_that_it_started_outlives_
 
 
 TESTS = """
-import time, pytest
+import pytest
 def test_passes(): pass
 def test_fails(): assert 1 == 2
 @pytest.mark.skip(reason='no')
@@ -152,8 +139,6 @@ def test_before(): assert False
 def test_loses(): raise RuntimeError('CUDA error: illegal memory access')
 def test_after(): pass
 """
-
-
 RUN_TESTS = """
 import sys, pytest
 from benchmarks import outcomes
@@ -170,25 +155,14 @@ sys.exit(pytest.main(sys.argv[1:], plugins=[outcomes, Watch()]))
 
 def test_every_tests_outcome_is_written_and_a_lost_gpu_costs_one_test(tmp_path: Path) -> None:
     """What passes, fails, is skipped, or has no time left, each as a row; what is known is not run again."""
-    (tmp_path / "test_some.py").write_text(TESTS)
-    path = tmp_path / "run.json"
-    script = tmp_path / "run_tests.py"
+    tests, script, path = tmp_path / "test_some.py", tmp_path / "run_tests.py", tmp_path / "run.json"
+    tests.write_text(TESTS)
     script.write_text(RUN_TESTS)
-    options = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--outcomes={path}",
-        f"--rootdir={tmp_path}",
-        f"{tmp_path}/test_some.py",
-    ]
-    recorder = Recorder(path)
-    recorder.add([{"part": "tests", "name": "test_some.py::test_before", "status": "ok", "seconds": 0.0}])
+    Recorder(path).add([{"part": "tests", "name": "test_some.py::test_before", "status": "ok", "seconds": 0.0}])
 
     def run(*more: str) -> tuple[int, dict[str, str]]:
-        command = [sys.executable, str(script), *options, *more]
-        environment = {**os.environ, "PYTHONPATH": str(results.ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        options = ["-q", "-p", "no:cacheprovider", f"--outcomes={path}", f"--rootdir={tmp_path}", str(tests), *more]
+        done = call([sys.executable, str(script), *options], str(results.ROOT))
         assert done.returncode in (0, 5, 75), done.stdout + done.stderr
         rows = json.loads(path.read_text())["rows"]
         return done.returncode, {row["name"].partition("::")[2]: row["status"] for row in rows}
@@ -197,34 +171,32 @@ def test_every_tests_outcome_is_written_and_a_lost_gpu_costs_one_test(tmp_path: 
     assert status == 75 and "test_after" not in found and found.pop("test_fails").startswith("failed: ")
     assert "illegal memory access" in found.pop("test_loses")
     assert found == {"test_passes": "ok", "test_skipped": "skipped: no", "test_before": "ok"}
-    assert run(f"--until={time.time()}") == (0, {**run()[1], "test_after": outcomes.OUT_OF_TIME})
+    status, later = run(f"--until={time.time()}")
+    assert status == 0 and later["test_after"] == outcomes.OUT_OF_TIME and len(later) == 6
 
 
 def test_training_is_judged_by_two_standard_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [row for row in json.loads((results.FOLDER / "reuse.json").read_text()) if row.get("reuse") == "none"]
-    reached = sum(row["accuracy_after"] for row in rows) / len(rows)
-    error = sum(row["standard_error_after"] for row in rows) / len(rows)
-    two = 2 * (2 * error**2) ** 0.5
-    run: dict[str, Any] = {
-        "accuracy_before": 0.5,
-        "standard_error_before": 0.1,
-        "standard_error_after": error,
-        "seconds": 1,
-    }
-    for off, fine in ((0.99 * two, True), (-0.99 * two, True), (1.01 * two, False), (-1.01 * two, False)):
-        monkeypatch.setattr(tiny_recipe, "run", lambda *_, off=off, **__: {**run, "accuracy_after": reached + off})
+    rows = [row for row in json.loads(reuse.FILE.read_text()) if row.get("reuse") == "none"]
+    reached, error = (sum(row[f"{name}_after"] for row in rows) / len(rows) for name in ("accuracy", "standard_error"))
+    run = {"accuracy_before": 0.5, "standard_error_before": 0.1, "standard_error_after": error, "seconds": 1}
+
+    def train(outcome: Row | Exception) -> tuple[bool, Row]:
+        def ran(*_: Any, **__: Any) -> Row:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.setattr(tiny_recipe, "run", ran)
         recorder = Recorder(None)
-        assert gpu.train(recorder, float("inf"), False) is fine
-        (row,) = recorder.rows
-        assert row["agrees"] is fine
-    for error_raised, status, passed in (
+        return gpu.train(recorder, float("inf"), False), recorder.rows[0]
+
+    two = 2 * (2 * error**2) ** 0.5
+    for off, fine in ((0.99 * two, True), (-0.99 * two, True), (1.01 * two, False), (-1.01 * two, False)):
+        passed, row = train({**run, "accuracy_after": reached + off})
+        assert passed is row["agrees"] is fine
+    for failure, status, fine in (
         (subprocess.TimeoutExpired("a", 1), "out of time", True),
         (subprocess.CalledProcessError(3, "a"), "failed: dopsd.train ended with 3", False),
     ):
-
-        def fail(*_: Any, error: Exception = error_raised, **__: Any) -> Row:
-            raise error
-
-        monkeypatch.setattr(tiny_recipe, "run", fail)
-        recorder = Recorder(None)
-        assert gpu.train(recorder, float("inf"), False) is passed and recorder.rows[0]["status"] == status
+        passed, row = train(failure)
+        assert passed is fine and row["status"] == status

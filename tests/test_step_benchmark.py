@@ -16,7 +16,6 @@ from dopsd.cache import Cache
 from dopsd.models import quantization
 from dopsd.models.bidirectional import BidirectionalLayer
 from dopsd.models.llada import LLaDAModelLM
-from dopsd.step_batch import PackedInputs
 
 CPU = torch.device("cpu")
 
@@ -35,10 +34,11 @@ def test_plain_code_computes_what_ours_does(student: step.Student) -> None:
     goal = step.objective()
     student.model.eval()  # no dropout: both sides draw nothing
     student.teacher.stopwatch = step.Stopwatch(CPU)
-    mask_id, _ = student.special_ids()
     found = []
     for forward in (lambda *inputs: goal.forward(*inputs).loss, step.plain_forward(goal)):
-        losses = [forward(student.network, student.teacher, batch, mask_id) for batch in student.batches(goal, 4)]
+        losses = [
+            forward(student.network, student.teacher, batch, student.mask_id) for batch in student.batches(goal, 4)
+        ]
         found.append((torch.stack(losses), torch.autograd.grad(sum(losses), student.trained)))
     (ours, our_gradients), (plain, plain_gradients) = found
     assert bool((ours.abs() > 1e-4).all())
@@ -47,11 +47,9 @@ def test_plain_code_computes_what_ours_does(student: step.Student) -> None:
 
 
 def test_plain_decoding_is_ours(student: step.Student) -> None:
-    mask_id, eos_id = student.special_ids()
-    prompt, decoding = student.trajectory.prompt_ids, step.REHEARSED.decoding
-    seeds = torch.zeros(1, dtype=torch.int64)
-    (ours,) = step.decode(student.network, [prompt], decoding, mask_id=mask_id, eos_id=eos_id, seeds=seeds)
-    assert torch.equal(step.plain_decode(student.network, prompt, decoding, mask_id), ours.tokens)
+    decoding, ids = step.REHEARSED.decoding, {"mask_id": student.mask_id, "eos_id": student.eos_id}
+    (ours,) = step.decode(student.network, [student.prompt], decoding, **ids, seeds=torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(step.plain_decode(student.network, student.prompt, decoding, student.mask_id), ours.tokens)
 
 
 def test_an_update_moves_the_adapter_and_its_phases_add_up(student: step.Student) -> None:
@@ -116,7 +114,7 @@ def test_a_rollout_needs_what_it_computes(cache: Cache, student: step.Student, m
     hook.remove()
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     flops = products + 4 * step.REHEARSED.config.d_model * sum(pairs)
-    assert step.rollout_needs(student, cache) == {"tokens": sum(tokens), "flops": flops}
+    assert step.rollout_needs(step.REHEARSED, cache) == {"tokens": sum(tokens), "flops": flops}
 
 
 def test_nf4_is_what_quantize_gives(tmp_path: Path) -> None:
@@ -159,16 +157,6 @@ def test_one_student_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step.measure(recorder, float("inf"), True) and len(built) == 3
 
 
-def test_without_bitsandbytes_nf4_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [way for way in step.ways(step.REHEARSED) if way.quantize == "nf4"]
-    monkeypatch.setattr(step, "ways", lambda setting: wanted)
-    monkeypatch.setattr(step, "is_bitsandbytes_available", lambda: False)
-    recorder = Recorder(None)
-    assert step.measure(recorder, float("inf"), True)
-    assert [row["variant"] for row in recorder.rows] == ["quantize=nf4", "quantize=nf4, reuse=block"]
-    assert all(row["status"].startswith("skipped: ") and "pip install" in row["status"] for row in recorder.rows)
-
-
 def test_further_rounds_are_for_time_to_spare(student: step.Student) -> None:
     """A way that has used its share has had one round."""
     for enough, rounds in ((0.0, 1), (float("inf"), step.ROUNDS)):
@@ -191,29 +179,30 @@ def test_the_arithmetic_is_that_of_the_layers() -> None:
 
 
 def test_reuse_is_fed_less(student: step.Student) -> None:
-    tokens = {}
-    for reuse in ("none", "prompt", "block"):
-        batches = list(student.batches(step.objective(reuse), 4))
-        needs = step.update_needs(student, batches)["update"]
-        tokens[reuse] = (needs["tokens"], needs["flops"])
-        assert isinstance(batches[0].student, PackedInputs) is (reuse != "none")
-    assert tokens["block"] < tokens["prompt"] < tokens["none"]
+    whole = {
+        reuse: step.update_needs(student, list(student.batches(step.objective(reuse), 4)))["update"]
+        for reuse in get_args(step.Reuse)
+    }
+    for column in ("tokens", "flops"):
+        assert whole["block"][column] < whole["prompt"][column] < whole["none"][column]
 
 
-def test_no_memory_and_no_time_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "is_bitsandbytes_available", lambda: True)
-    recorder = Recorder(None)
-    assert step.measure(recorder, 0.0, True)
-    assert {row["status"] for row in recorder.rows} == {"out of time"}
-
+def test_no_memory_no_time_and_no_bitsandbytes_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*_: Any) -> Any:
         raise torch.OutOfMemoryError("too large")
 
+    def statuses(until: float) -> list[str]:
+        recorder = Recorder(None)
+        assert step.measure(recorder, until, True)
+        assert len(recorder.rows) == len(step.ways(step.REHEARSED))
+        return list(dict.fromkeys(row["status"] for row in recorder.rows))
+
     monkeypatch.setattr(step, "Student", build)
-    recorder = Recorder(None)
-    assert step.measure(recorder, float("inf"), True)
-    assert {row["status"] for row in recorder.rows} == {"out of memory"}
-    assert len(recorder.rows) == len(step.ways(step.REHEARSED))
+    monkeypatch.setattr(step, "is_bitsandbytes_available", lambda: True)
+    assert statuses(0.0) == ["out of time"] and statuses(float("inf")) == ["out of memory"]
+    monkeypatch.setattr(step, "is_bitsandbytes_available", lambda: False)
+    late, skipped = statuses(0.0)
+    assert late == "out of time" and skipped.startswith("skipped: ") and "pip install" in skipped
 
 
 def test_the_sizes_on_a_gpu_are_llada_8b() -> None:

@@ -12,9 +12,10 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 import dopsd.assets
 from dopsd.errors import RunError, UsageError, require
-from dopsd.models.adapter import STUDENT, adapter_files, add_lora, load_adapter
+from dopsd.files import first_line
+from dopsd.models.adapter import STUDENT, adapter_files, add_lora, check_saved, load_adapter
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
-from dopsd.models.checkpoint import check_loaded, first_line, load_tokenizer, read_config, tensors_of
+from dopsd.models.checkpoint import check_layers, check_loaded, load_tokenizer, read_config, tensors_of
 from dopsd.models.dream import DreamModel
 from dopsd.models.generic import FullAttention, full_attention
 from dopsd.models.llada import LLaDAModelLM
@@ -26,6 +27,7 @@ __all__ = [
     "adapter_files",
     "add_lora",
     "check_model",
+    "check_saved",
     "checkpoint_activations",
     "class_of",
     "device_of",
@@ -95,6 +97,7 @@ def load_model(
     network: Any
     try:
         tensors = tensors_of(model, path)
+        check_layers(model, fields, tensors)
         if generic:
             options["config"] = AutoConfig.from_pretrained(path, trust_remote_code=False)
             options["config"].is_causal = False

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from dopsd import checkpoints
 from dopsd.errors import RunError, must_be, require
-from dopsd.files import read_json
+from dopsd.files import first_line, read_json
 from dopsd.limits import limited
 from dopsd.models.bidirectional import DiffusionModel
-from dopsd.models.checkpoint import first_line
 
 # The name of the adapter that is trained: PEFT's default, so that what is saved loads anywhere.
 STUDENT = "default"
@@ -68,13 +69,48 @@ def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftMo
         RunError: a file that can't be read, or a config that takes too long.
     """
     settings, weights = adapter_files(adapter)
+    check_manifest(adapter)
     config = adapter_config(adapter, read_json(settings))
+    with opened("adapter", adapter, weights) as tensors:
+        check_tensors(model, adapter, config, tensors)
+    return PeftModel.from_pretrained(model, Path(adapter), adapter_name=STUDENT, is_trainable=trainable, config=config)
+
+
+def check_saved(student: PeftModel, checkpoint: str) -> None:
+    """Check the tensors of a checkpoint, all adapters of ``student`` included, as :func:`load_adapter` does.
+
+    Raises:
+        UsageError: they are not those of the ``student``, or not finite.
+        RunError: a file that can't be read.
+    """
+    for name in student.peft_config:
+        weights = Path(checkpoint, "" if name == STUDENT else name, WEIGHTS)
+        own = get_peft_model_state_dict(student, adapter_name=name)
+        with opened("resume_from_checkpoint", checkpoint, weights) as tensors:
+            fit({key: tuple(value.shape) for key, value in own.items()}, "resume_from_checkpoint", checkpoint, tensors)
+
+
+@contextmanager
+def opened(argument: str, given: str, weights: Path) -> Iterator[Any]:
+    """An open file of tensors; RunError if it is none."""
     try:
         with safe_open(weights, framework="pt") as tensors:
-            check_tensors(model, adapter, config, tensors)
-    except SafetensorError as error:
-        raise RunError(f"adapter={adapter!r}: {WEIGHTS} can't be read: {first_line(error)}") from error
-    return PeftModel.from_pretrained(model, Path(adapter), adapter_name=STUDENT, is_trainable=trainable, config=config)
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{argument}={given!r}: {WEIGHTS} can't be read: {first_line(error)}") from error
+
+
+def check_manifest(adapter: str) -> None:
+    """Raise RunError if an adapter that was sealed is not what was saved; others are taken as they are."""
+    folder = Path(adapter)
+    if not (folder / checkpoints.MANIFEST).is_file():
+        return
+    files = checkpoints.read_manifest(folder).files
+    missing = [name for name in (CONFIG, WEIGHTS) if name not in files]
+    why = checkpoints.altered(folder, {name: files[name] for name in (CONFIG, WEIGHTS) if name in files})
+    if missing or why is not None:
+        why = why or f"it was saved without {missing[0]}"
+        raise RunError(f"adapter={adapter!r}: {why}, as its {checkpoints.MANIFEST} has it")
 
 
 def adapter_files(adapter: str) -> tuple[Path, Path]:
@@ -108,8 +144,7 @@ def adapter_config(adapter: str, fields: Mapping[str, Any]) -> LoraConfig:
 def check_tensors(model: nn.Module, adapter: str, config: LoraConfig, tensors: Any) -> None:
     """Raise UsageError unless an open file's ``tensors`` are those that ``config`` makes for ``model``, and finite."""
     modules = dict(model.named_modules())
-    stored = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
-    for key in stored:
+    for key in tensors.keys():  # noqa: SIM118 (no mapping)
         found = re.fullmatch(r"base_model\.model\.(.*)\.lora_([AB])\.weight", key)
         require(found is not None, "adapter", adapter, f"its tensors are lora_A and lora_B weights, and {key} is not")
         name = found[1]  # type: ignore[index]
@@ -117,17 +152,23 @@ def check_tensors(model: nn.Module, adapter: str, config: LoraConfig, tensors: A
         require(known, "adapter", adapter, f"it adapts {name}, which is no linear layer of this model")
     expected = adapted(modules, adapter, config)
     require(bool(expected), "adapter", adapter, f"{CONFIG} names no layer that this model has")
+    fit(expected, "adapter", adapter, tensors)
+
+
+def fit(expected: Mapping[str, tuple[int, ...]], argument: str, given: str, tensors: Any) -> None:
+    """Raise UsageError unless an open file's ``tensors`` have the ``expected`` names and shapes, and are finite."""
+    stored = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
     for key, shape in stored.items():
-        require(key in expected, "adapter", adapter, f"{WEIGHTS} has {key}, which {CONFIG} does not name")
+        require(key in expected, argument, given, f"{WEIGHTS} has {key}, which {CONFIG} does not name")
         hint = f"{WEIGHTS}: {key} is {shape}, and {CONFIG} and this model make it {expected[key]}"
-        require(shape == expected[key], "adapter", adapter, hint)
+        require(shape == expected[key], argument, given, hint)
     missing = [key for key in expected if key not in stored]
     more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-    require(not missing, "adapter", adapter, f"{WEIGHTS} has no {''.join(missing[:1])}{more}")
+    require(not missing, argument, given, f"{WEIGHTS} has no {''.join(missing[:1])}{more}")
     for key in stored:
         tensor = tensors.get_tensor(key)
         finite = tensor.is_floating_point() and bool(tensor.float().isfinite().all())
-        require(finite, "adapter", adapter, f"{WEIGHTS}: {key} has values that are no finite numbers")
+        require(finite, argument, given, f"{WEIGHTS}: {key} has values that are no finite numbers")
 
 
 def adapted(modules: Mapping[str, nn.Module], adapter: str, config: LoraConfig) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from dopsd.errors import RunError, UsageError, require
-from dopsd.files import read_json
+from dopsd.files import first_line, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -91,6 +91,16 @@ def tensors_of(model: str, path: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def check_layers(model: str, fields: Mapping[str, Any], tensors: Collection[str]) -> None:
+    """Raise RunError if ``config.json`` has more layers than there are tensors: making them could take for ever."""
+    for name in ("n_layers", "num_hidden_layers"):
+        layers = fields.get(name)
+        if isinstance(layers, int | float) and layers > len(tensors):
+            raise RunError(
+                f"model={model!r}: config.json says {name}={layers}, and its files have {len(tensors)} tensors"
+            )
+
+
 def check_loaded(
     model: str, info: Mapping[str, Collection[Any]], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> None:
@@ -121,8 +131,3 @@ def load_tokenizer(path: str) -> Any:
     """The tokenizer of a checkpoint; no code that comes with one is run."""
     name = get_tokenizer_config(path, trust_remote_code=False).get("tokenizer_class")
     return TOKENIZERS.get(str(name), AutoTokenizer).from_pretrained(path, trust_remote_code=False)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

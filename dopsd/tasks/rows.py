@@ -6,21 +6,24 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from dopsd.errors import RunError
+from dopsd.limits import limited_memory
 
 # Characters of a file's rows, and bytes of it: more is no file of problems.
 MOST = 1 << 28
-# Bytes that a row takes beside its text.
+# Bytes that a row takes beside its text, and rows: these can be far shorter than what they become.
 ROW = 256
+MOST_ROWS = 1 << 20
 
 
 def csv_rows(path: Path) -> list[Mapping[str, Any]]:
     """Rows of text: a puzzle such as 0140432014020000 does not become a number."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        rows: list[Mapping[str, Any]] = list(csv.DictReader(file, strict=True))
+        rows: list[Mapping[str, Any]] = list(islice(csv.DictReader(file, strict=True), MOST_ROWS + 1))
     for number, row in enumerate(rows):
         if None in row:
             raise ValueError(f"row {number} has more values than the {len(row) - 1} columns")
@@ -31,6 +34,8 @@ def json_rows(path: Path) -> list[Mapping[str, Any]]:
     """A list of objects, or an object a line."""
     text = path.read_text(encoding="utf-8-sig")
     is_list = text.lstrip().startswith("[")
+    if not is_list and text.count("\n") > MOST_ROWS:
+        raise ValueError(f"it has more than {MOST_ROWS} lines")
     rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -87,7 +92,10 @@ def read_rows(
     try:
         if path.stat().st_size > MOST:
             raise ValueError(f"it has more than {MOST >> 20} MiB")
-        found = READERS[path.suffix](path)
+        with limited_memory(f"{path}: reading it"):
+            found = READERS[path.suffix](path)
+        if len(found) > MOST_ROWS:
+            raise ValueError(f"it has more than {MOST_ROWS} rows")
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}: can't be read as {path.suffix[1:]}: {error}") from error
     rows = text_rows(found, dict.fromkeys(name for row in found for name in row), columns, str(path))

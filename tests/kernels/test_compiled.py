@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import compile_table
+
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "dopsd_kernels"
 WHOLE, SAMPLED = "sm_90", "gfx942"
@@ -23,27 +25,20 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 PROGRAM = f"""
 import sys
-from dataclasses import replace
 from benchmarks import compile_table
 
-OPS = compile_table.OPS
+everything = compile_table.work
 
-def good(arch):
-    seen = set()
-    for op in OPS if arch in {(WHOLE, SAMPLED)} else ():
-        for variant in op(arch):
-            if arch == {WHOLE!r} or variant.kernel not in seen:
-                seen.add(variant.kernel)
-                yield variant
-
-def faulty(arch):
+def work(arch):
+    calls = everything(arch)
+    if arch == {SAMPLED!r}:
+        return list({{call[1]: call for call in calls}}.values())  # one an entry
     if arch == "sm_80":
-        variant = next(variant for variant in compile_table.confidence(arch) if variant.tensor_cores)
-        yield variant
-        yield replace(variant, options={{**variant.options, "num_stages": 20}})
-        yield replace(variant, signature={{**variant.signature, "hidden": "*fp32", "weight": "*fp32"}})
+        _, entry, config, label = calls[0]
+        return [(arch, entry, {{**config, **more}}, label) for more in ({{}}, {{"num_stages": 20}}, {{"BLOCK_N": 256}})]
+    return calls
 
-compile_table.OPS = (good, faulty)
+compile_table.work = work
 sys.exit(compile_table.main())
 """
 
@@ -105,5 +100,8 @@ def test_no_row_is_at_fault(table: list[dict[str, Any]]) -> None:
 def test_what_is_wrong_is_found(done: tuple[list[dict[str, Any]], str]) -> None:
     rows, printed = done
     assert printed.count("FAULT: ") == 2
-    good, large, fp32 = (row["faults"] for row in rows if row["arch"] == "sm_80")
-    assert not good and "shared memory" in large and {"no tensor cores", "spills"} <= set(fp32)
+    good, large, spilling = (
+        row for row in rows if row["arch"] == "sm_80" and row["kernel"] == "confidence._confidence"
+    )
+    assert not good["faults"] and "shared memory" in large["faults"] and "spills" in spilling["faults"]
+    assert compile_table.faults({**good, "instruction": "-"}) == ["no tensor cores"]
