@@ -77,9 +77,8 @@ class Trainer(transformers.Trainer):
         require_layers(decoder.model, "cache", rollouts.cache, "off")
         require_installed(OptimizerNames(args.optim).value)
         self.rollouts, self.teaching, self.student = rollouts, teaching, model
-        teacher = TeacherWeights(
-            model, teaching.teacher, teaching.ema_decay, from_adapter=model_arguments.adapter is not None
-        )
+        from_adapter = model_arguments.adapter is not None
+        teacher = TeacherWeights(model, teaching.teacher, teaching.ema_decay, from_adapter)
         self.slices: list[list[Example]] = []  # of the current batch, those that are still to be trained on
         self.said_drift = False  # that some trajectory was computed without reuse
         self.accepted_count = 0  # over all ranks, in the current batch
@@ -160,9 +159,8 @@ class Trainer(transformers.Trainer):
         examples = self.distillation.examples([rollouts[index] for index in kept], seeds[kept].tolist())
         self.accepted_count = sum(ranks.gather(len(examples)))
         figures = of_rollouts(rollouts, self.distillation.decoder.eos_id)
-        self.note(
-            len(rollouts), **figures, accepted=len(kept) / len(rollouts), rollout_seconds=time.monotonic() - start
-        )
+        accepted, seconds = len(kept) / len(rollouts), time.monotonic() - start
+        self.note(len(rollouts), **figures, accepted=accepted, rollout_seconds=seconds)
         slices = self.teaching.updates_per_batch
         return [
             [part for example in examples if len((part := example.slice(number, slices)).steps)]
