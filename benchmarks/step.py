@@ -25,15 +25,13 @@ from benchmarks.results import DEVICE, Recorder, Row
 from dopsd.cache import Cache
 from dopsd.confidence import most_confident
 from dopsd.config import ModelArguments, TeachingArguments
-from dopsd.memory.probe import synthetic_example
+from dopsd.memory.probe import synthetic_trajectory
 from dopsd.models import quantization
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 from dopsd.objective import Objective
-from dopsd.rollout import Decoder
 from dopsd.sampler import Decoding, decode
 from dopsd.step_batch import Inputs, Reuse, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
-from dopsd.trainer import with_adapter
 
 ROUNDS = 3
 
@@ -137,7 +135,7 @@ class Student:
         self.parameters = sum(p.numel() for p in self.network.parameters())
         if quantize == "nf4":
             to_nf4(self.network)
-        self.model = with_adapter(self.network, ModelArguments(lora_r=setting.lora_r))
+        self.model = ModelArguments(lora_r=setting.lora_r).student(self.network)
         self.network.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         fused = device.type == "cuda"  # as transformers' default optimiser is
@@ -151,12 +149,11 @@ class Student:
 
     def batches(self, objective: Objective, size: int) -> Iterator[StepBatch]:
         """The update's states in micro-batches; what the teacher sees at each step is drawn as in training."""
-        decoder = Decoder(self.network, None, Any, self.mask_id, self.eos_id, 1)  # type: ignore[arg-type]
-        lesson = synthetic_example(
-            objective, decoder, {}, self.prompt, self.setting.decoding, self.setting.config.vocab_size - 2
-        )
+        vocab = self.setting.config.vocab_size - 2
+        trajectory = synthetic_trajectory(self.prompt, self.setting.decoding, vocab, self.eos_id)
+        example = objective.example(trajectory, self.prompt, eos_id=self.eos_id, seed=0)
         ids = {"mask_id": self.mask_id, "pad_id": self.eos_id}
-        return step_batches([lesson], size, reuse=objective.reuse, device=self.device, **ids)
+        return step_batches([example], size, reuse=objective.reuse, device=self.device, **ids)
 
     def rollout(self, provider: str, cache: Cache) -> Stopwatch:
         """One whole response, decoded greedily."""

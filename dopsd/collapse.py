@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import transformers
 from tqdm.auto import tqdm
@@ -17,9 +17,6 @@ from transformers import TrainerCallback
 
 from dopsd import checkpoints
 from dopsd.ranks import on_first_process
-
-if TYPE_CHECKING:
-    from dopsd.trainer import Trainer
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -161,17 +158,21 @@ class CollapseGuard(TrainerCallback):
     """Looks for a collapse whenever something was measured, and does what ``on_collapse`` says.
 
     The adapter that the run begins with is validated and saved too, so that there always is one to go back to.
+
+    Args:
+        trainer: whose log has ``first_try``, ``pass_rate`` and ``eval_accuracy``.
+        updates_per_batch: how many updates one rollout is for.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: transformers.Trainer, updates_per_batch: int) -> None:
+        self.trainer, self.updates_per_batch = trainer, updates_per_batch
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if not args.load_best_model_at_end:
             self.say("no checkpoint is chosen by validation (load_best_model_at_end): the last adapter will be left")
             return
-        if not state.log_history and trainer.validation_rows:
+        if not state.log_history and trainer.eval_dataset:
             trainer._determine_best_metric(trainer.evaluate(), None)
             trainer._save_checkpoint(trainer.model, None)
         # transformers does not take update 0 for the best.
@@ -192,14 +193,14 @@ class CollapseGuard(TrainerCallback):
             return
         if args.load_best_model_at_end and all(found[-1] > one for one in found[:-1]):
             control.should_save = True  # also between the checkpoints that save_steps asks for
-        problems = len(self.trainer.validation_rows)
-        self.act(validation_fall(log, problems, args.collapse_threshold), args, state, control)
+        validated: Any = self.trainer.eval_dataset
+        self.act(validation_fall(log, len(validated), args.collapse_threshold), args, state, control)
 
     def tallies(self, log: Log, name: str = "first_try") -> list[Tally]:
         """The log's counts of tries."""
         args = self.trainer.args
         prompts = min(args.train_batch_size * args.world_size, len(self.trainer.train_dataset))  # type: ignore[arg-type]
-        return tallies_of(log, prompts, self.trainer.teaching.update_per_slice, name)
+        return tallies_of(log, prompts, self.updates_per_batch, name)
 
     def act(self, fall: Fall | None, args: Any, state: Any, control: Any) -> None:
         """Log a collapse, say it, and stop, go back or go on."""

@@ -19,19 +19,23 @@ from typing import Any, ClassVar, Literal, NoReturn, get_args
 import torch
 import transformers
 import yaml
+from peft import PeftModel
 from transformers import HfArgumentParser
 
 from dopsd import ranks
 from dopsd.cache import Cache, todays
 from dopsd.confidence import Confidence
-from dopsd.errors import RunError, UsageError, must_be, require
-from dopsd.memory.units import read_bytes
-from dopsd.models import SHIPPED
+from dopsd.errors import RunError, UsageError, must_be, must_be_choices, require
+from dopsd.models import SHIPPED, add_lora, load_adapter
+from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective
 from dopsd.recorded import Recorded, recorded
+from dopsd.renamed import todays_word
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
+from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
+from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
 # Of the numbers that options take; seeds go so far.
@@ -130,6 +134,12 @@ class ModelArguments(LoadArguments):
         at_least_one(self, "lora_r", "lora_alpha")
         must_be(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
 
+    def student(self, base: DiffusionModel) -> PeftModel:
+        """``base`` with the adapter to train: the one that is named, or a fresh one."""
+        if self.adapter is not None:
+            return load_adapter(base, self.adapter, trainable=True)
+        return add_lora(base, self.lora_targets, self.lora_r, self.lora_alpha, self.lora_dropout)
+
 
 @dataclass
 class TaskArguments:
@@ -211,13 +221,13 @@ class TeachingArguments:
 
     _argument_group_name: ClassVar[str] = "teacher and objective"
 
-    teacher: Literal["fixed", "ema", "live"] = option("fixed", "The teacher's weights: as at the start, averaged, own.")
+    teacher: TeacherKind = option("fixed", "The teacher's weights: as at the start, averaged, own.")
     ema_decay: float = option(0.99, "Share of an ema teacher kept at each update.")
-    teacher_context: Literal["self_future", "reference"] = option(
+    teacher_context: TeacherContext = option(
         "self_future", "Shown to the teacher: its own future tokens, or a reference solution in the prompt."
     )
     retain_ratio: float = option(0.25, "rho: share of the candidate tokens revealed to the teacher.")
-    reveal_scope: Literal["future_blocks", "masked"] = option("future_blocks", "Where candidates lie.")
+    reveal_scope: RevealScope = option("future_blocks", "Where candidates lie.")
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Confidence = option("probability", "By what K is chosen.")
@@ -235,7 +245,7 @@ class TeachingArguments:
     skip_last_block: bool = option(False, "Leave the steps of the last block out.")
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
     score_threshold: float = option(1.0, "Least grade of a response that trains.")
-    update_per_slice: int = option(1, "Optimiser updates per batch: its states are cut into so many slices.")
+    updates_per_batch: int = option(1, "Optimiser updates per batch: its states are cut into so many slices.")
     reuse: Reuse = option(
         "none",
         "What a block's other states take from its first: nothing (exact), the prompt's keys and values, or those of "
@@ -256,9 +266,10 @@ class TeachingArguments:
     )
 
     def __post_init__(self) -> None:
+        must_be_choices(self)
         must_be(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         must_be(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "in [0, 1]")
-        at_least_one(self, "update_per_slice", "states_per_forward")
+        at_least_one(self, "updates_per_batch", "states_per_forward")
         must_be(self.drift_samples >= 0, "drift_samples", self.drift_samples, "at least 0")
         limit = self.drift_limit
         must_be(limit is None or limit >= 0, "drift_limit", limit, "at least 0, or none")
@@ -505,7 +516,7 @@ class Parser(HfArgumentParser):
         """The dataclasses of ``argv``; an unknown option is an error with the nearest known one."""
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(
-                list(argv), look_for_args_file=False, return_remaining_strings=True
+                [todays_word(word) for word in argv], look_for_args_file=False, return_remaining_strings=True
             )
         except (ValueError, ImportError, OverflowError, RecursionError) as error:  # transformers' own checks
             raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
@@ -520,7 +531,8 @@ class Parser(HfArgumentParser):
     def tokens(self, options: dict[str, Any], source: str) -> list[str]:
         """``options`` of a recipe as command-line tokens, so that both are checked alike."""
         out: list[str] = []
-        for name, value in options.items():
+        for given, value in options.items():
+            name = todays_word(f"--{given}").removeprefix("--")
             action: Action | None = self._option_string_actions.get(f"--{name}")
             if action is None:
                 known = [key.removeprefix("--") for key in self._option_string_actions]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dopsd.objective import Objective
 from dopsd.seeds import mix_seeds
-from dopsd.step_batch import Lesson, collate
+from dopsd.step_batch import Example, collate
 from dopsd.teacher import TeacherWeights
 
 
@@ -18,36 +18,36 @@ def mean_drifts(
     objective: Objective,
     model: Any,
     teacher: TeacherWeights,
-    lessons: Sequence[Lesson],
+    examples: Sequence[Example],
     *,
     samples: int,
     seed: int,
     size: int,
     **options: Any,
 ) -> Tensor:
-    """Each lesson's mean of :meth:`Objective.drift` over some of its states.
+    """Each example's mean of :meth:`Objective.drift` over some of its states.
 
     Args:
         objective: whose ``reuse`` is measured.
         model, teacher: as in :meth:`Objective.forward`.
-        lessons: at least one.
-        samples: states of each lesson, at most; they are drawn from ``seed`` and the lesson's number.
+        examples: at least one.
+        samples: states of each example, at most; they are drawn from ``seed`` and the example's number.
         seed: of the draw.
         size: states in a batch, at most.
         options: of :func:`~dopsd.step_batch.collate`.
 
     Returns:
-        (len(lessons),) fp32, on the CPU.
+        (len(examples),) fp32, on the CPU.
     """
     index = []
-    for number, lesson in enumerate(lessons):
+    for number, example in enumerate(examples):
         generator = torch.Generator().manual_seed(int(mix_seeds(seed, number)))
-        chosen = torch.randperm(len(lesson.steps), generator=generator)[:samples]
+        chosen = torch.randperm(len(example.steps), generator=generator)[:samples]
         index += [(number, step) for step in chosen.tolist()]
     drifts = []
     for start in range(0, len(index), size):
         part = index[start : start + size]
-        exact, reused = (collate(lessons, part, reuse=reuse, **options) for reuse in ("none", objective.reuse))
+        exact, reused = (collate(examples, part, reuse=reuse, **options) for reuse in ("none", objective.reuse))
         drifts.append(objective.drift(model, teacher, exact, reused, options["mask_id"]).float().cpu())
-    lesson_of = torch.tensor([number for number, _ in index])
-    return torch.zeros(len(lessons)).index_add_(0, lesson_of, torch.cat(drifts)) / lesson_of.bincount()
+    example_of = torch.tensor([number for number, _ in index])
+    return torch.zeros(len(examples)).index_add_(0, example_of, torch.cat(drifts)) / example_of.bincount()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args, get_origin, get_type_hints
+
 # Characters of an error that are shown.
 LONGEST = 2000
 
@@ -44,6 +46,14 @@ def must_be(condition: bool, argument: str, given: object, accepted: str) -> Non
     """Raise :class:`UsageError` naming ``argument``, the values that are ``accepted`` and the one ``given``."""
     if not condition:
         raise UsageError(f"{argument} must be {accepted}, but is {given!r}")
+
+
+def must_be_choices(options: object) -> None:
+    """Raise :class:`UsageError` unless each field of a dataclass that is a Literal has one of its values."""
+    for name, hint in get_type_hints(type(options)).items():
+        if get_origin(hint) is Literal:
+            given, accepted = getattr(options, name), get_args(hint)
+            must_be(given in accepted, name, given, f"one of {accepted}")
 
 
 def require(condition: bool, argument: str, given: object, reason: str) -> None:

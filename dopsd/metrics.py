@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from dopsd.evaluation.accuracy import mean
+from dopsd.rollout import Rollout
 
 # An update's work is the sum over its processes, its time that of the slowest; several updates' are the mean of those.
 OF_AN_UPDATE: dict[str, Callable[[Iterable[float]], float]] = {
@@ -24,13 +25,23 @@ class Figures(NamedTuple):
 
     Args:
         update: its number.
-        over: how many things ``values`` are means of: prompts, lessons, rows of K; not read for others.
+        over: how many things ``values`` are means of: prompts, examples, rows of K; not read for others.
         values: by name.
     """
 
     update: int
     over: int
     values: dict[str, float]
+
+
+def of_rollouts(rollouts: Sequence[Rollout], eos_id: int) -> dict[str, float]:
+    """Means over at least one rollout; a response ends where the first ``eos_id`` is."""
+    return {
+        "pass_rate": mean([float(rollout.score >= 1) for rollout in rollouts]),
+        "first_try": mean([float(rollout.score >= 1 and rollout.tries == 1) for rollout in rollouts]),
+        "tries": mean([float(rollout.tries) for rollout in rollouts]),
+        "completion_length": mean([float(rollout.trajectory.text_length(eos_id)) for rollout in rollouts]),
+    }
 
 
 def combined(parts: Iterable[Figures]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,11 +11,9 @@ from torch import Tensor
 
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be
-from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import inference
-from dopsd.seeds import REVEAL, mix_seeds
-from dopsd.step_batch import Inputs, Lesson, PackedInputs, Reuse, StepBatch
-from dopsd.teacher import RevealScope, TeacherWeights, self_future
+from dopsd.step_batch import Inputs, PackedInputs, StepBatch
+from dopsd.teacher import TeacherView, TeacherWeights
 from dopsd_kernels import fused_confidence, fused_step_kl
 from dopsd_kernels.step_kl import Divergence
 
@@ -28,10 +26,10 @@ class StepOutput:
     """The objective on a batch of S states with R rows of K in all; everything but ``loss`` is detached.
 
     Args:
-        loss: scalar, the sum over lessons of Eq. 12; divide by their number for the mean.
+        loss: scalar, the sum over examples of Eq. 12; divide by their number for the mean.
         chosen: (S, B) bool, the positions K in each state's block.
         state: (R,) int64, the state of each row.
-        kl: (R,) divergence without the clip.
+        divergence: (R,), without the clip.
         clip_fraction: (R,) share of vocabulary entries whose contribution was clipped.
         overlap: (R,) share of the student's 20 likeliest entries that are among the teacher's.
     """
@@ -39,13 +37,13 @@ class StepOutput:
     loss: Tensor
     chosen: Tensor
     state: Tensor
-    kl: Tensor
+    divergence: Tensor
     clip_fraction: Tensor
     overlap: Tensor
 
-    def state_kl(self) -> Tensor:
+    def state_divergence(self) -> Tensor:
         """(S,) mean divergence over each state's K; 0 where K is empty."""
-        return state_means(self.kl, self.state, self.chosen)
+        return state_means(self.divergence, self.state, self.chosen)
 
 
 class Selection(NamedTuple):
@@ -70,17 +68,16 @@ class Selection(NamedTuple):
         return inputs.hidden_states(model, self.columns)[self.state, self.rank]
 
 
-@dataclass(frozen=True)
-class Objective:
+@dataclass(frozen=True, kw_only=True)
+class Objective(TeacherView):
     """What is taught at each step; field meanings are those of the command-line options of the same names.
 
     ``workspace_bytes`` is no option: the limit of :func:`~dopsd_kernels.fused_step_kl`, None for its own default.
+
+    Raises:
+        UsageError: a field has a value that is not accepted.
     """
 
-    retain_ratio: float
-    reveal_scope: RevealScope
-    reveal_tail: bool
-    teacher_context: Literal["self_future", "reference"]
     selection: Literal["teacher", "student"]
     confidence: Confidence
     divergence: Divergence
@@ -90,42 +87,13 @@ class Objective:
     top_k: int | None
     tail: Literal["renormalize", "bucket"]
     normalization: Literal["step_mean", "batchmean"]
-    skip_last_block: bool
-    reuse: Reuse = "none"
     workspace_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        must_be(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "in [0, 1]")
+        super().__post_init__()
         must_be(self.clip is None or self.clip >= 0, "clip", self.clip, "at least 0, or none")
         must_be(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or none")
         must_be(0 < self.beta < 1, "beta", self.beta, "strictly between 0 and 1")
-
-    def lesson(self, rollout: Rollout, decoder: Decoder, seed: int) -> Lesson:
-        """Which steps of a rollout are trained on, and what its teacher sees at each; drawn from ``seed`` alone."""
-        trajectory = rollout.trajectory
-        steps = torch.arange(trajectory.num_steps)
-        if self.skip_last_block:
-            last = len(trajectory.tokens) - trajectory.block_length
-            steps = steps[trajectory.block_starts(steps) < last]
-        if self.teacher_context == "reference":
-            nothing = torch.zeros(len(steps), len(trajectory.tokens), dtype=torch.bool)
-            prompt_ids = decoder.encode(decoder.task.reference_prompt(rollout.row))
-            return Lesson(trajectory, steps, nothing, prompt_ids.cpu())
-        reveal = self_future(
-            trajectory,
-            steps,
-            retain_ratio=self.retain_ratio,
-            scope=self.reveal_scope,
-            tail=self.reveal_tail,
-            eos_id=decoder.eos_id,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        lesson = Lesson(trajectory, steps, reveal, trajectory.prompt_ids)
-        if self.reuse == "block" and len(steps):
-            # One draw for a block, that of its first state, whose later positions are then the same in all its states.
-            still_masked = trajectory.reveal_step >= steps[:, None]
-            lesson = replace(lesson, reveal=reveal[lesson.anchors()] & still_masked)
-        return lesson
 
     def forward(self, model: Any, teacher: TeacherWeights, batch: StepBatch, mask_id: int) -> StepOutput:
         """Both sides of a batch of states, and the divergence between them at K.
@@ -171,8 +139,8 @@ class Objective:
         with inference(model):
             ours, theirs = (selection.hidden(model, batch.student) for batch in (exact, reused))
             weight, limit = model.lm_head_weight.detach(), self.workspace_bytes
-            row_kl = fused_step_kl(ours, theirs, weight, reduction="sum", workspace_bytes=limit).row_kl
-        return state_means(row_kl, selection.state, selection.chosen)
+            out = fused_step_kl(ours, theirs, weight, reduction="sum", workspace_bytes=limit)
+        return state_means(out.row_kl, selection.state, selection.chosen)
 
     def select(self, model: Any, teacher: TeacherWeights, batch: StepBatch, mask_id: int) -> Selection:
         """The teacher's pass over a batch of states, and K."""
@@ -181,8 +149,8 @@ class Objective:
             chosen = self.choose(block_hidden, model.lm_head_weight.detach(), batch, mask_id)
         rows = batch.rows_by_commit if self.selection == "student" else batch.rows_by_confidence
         # One entry per row of K, in order: nonzero() without waiting to learn how many there are.
-        places = chosen.flatten().byte().argsort(descending=True, stable=True)[: int(rows.sum())]
-        state, offset = places // chosen.shape[1], places % chosen.shape[1]
+        index = chosen.flatten().byte().argsort(descending=True, stable=True)[: int(rows.sum())]
+        state, offset = index // chosen.shape[1], index % chosen.shape[1]
         rank = chosen.long().cumsum(-1)[state, offset] - 1
         # The student is read at K only. States with fewer positions repeat one that then carries no row.
         columns = batch.columns[:, :1].repeat(1, max(1, int(rows.max())))
@@ -190,7 +158,7 @@ class Objective:
         return Selection(chosen, state, rank, columns, block_hidden[state, offset])
 
     def choose(self, block_hidden: Tensor, weight: Tensor, batch: StepBatch, mask_id: int) -> Tensor:
-        """(S, B) bool: K of each state, the k candidates the teacher is surest of, or what the student committed."""
+        """(S, B) bool: K of each state, the teacher's k most confident candidates, or what the student committed."""
         if self.selection == "student":
             return batch.committed & batch.candidates
         candidates = block_hidden.flatten(0, 1)[batch.candidate_index]
@@ -218,20 +186,9 @@ def top_k_overlap(student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor
     return (mine[:, :, None] == theirs[:, None, :]).any(-1).float().mean(-1)
 
 
-def lessons_of(
-    objective: Objective, rollouts: Sequence[Rollout], decoder: Decoder, seeds: Sequence[int]
-) -> list[Lesson]:
-    """The lessons of ``rollouts``, leaving out those with no step to train on."""
-    lessons = [
-        objective.lesson(rollout, decoder, int(mix_seeds(seed, REVEAL)))
-        for rollout, seed in zip(rollouts, seeds, strict=True)
-    ]
-    return [lesson for lesson in lessons if len(lesson.steps)]
-
-
 def mean_metrics(outputs: Sequence[StepOutput]) -> dict[str, float]:
     """Means over all rows of K of several batches; nan where there are none."""
     return {
         name: float(torch.cat([getattr(output, field) for output in outputs]).mean())
-        for name, field in (("kl", "kl"), ("clip_fraction", "clip_fraction"), ("overlap_top20", "overlap"))
+        for name, field in (("kl", "divergence"), ("clip_fraction", "clip_fraction"), ("overlap_top20", "overlap"))
     }

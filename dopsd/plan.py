@@ -13,12 +13,12 @@ from dopsd.errors import RunError, must_be, require
 from dopsd.files import first_line, read_json
 from dopsd.memory.dry_run import DryProbe, DryRun
 from dopsd.memory.planner import Planner, remedies, too_little, workspace_for
-from dopsd.memory.units import gib, read_bytes
 from dopsd.models import MODELS, SHIPPED, class_of
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.models.checkpoint import read_config
 from dopsd.step_batch import Reuse
 from dopsd.tables import show
+from dopsd.units import gib, read_bytes
 
 
 def read_architecture(path: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from dopsd.sampler import mix_seeds
+from dopsd.seeds import mix_seeds
 
 
 class PromptSampler(Sampler[int]):

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dopsd.errors import Interrupted, RunError, ending
@@ -275,6 +275,16 @@ def add(*tensors: Tensor) -> None:
         meet()
         for tensor in tensors:
             torch.distributed.all_reduce(tensor)
+
+
+def add_gradients(model: nn.Module) -> None:
+    """Replace the gradient of each trained parameter by its sum over the processes; none on some counts as zero."""
+    if PartialState().num_processes > 1:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        add(*(parameter.grad for parameter in trained if parameter.grad is not None))
 
 
 def on_first_process(do: Callable[[], T]) -> T:

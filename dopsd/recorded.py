@@ -11,6 +11,7 @@ from dopsd.checkpoints import RUN_FILE
 from dopsd.errors import RunError
 from dopsd.files import read_json
 from dopsd.models.adapter import CONFIG
+from dopsd.renamed import RENAMED
 
 Options = dict[str, Any]
 
@@ -54,6 +55,9 @@ def run_options(file: Path) -> dict[str, Options]:
     groups = {name: content.get(name, {}) for name in ("model", "task", "rollout", "teaching", "training")}
     if not all(isinstance(options, dict) for options in groups.values()):
         raise RunError(f"{file} is damaged: its groups of options are no JSON objects")
+    groups = {
+        group: {RENAMED.get(name, name): value for name, value in options.items()} for group, options in groups.items()
+    }
     if "cache" in groups["rollout"]:
         groups["rollout"]["cache"] = todays(groups["rollout"]["cache"])
     return groups

@@ -17,7 +17,6 @@ from dopsd import collapse
 from dopsd.checkpoints import number
 from dopsd.evaluation.accuracy import difference, summary
 from dopsd.files import write_json, write_text
-from dopsd.memory.units import gib
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.ranks import on_first_process
 from dopsd.rollout import Rollout, Row
@@ -25,6 +24,7 @@ from dopsd.run_folder import REPORT_FILE
 from dopsd.step_batch import step_batches
 from dopsd.tables import show
 from dopsd.trainer import Trainer
+from dopsd.units import gib
 from dopsd.versions import versions
 
 PICTURES = ("curves.png", "trajectory.png")
@@ -71,9 +71,9 @@ def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
             f"{trainer.args.train_batch_size * trainer.args.world_size} prompts; {problems} held-out problems; "
             f"writing to {trainer.args.output_dir}"
         )
-        if trainer.plan is not None:
-            print(f"{trainer.plan}")
-            trainer.plan.show()
+        if trainer.memory.plan is not None:
+            print(f"{trainer.memory.plan}")
+            trainer.memory.plan.show()
         if (reason := why_no_picture()) is not None:
             print(f"{' and '.join(PICTURES)} are left out: {reason}")
 
@@ -102,7 +102,7 @@ def held_out(
     if trainer.is_world_process_zero():
         if moment == "before" and why_no_picture() is None:
             draw_trajectory(trainer, next(iter(results.values())), output / "trajectory.png")
-        eos_id = trainer.decoder.eos_id
+        eos_id = trainer.distillation.decoder.eos_id
         responses = {rate: [one.outcome(eos_id) for one in ones] for rate, ones in results.items()}
         write_json(path, {"adapter_sha256": adapter, "tokens_per_step": responses})
     return {rate: [one.score for one in ones] for rate, ones in results.items()}
@@ -121,29 +121,24 @@ def kept_scores(path: Path, adapter: str | None) -> dict[str, list[float]] | Non
 def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -> None:
     """Picture the first correct rollout: when tokens were revealed, what the teacher saw, where K was, KL per step."""
     rollout = next((one for one in rollouts if one.score >= 1), rollouts[0])
-    decoder, objective = trainer.decoder, trainer.objective
-    lesson = objective.lesson(rollout, decoder, trainer.args.seed)
+    distillation = trainer.distillation
+    decoder, objective = distillation.decoder, distillation.objective
+    example = distillation.example(rollout, trainer.args.seed)
     trajectory = rollout.trajectory
-    chosen = torch.zeros_like(lesson.reveal)
+    chosen = torch.zeros_like(example.reveal)
     step_kl = []
-    batches = step_batches(
-        [lesson],
-        # Without reuse and without a gradient, which takes what decoding does.
-        min(trainer.sizes.states_per_forward, trainer.sizes.sequences_per_forward),
-        **trainer.collation(),
-    )
     done = 0
-    trainer.student.eval()
+    distillation.student.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
-        for batch in batches:
-            out = objective.forward(decoder.model, trainer.teacher, batch, decoder.mask_id)
+        for batch in step_batches([example], distillation.states_without_gradient, **distillation.collation()):
+            out = objective.forward(decoder.model, distillation.teacher, batch, decoder.mask_id)
             chosen[done : done + len(batch)].scatter_(1, batch.columns.cpu(), out.chosen.cpu())
-            step_kl.append(out.state_kl().float().cpu())
+            step_kl.append(out.state_divergence().float().cpu())
             done += len(batch)
     if done:
         labels = ["∎" if token == decoder.eos_id else decoder.tokenizer.decode([token]) for token in trajectory.tokens]
         title = f"{decoder.task.prompt(rollout.row)}{rollout.response}"
-        trace = TrajectoryTrace(trajectory, lesson.steps, lesson.reveal, chosen, torch.cat(step_kl), labels, title)
+        trace = TrajectoryTrace(trajectory, example.steps, example.reveal, chosen, torch.cat(step_kl), labels, title)
         plot_trajectory(trace, path)
 
 
@@ -164,11 +159,11 @@ def finish(
     own = next(iter(rates.values()))
     memory = (
         None
-        if trainer.plan is None
+        if trainer.memory.plan is None
         else {
-            **trainer.plan.to_json(),
-            "predicted_peak": trainer.predicted_peak,
-            "measured_peak": trainer.highest,
+            **trainer.memory.plan.to_json(),
+            "predicted_peak": trainer.memory.predicted_peak,
+            "measured_peak": trainer.memory.highest,
         }
     )
     reason = why_no_picture()

@@ -17,7 +17,7 @@ Reuse = Literal["none", "prompt", "block"]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Example:
     """The states of one trajectory that are trained on, and what the teacher sees at each.
 
     Args:
@@ -32,14 +32,14 @@ class Lesson:
     reveal: Tensor
     teacher_prompt_ids: Tensor
 
-    def slice(self, number: int, count: int) -> Lesson:
+    def slice(self, number: int, count: int) -> Example:
         """Part ``number`` of ``count`` nearly equal runs of its steps."""
         bounds = [part * len(self.steps) // count for part in (number, number + 1)]
         chosen = slice(*bounds)
         return replace(self, steps=self.steps[chosen], reveal=self.reveal[chosen])
 
     def anchors(self) -> Tensor:
-        """(S,) int64: for each state, the index of the lesson's first state of the same block."""
+        """(S,) int64: for each state, the index of the example's first state of the same block."""
         starts = self.trajectory.block_starts(self.steps)
         return (starts[:, None] == starts).long().argmax(-1)
 
@@ -58,7 +58,7 @@ class Lesson:
         }
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Lesson:
+    def from_json(cls, fields: dict[str, Any]) -> Example:
         """The inverse of :meth:`to_json`."""
         trajectory = Trajectory.from_json(fields["trajectory"])
         reveal = torch.zeros(len(fields["steps"]), len(trajectory.tokens), dtype=torch.bool)
@@ -93,7 +93,7 @@ class PackedInputs:
     Args:
         anchors: the G states that are computed in full.
         packed: the N others.
-        row: (S,) int64, each state's place among the anchors followed by the others.
+        row: (S,) int64, each state's index among the anchors followed by the others.
     """
 
     anchors: Inputs
@@ -132,11 +132,11 @@ class StepBatch:
         candidates: (S, B) bool, those masked for student and teacher alike: K is chosen among them.
         committed: (S, B) bool, those the student's step revealed.
         k: (S,) int64, how many it revealed.
-        candidate_index: (C,) int64, the candidates' places in the flattened (S, B).
-        rows_by_confidence: (S,) int64 on the CPU, how many candidates K has if the k surest are chosen.
+        candidate_index: (C,) int64, the candidates' indices in the flattened (S, B).
+        rows_by_confidence: (S,) int64 on the CPU, how many candidates K has if the k most confident are chosen.
         rows_by_commit: (S,) int64 on the CPU, how many it has if it is what the student's step revealed.
-        lesson: (S,) int64, index of each state's lesson.
-        weight: (S,) fp32, 1 / number of states of that lesson (the 1/T of Eq. 12).
+        example: (S,) int64, index of each state's example.
+        weight: (S,) fp32, 1 / number of states of that example (the 1/T of Eq. 12).
     """
 
     student: Inputs | PackedInputs
@@ -148,7 +148,7 @@ class StepBatch:
     candidate_index: Tensor
     rows_by_confidence: Tensor
     rows_by_commit: Tensor
-    lesson: Tensor
+    example: Tensor
     weight: Tensor
 
     def __len__(self) -> int:
@@ -156,7 +156,7 @@ class StepBatch:
 
 
 def step_batches(
-    lessons: Sequence[Lesson],
+    examples: Sequence[Example],
     size: int,
     *,
     reuse: Reuse = "none",
@@ -164,18 +164,18 @@ def step_batches(
     pad_id: int,
     device: torch.device,
 ) -> Iterator[StepBatch]:
-    """Every state of every lesson, in batches of at most ``size`` states, which may mix lessons.
+    """Every state of every example, in batches of at most ``size`` states, which may mix examples.
 
     Reuse means the same for every ``size``: a block that two batches share has one anchor, which both compute.
     """
-    index = [(number, step) for number, lesson in enumerate(lessons) for step in range(len(lesson.steps))]
+    index = [(number, step) for number, example in enumerate(examples) for step in range(len(example.steps))]
     for start in range(0, len(index), size):
         part = index[start : start + size]
-        yield collate(lessons, part, reuse=reuse, mask_id=mask_id, pad_id=pad_id, device=device)
+        yield collate(examples, part, reuse=reuse, mask_id=mask_id, pad_id=pad_id, device=device)
 
 
 def collate(
-    lessons: Sequence[Lesson],
+    examples: Sequence[Example],
     index: Sequence[tuple[int, int]],
     *,
     reuse: Reuse = "none",
@@ -183,18 +183,18 @@ def collate(
     pad_id: int,
     device: torch.device,
 ) -> StepBatch:
-    """The states (lesson number, position in its steps) of ``index`` as one batch on ``device``."""
+    """The states (example number, position in its steps) of ``index`` as one batch on ``device``."""
     wanted: dict[int, list[int]] = {}
     for number, step in index:
         wanted.setdefault(number, []).append(step)
     parts = []
     for number, chosen in wanted.items():
-        lesson, trajectory = lessons[number], lessons[number].trajectory
-        steps = lesson.steps[chosen]
-        state, shown = lesson.views(chosen, mask_id)
+        example, trajectory = examples[number], examples[number].trajectory
+        steps = example.steps[chosen]
+        state, shown = example.views(chosen, mask_id)
         columns = trajectory.block_starts(steps)[:, None] + torch.arange(trajectory.block_length)
         commits = trajectory.commits(steps)
-        masked = (trajectory.reveal_step >= steps[:, None]) & ~lesson.reveal[chosen]
+        masked = (trajectory.reveal_step >= steps[:, None]) & ~example.reveal[chosen]
         parts.append(
             (
                 state,
@@ -204,22 +204,22 @@ def collate(
                 commits.gather(1, columns),
                 commits.sum(-1),
                 torch.full((len(chosen),), number),
-                torch.full((len(chosen),), 1 / len(lesson.steps)),
+                torch.full((len(chosen),), 1 / len(example.steps)),
             )
         )
-    state, shown, columns, candidates, committed, k, number_of_lesson, weight = (
+    state, shown, columns, candidates, committed, k, number_of_example, weight = (
         torch.cat(part) for part in zip(*parts, strict=True)
     )
-    student_prompts = [lesson.trajectory.prompt_ids for lesson in lessons]
-    teacher_prompts = [lesson.teacher_prompt_ids for lesson in lessons]
+    student_prompts = [example.trajectory.prompt_ids for example in examples]
+    teacher_prompts = [example.teacher_prompt_ids for example in examples]
     student: Inputs | PackedInputs
     teacher: Inputs | PackedInputs
     if reuse == "none":
-        numbers = number_of_lesson.tolist()
+        numbers = number_of_example.tolist()
         student = with_prompts([student_prompts[number] for number in numbers], state.to(device), pad_id)
         teacher = with_prompts([teacher_prompts[number] for number in numbers], shown.to(device), pad_id)
     else:
-        anchors = Anchors.of(lessons, wanted, mask_id)
+        anchors = Anchors.of(examples, wanted, mask_id)
         numbers = anchors.numbers
         student = with_prompts([student_prompts[number] for number in numbers], anchors.state.to(device), pad_id)
         teacher = with_prompts([teacher_prompts[number] for number in numbers], anchors.shown.to(device), pad_id)
@@ -237,7 +237,7 @@ def collate(
         candidate_index=candidates.flatten().nonzero()[:, 0].to(device),
         rows_by_confidence=torch.minimum(k, candidates.sum(-1)),
         rows_by_commit=(committed & candidates).sum(-1),
-        lesson=number_of_lesson.to(device),
+        example=number_of_example.to(device),
         weight=weight.to(device),
     )
 
@@ -256,7 +256,7 @@ class Anchors:
     """The states that a batch's states reuse activations of.
 
     Args:
-        numbers: the lessons of the G anchors.
+        numbers: the examples of the G anchors.
         state, shown: (G, L) int64, what student and teacher see in them.
         anchor: (S,) int64, the anchor of each state of the batch.
         itself: (S,) bool, whether the state is its own anchor.
@@ -269,15 +269,15 @@ class Anchors:
     itself: Tensor
 
     @classmethod
-    def of(cls, lessons: Sequence[Lesson], wanted: Mapping[int, Sequence[int]], mask_id: int) -> Anchors:
-        """Those of the states ``wanted``, by lesson."""
+    def of(cls, examples: Sequence[Example], wanted: Mapping[int, Sequence[int]], mask_id: int) -> Anchors:
+        """Those of the states ``wanted``, by example."""
         numbers: list[int] = []
         parts = []
         for number, chosen in wanted.items():
-            first = lessons[number].anchors()[chosen]
+            first = examples[number].anchors()[chosen]
             anchors, anchor = first.unique(return_inverse=True)
             parts.append(
-                (*lessons[number].views(anchors, mask_id), anchor + len(numbers), first == torch.tensor(chosen))
+                (*examples[number].views(anchors, mask_id), anchor + len(numbers), first == torch.tensor(chosen))
             )
             numbers += [number] * len(anchors)
         return cls(numbers, *(torch.cat(part) for part in zip(*parts, strict=True)))

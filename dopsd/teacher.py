@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
+from dopsd.errors import must_be, must_be_choices
 from dopsd.models import STUDENT
 from dopsd.sampler import inference
+from dopsd.step_batch import Example, Reuse
 from dopsd.trajectory import Trajectory
 
+TeacherContext = Literal["self_future", "reference"]
 RevealScope = Literal["future_blocks", "masked"]
 TeacherKind = Literal["fixed", "ema", "live"]
 
@@ -56,6 +60,67 @@ def self_future(
     return candidates & (draw.argsort(-1).argsort(-1) < count)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherView:
+    """Which steps of a trajectory are trained on, and what the teacher sees at each.
+
+    Field meanings are those of the command-line options of the same names.
+
+    Raises:
+        UsageError: a field has a value that is not accepted.
+    """
+
+    teacher_context: TeacherContext
+    retain_ratio: float
+    reveal_scope: RevealScope
+    reveal_tail: bool
+    skip_last_block: bool
+    reuse: Reuse = "none"
+
+    def __post_init__(self) -> None:
+        must_be_choices(self)
+        must_be(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "in [0, 1]")
+
+    def example(
+        self,
+        trajectory: Trajectory,
+        teacher_prompt_ids: Tensor,  # (P',) int64
+        *,
+        eos_id: int,
+        seed: int,
+    ) -> Example:
+        """What is trained on of a trajectory; drawn from ``seed`` alone.
+
+        Args:
+            trajectory: the student's response.
+            teacher_prompt_ids: the teacher's prompt, on the CPU.
+            eos_id: the end-of-text token.
+            seed: of what is revealed.
+        """
+        steps = torch.arange(trajectory.num_steps)
+        if self.skip_last_block:
+            last = len(trajectory.tokens) - trajectory.block_length
+            steps = steps[trajectory.block_starts(steps) < last]
+        if self.teacher_context == "reference":
+            nothing = torch.zeros(len(steps), len(trajectory.tokens), dtype=torch.bool)
+            return Example(trajectory, steps, nothing, teacher_prompt_ids)
+        reveal = self_future(
+            trajectory,
+            steps,
+            retain_ratio=self.retain_ratio,
+            scope=self.reveal_scope,
+            tail=self.reveal_tail,
+            eos_id=eos_id,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        example = Example(trajectory, steps, reveal, teacher_prompt_ids)
+        if self.reuse == "block" and len(steps):
+            # One draw for a block, that of its first state, whose later positions are then the same in all its states.
+            still_masked = trajectory.reveal_step >= steps[:, None]
+            example = replace(example, reveal=reveal[example.anchors()] & still_masked)
+        return example
+
+
 class TeacherWeights:
     """The teacher's side of a network that student and teacher share.
 
@@ -68,9 +133,13 @@ class TeacherWeights:
 
     A fixed teacher over a fresh adapter is the base model with adapters off. Where the run starts from an adapter, or
     averages, the teacher's weights are a second, frozen adapter named ``teacher``.
+
+    Raises:
+        UsageError: there is no such ``kind``.
     """
 
     def __init__(self, model: PeftModel, kind: TeacherKind, ema_decay: float, from_adapter: bool) -> None:
+        must_be(kind in get_args(TeacherKind), "teacher", kind, f"one of {get_args(TeacherKind)}")
         self.model, self.kind, self.ema_decay = model, kind, ema_decay
         self.has_adapter = kind == "ema" or (kind == "fixed" and from_adapter)
         if self.has_adapter and TEACHER not in model.peft_config:

@@ -25,7 +25,7 @@ from dopsd.ranks import Ranks, meet, on_first_process
 from dopsd.rollout import Decoder, Row
 from dopsd.run_folder import RunFolder
 from dopsd.tasks import load_task
-from dopsd.trainer import Trainer, with_adapter
+from dopsd.trainer import Trainer
 
 
 def main(argv: Sequence[str]) -> None:
@@ -101,7 +101,7 @@ def build(
     if teaching.teacher_context == "reference":
         cli.check_lengths(decoder, [task.reference_prompt(row) for row in rows["train"]], rollouts.gen_length)
     trainer = Trainer(
-        with_adapter(base, model_arguments),
+        model_arguments.student(base),
         args,
         model_arguments,
         rollouts,

@@ -156,7 +156,7 @@ def make_trainer(tmp_path: Path, small_run: list[str]) -> Callable[..., Trainer]
     """Builds a Trainer as ``dopsd.train`` does, writing to a new folder unless ``argv`` names one."""
     from dopsd.config import parse_train
     from dopsd.tasks.sudoku import Sudoku
-    from dopsd.trainer import Trainer, with_adapter
+    from dopsd.trainer import Trainer
 
     def make(*argv: str, task: Sudoku | None = None) -> Trainer:
         folder = str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
@@ -165,7 +165,7 @@ def make_trainer(tmp_path: Path, small_run: list[str]) -> Callable[..., Trainer]
         task = task or Sudoku()
         base, tokenizer = load_model(model_arguments.model)
         decoder = Decoder(base, tokenizer, task, base.config.mask_token_id, tokenizer.eos_token_id, 64)
-        student = with_adapter(base, model_arguments)
+        student = model_arguments.student(base)
         rows = (task.problems("train", tasks.train_problems), task.problems("validation", tasks.validation_problems))
         return Trainer(student, args, model_arguments, rollouts, teaching, decoder, *rows, processing_class=tokenizer)
 

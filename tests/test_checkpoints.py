@@ -24,8 +24,7 @@ from dopsd.models import add_lora, load_adapter, load_model, quantization
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.models.dream import DreamConfig, DreamModel
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
-from dopsd.objective import Objective, lessons_of
-from dopsd.rollout import Decoder, Rollout
+from dopsd.objective import Objective
 from dopsd.sampler import Decoding, decode
 from dopsd.step_batch import step_batches
 from dopsd.teacher import TeacherWeights
@@ -361,7 +360,7 @@ def test_decoding_and_distilling_with_every_family(name: str, tmp_path: Path) ->
     """
     folder_of(tmp_path, FAMILIES[name.removeprefix("shifted ")])
     shift_logits = name == "shifted llama"
-    model, tokenizer = load_model(str(tmp_path), shift_logits=shift_logits)
+    model, _ = load_model(str(tmp_path), shift_logits=shift_logits)
     shift = int(shift_logits or name == "dream")
     generator = torch.Generator().manual_seed(4)
     prompts = [torch.randint(2, 25, (length,), generator=generator) for length in (3, 7, 5)]
@@ -376,18 +375,19 @@ def test_decoding_and_distilling_with_every_family(name: str, tmp_path: Path) ->
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     teacher = TeacherWeights(student, "fixed", 0.9, from_adapter=False)
-    rollouts = [Rollout({}, trajectory, "", 1.0, 1) for trajectory in trajectories]
-    decoder = Decoder(model, tokenizer, None, MASK, EOS, 8)  # type: ignore[arg-type]
-    lessons = lessons_of(OBJECTIVE, rollouts, decoder, [0, 1, 2])
-    (batch,) = step_batches(lessons, 1000, mask_id=MASK, pad_id=EOS, device=torch.device("cpu"))
+    examples = [
+        OBJECTIVE.example(trajectory, trajectory.prompt_ids, eos_id=EOS, seed=seed)
+        for seed, trajectory in enumerate(trajectories)
+    ]
+    (batch,) = step_batches(examples, 1000, mask_id=MASK, pad_id=EOS, device=torch.device("cpu"))
 
     output = OBJECTIVE.forward(model, teacher, batch, MASK)
     expected_kl, expected_loss = [], 0.0
     row = 0
-    for lesson in lessons:
-        prompt = lesson.trajectory.prompt_ids
-        for state, reveal in zip(lesson.trajectory.states(lesson.steps, MASK), lesson.reveal, strict=True):
-            shown = torch.where(reveal, lesson.trajectory.tokens, state)
+    for example in examples:
+        prompt = example.trajectory.prompt_ids
+        for state, reveal in zip(example.trajectory.states(example.steps, MASK), example.reveal, strict=True):
+            shown = torch.where(reveal, example.trajectory.tokens, state)
             with torch.no_grad():
                 s = aligned_logits(model, torch.cat((prompt, state)), shift)[len(prompt) :].double().log_softmax(-1)
                 with teacher.active():
@@ -395,9 +395,9 @@ def test_decoding_and_distilling_with_every_family(name: str, tmp_path: Path) ->
             chosen = batch.columns[row][output.chosen[row]]
             kl = [float((s[i].exp() * (s[i] - t[i])).sum()) for i in chosen.tolist()]
             expected_kl += kl
-            expected_loss += sum(kl) / len(kl) / len(lesson.steps)
+            expected_loss += sum(kl) / len(kl) / len(example.steps)
             row += 1
-    torch.testing.assert_close(output.kl, torch.tensor(expected_kl), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(output.divergence, torch.tensor(expected_kl), rtol=1e-3, atol=1e-5)
     assert float(output.loss.detach()) == pytest.approx(expected_loss, rel=1e-3)
 
     optimiser = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.02)

@@ -124,12 +124,11 @@ def test_a_task_that_nothing_solves_is_said_once(capsys: pytest.CaptureFixture[s
     def said(prompts: int, updates: int, right: int = -1, logging: int = 1) -> list[int]:
         args = SimpleNamespace(train_batch_size=prompts, world_size=1)
         trainer: Any = SimpleNamespace(args=args, train_dataset=range(100), is_world_process_zero=lambda: True)
-        trainer.teaching = SimpleNamespace(update_per_slice=1)
         state = SimpleNamespace(log_history=[], max_steps=updates)
         found = []
         for step in range(logging, updates + 1, logging):
             state.log_history.append({"step": step, "loss": 0.0, "pass_rate": float(step == right)})
-            CollapseGuard(trainer).warn_of_nothing(args, state)
+            CollapseGuard(trainer, updates_per_batch=1).warn_of_nothing(args, state)
             if "no try at the first" in (text := capsys.readouterr().out):
                 assert f"first {prompts * step} prompts" in text and "held_out_before.json" in text
                 found.append(step)

@@ -76,6 +76,15 @@ def test_a_model_that_does_not_ship_is_trained_as_the_paper_does() -> None:
     assert parsed("--model", "tiny")["recipe"] == "tiny"
 
 
+def test_the_last_releases_names_still_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line, in either spelling, and in a recipe; one sentence on standard error says what is new."""
+    (tmp_path / "mine.yaml").write_text("update_per_slice: 3\n")
+    for argv in (["--update_per_slice", "3"], ["--update-per-slice=3"], ["--recipe", str(tmp_path / "mine.yaml")]):
+        assert parsed(*argv)["updates_per_batch"] == 3
+        assert capsys.readouterr().err.count("is called --updates_per_batch now") == 1
+    assert parsed("--updates_per_batch", "3")["updates_per_batch"] == 3 and not capsys.readouterr().err
+
+
 def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     """Lists, dictionaries, booleans and nulls of a YAML file arrive as such; a list is overridden whole."""
     path = tmp_path / "mine.yaml"
@@ -245,7 +254,7 @@ def test_transformers_own_checks_are_usage_errors() -> None:
         (["--threshold", "1.5"], ["threshold must be", "but is 1.5"]),
         (["--threshold", "0.9", "--remasking", "margin"], ["threshold=0.9", "low_confidence", "margin"]),
         (["--score_threshold", "2"], ["score_threshold must be", "but is 2.0"]),
-        (["--update_per_slice", "0"], ["update_per_slice must be", "but is 0"]),
+        (["--updates_per_batch", "0"], ["updates_per_batch must be", "but is 0"]),
         (["--states_per_forward", "0"], ["states_per_forward must be", "but is 0"]),
         (["--reuse", "all"], ["--reuse", "'all'", "'block'"]),
         (["--cache", "both"], ["--cache", "'both'", "'block'"]),

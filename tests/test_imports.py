@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import dopsd_kernels
 
 ROOT = Path(dopsd_kernels.__file__).parents[1]
+
+
+def room_of(name: str) -> str:
+    """The folder or file of ``dopsd`` that a module is in; the command that makes an asset is one by itself."""
+    return name if name == "dopsd.assets.pretrain" else ".".join(name.split(".")[:2])
+
+
+def test_no_room_imports_what_imports_it() -> None:
+    """Not even for types."""
+    files = {path: path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "dopsd").rglob("*.py")}
+    names = {".".join(parts).removesuffix(".__init__"): path for path, parts in files.items()}
+    imports: dict[str, set[str]] = {}
+    for name, path in names.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "dopsd":
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                found = {room_of(one if one in names else str(node.module)) for one in full}
+                imports.setdefault(room_of(name), set()).update(found - {room_of(name)})
+    order = list(TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
+    assert order.index("dopsd.distillation") < order.index("dopsd.memory") < order.index("dopsd.trainer")
 
 
 def python(program: str, *argv: str, **changes: str) -> str:

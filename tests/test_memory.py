@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from dopsd import files, rollout, train
+from dopsd.distillation import Distillation, Sizes
 from dopsd.errors import RunError, UsageError
 from dopsd.memory import meter, planner
 from dopsd.memory.meter import unless_out_of_memory
-from dopsd.memory.planner import Curve, Persistent, Planner, Sizes, even_sizes
+from dopsd.memory.planner import Curve, Persistent, Planner, even_sizes
 from dopsd.memory.probe import RunProbe
-from dopsd.memory.units import GIB, read_bytes
 from dopsd.objective import Objective
 from dopsd.step_batch import collate, step_batches
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
+from dopsd.units import GIB, read_bytes
 from dopsd_kernels.step_kl import api as step_kl
 
 ROOT = Path(train.__file__).parents[1]
@@ -168,19 +169,21 @@ measurable = pytest.mark.skipif(
 @measurable
 @pytest.mark.parametrize("reuse", ["none", "prompt", "block"])
 def test_no_micro_batch_of_a_run_is_larger_than_a_probe(make_trainer: Make, random_model: Path, reuse: str) -> None:
-    """Every micro-batch of real lessons computes at most the tokens of the made-up one of its size."""
+    """Every micro-batch of real examples computes at most the tokens of the made-up one of its size."""
     trainer = make_trainer(
         *("--model", str(random_model), "--steps", "24", "--reuse", reuse, "--stop_at_eos", "false"), task=Right()
     )
-    probe = RunProbe(trainer, meter.ResidentMeter())
+    rows = [row for _, row in trainer.train_dataset]
+    options = trainer.rollouts, trainer.teaching, trainer.args
+    probe = RunProbe(trainer.distillation, meter.ResidentMeter(), rows, *options)
     assert probe.states == 2 * 24
-    (lessons,) = trainer.roll_out([trainer.train_dataset[number] for number in range(4)])
+    (examples,) = trainer.roll_out([trainer.train_dataset[number] for number in range(4)])
     for size in (1, 2, 5, 24, 40):
-        options = {"reuse": reuse, **trainer.collation()}
-        tokens = [batch.student.tokens for batch in step_batches(lessons, size, **options)]
-        index = [(number, step) for number, lesson in enumerate(lessons) for step in range(len(lesson.steps))]
+        collation = {"reuse": reuse, **trainer.distillation.collation()}
+        tokens = [batch.student.tokens for batch in step_batches(examples, size, **collation)]
+        index = [(number, step) for number, example in enumerate(examples) for step in range(len(example.steps))]
         parts = [index[start : start + size] for start in range(len(index) - size + 1)]
-        tokens += [collate(lessons, part, **options).student.tokens for part in parts]
+        tokens += [collate(examples, part, **collation).student.tokens for part in parts]
         assert max(tokens) == probe.tokens(size) and len(probe.batch(size)) == size
 
 
@@ -189,10 +192,10 @@ def test_a_budget_changes_no_result(make_trainer: Make, random_model: Path) -> N
     """Dropout and all: with a budget, and without one but with the sizes that it led to, the weights are the same."""
     options = ("--model", str(random_model), "--lora_dropout", "0.2", "--teacher", "ema")
     planned = make_trainer(*options, "--memory_budget", "0.9", task=Right())
-    assert planned.plan is not None
+    assert planned.memory.plan is not None
     assert all(parameter.grad is None for parameter in planned.student.parameters())
     plain = make_trainer(*options, task=Right())
-    plain.resize(planned.sizes)
+    plain.distillation.resize(planned.distillation.sizes)
     finals = []
     for trainer in (planned, plain):
         torch.manual_seed(3)
@@ -200,7 +203,7 @@ def test_a_budget_changes_no_result(make_trainer: Make, random_model: Path) -> N
         finals.append({name: value.detach().clone() for name, value in trainer.student.named_parameters()})
     assert all(torch.equal(value, finals[1][name]) for name, value in finals[0].items())
     log = planned.state.log_history[0]
-    assert log["peak_gib"] > 0 and log["predicted_peak_gib"] == pytest.approx(planned.plan.peak / GIB)
+    assert log["peak_gib"] > 0 and log["predicted_peak_gib"] == pytest.approx(planned.memory.plan.peak / GIB)
     assert "peak_gib" not in plain.state.log_history[0]
 
 
@@ -211,16 +214,16 @@ def test_checkpointing_is_as_the_sizes_say(
 ) -> None:
     """In every probe and update, also where a recipe asks for it and the plan does without."""
     seen: list[tuple[bool, bool]] = []
-    distil = Trainer.distil
+    distil = Distillation.distil
 
-    def noted(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        network = trainer.decoder.model
+    def noted(distillation: Distillation, *args: Any, **kwargs: Any) -> Any:
+        network = distillation.decoder.model
         layers = [getattr(module, "gradient_checkpointing", False) for module in network.modules()]
-        seen.append((trainer.sizes.checkpointing, any(layers)))
+        seen.append((distillation.sizes.checkpointing, any(layers)))
         assert not network.get_input_embeddings()._forward_hooks  # which would make them require a gradient
-        return distil(trainer, *args, **kwargs)
+        return distil(distillation, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, "distil", noted)
+    monkeypatch.setattr(Distillation, "distil", noted)
     options = ("--model", str(random_model), "--gradient_checkpointing", "true", "--memory_budget", budget)
     trainer = make_trainer(*options, task=Right())
     probes = len(seen)
@@ -238,7 +241,7 @@ import sys
 
 from dopsd import cli, train
 from dopsd.memory.meter import CUDA_ALLOWANCE, ResidentMeter
-from dopsd.memory.units import GIB
+from dopsd.units import GIB
 
 persistent = CUDA_ALLOWANCE
 if sys.argv.pop(1) == "cpu":
@@ -315,7 +318,7 @@ def exact_trainer(make_trainer: Make, random_model: Path) -> Iterator[Trainer]:
     """In fp64, without dropout, two slices a batch, two prompts of 24 states each."""
     trainer = make_trainer(
         *("--model", str(random_model), "--lora_dropout", "0", "--steps", "24", "--states_per_forward", "8"),
-        *("--update_per_slice", "2", "--stop_at_eos", "false"),
+        *("--updates_per_batch", "2", "--stop_at_eos", "false"),
         task=Right(),
     )
     trainer.student.double()
@@ -325,7 +328,7 @@ def exact_trainer(make_trainer: Make, random_model: Path) -> Iterator[Trainer]:
 def update(trainer: Trainer) -> dict[str, Tensor]:
     """The gradient of the first slice of the first two rows."""
     trainer.student.zero_grad()
-    trainer.pending = []
+    trainer.slices = []
     trainer.training_step(trainer.student, {"rows": [trainer.train_dataset[number] for number in (0, 1)]})
     return {name: p.grad.clone() for name, p in trainer.student.named_parameters() if p.grad is not None}
 
@@ -344,8 +347,11 @@ def test_running_out_of_memory_changes_no_gradient(
     capsys.readouterr()
     scarce = Scarce(monkeypatch, most, spared=1)  # whose gradient is there when the second micro-batch fails
     others = update(exact_trainer)
-    assert exact_trainer.sizes.states_per_forward == expected and scarce.failed == {4: 1, 2: 2, 1: 3}[expected]
-    assert exact_trainer.accepted_count == 2 and [len(lessons) for lessons in exact_trainer.pending] == [2]
+    assert (
+        exact_trainer.distillation.sizes.states_per_forward == expected
+        and scarce.failed == {4: 1, 2: 2, 1: 3}[expected]
+    )
+    assert exact_trainer.accepted_count == 2 and [len(examples) for examples in exact_trainer.slices] == [2]
     assert grads.keys() == others.keys() and any(bool(grad.any()) for grad in grads.values())
     for name, grad in grads.items():
         assert float((grad - others[name]).abs().max()) <= 1e-11 * float(grad.abs().max()) + 1e-300, name
@@ -353,7 +359,7 @@ def test_running_out_of_memory_changes_no_gradient(
     assert said.count("out of memory in training") == scarce.failed and f"states_per_forward is {expected}" in said
     exact_trainer.student.zero_grad()
     exact_trainer.training_step(exact_trainer.student, {"rows": []})
-    assert scarce.failed == {4: 1, 2: 2, 1: 3}[expected] and not exact_trainer.pending
+    assert scarce.failed == {4: 1, 2: 2, 1: 3}[expected] and not exact_trainer.slices
 
 
 def test_after_single_states_come_checkpointing_and_an_error(
@@ -363,9 +369,12 @@ def test_after_single_states_come_checkpointing_and_an_error(
     Scarce(monkeypatch, 0)
     with pytest.raises(RunError, match=r"out of memory at update 1 with one state at a time; .*--reuse block"):
         update(exact_trainer)
-    assert exact_trainer.sizes.checkpointing and exact_trainer.sizes.states_per_forward == 1
+    assert exact_trainer.distillation.sizes.checkpointing and exact_trainer.distillation.sizes.states_per_forward == 1
     assert "activations are checkpointed" in capsys.readouterr().out
-    assert any(getattr(module, "gradient_checkpointing", False) for module in exact_trainer.decoder.model.modules())
+    assert any(
+        getattr(module, "gradient_checkpointing", False)
+        for module in exact_trainer.distillation.decoder.model.modules()
+    )
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), RuntimeError("can't allocate memory: you tried")])
@@ -384,11 +393,11 @@ def test_decoding_goes_on_with_fewer_sequences(
         return decode(model, prompts, *args, **kwargs)
 
     monkeypatch.setattr("dopsd.rollout.decode", scarce)
-    trainer.resize(replace(trainer.sizes, sequences_per_forward=5))
+    trainer.distillation.resize(replace(trainer.distillation.sizes, sequences_per_forward=5))
     found = trainer.roll_out(rows), trainer.decode_rows([row for _, row in rows], trainer.rollouts.decoding(), "x")
-    assert trainer.decoder.batch_size == trainer.sizes.sequences_per_forward == 2
-    assert [[lesson.to_json() for lesson in part] for part in found[0]] == [
-        [lesson.to_json() for lesson in part] for part in expected[0]
+    assert trainer.distillation.decoder.batch_size == trainer.distillation.sizes.sequences_per_forward == 2
+    assert [[example.to_json() for example in part] for part in found[0]] == [
+        [example.to_json() for example in part] for part in expected[0]
     ]
     assert [one.response for one in found[1]] == [one.response for one in expected[1]]
     most = 0
@@ -424,19 +433,21 @@ def test_a_plan_goes_along_and_sizes_survive_a_resume(
     """Halved sizes have a prediction of their own, and a run that goes on has the sizes that it ended with."""
     options = ("--model", str(random_model), "--save_steps", "1", "--max_steps", "1", "--stop_at_eos", "false")
     trainer = make_trainer(*options, "--memory_budget", "0.9", task=Right())
-    assert trainer.plan is not None
-    before, states = trainer.plan, trainer.sizes.states_per_forward
+    assert trainer.memory.plan is not None
+    before, states = trainer.memory.plan, trainer.distillation.sizes.states_per_forward
     assert states == 2 * 12
     Scarce(monkeypatch, states // 2)
     trainer.train()
-    assert trainer.plan.sizes == trainer.sizes == replace(before.sizes, states_per_forward=states // 2)
-    assert trainer.plan.training <= before.training
+    assert (
+        trainer.memory.plan.sizes == trainer.distillation.sizes == replace(before.sizes, states_per_forward=states // 2)
+    )
+    assert trainer.memory.plan.training <= before.training
     monkeypatch.undo()
     resumed = make_trainer(*options, "--max_steps", "2", task=Right())
     resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
-    assert resumed.sizes == trainer.sizes
-    assert resumed.objective.workspace_bytes == trainer.sizes.workspace_bytes
-    assert files.plain(trainer.plan.to_json())["sizes"]["states_per_forward"] == states // 2
+    assert resumed.distillation.sizes == trainer.distillation.sizes
+    assert resumed.distillation.objective.workspace_bytes == trainer.distillation.sizes.workspace_bytes
+    assert files.plain(trainer.memory.plan.to_json())["sizes"]["states_per_forward"] == states // 2
 
 
 # ---- optimisers ----

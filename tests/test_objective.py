@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from dopsd import confidence, objective
+from dopsd.config import TeachingArguments, parse_train
 from dopsd.errors import UsageError
 from dopsd.models import add_lora
 from dopsd.models.llada import LLaDAModelLM
-from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
+from dopsd.objective import Objective, StepOutput, mean_metrics
 from dopsd.rollout import Rollout
-from dopsd.seeds import mix_seeds
-from dopsd.step_batch import Lesson, step_batches
+from dopsd.step_batch import Example, step_batches
 from dopsd.teacher import STUDENT, TEACHER, TeacherWeights
 from dopsd.trajectory import NEVER, Trajectory
 from dopsd_kernels import fused_confidence
@@ -77,19 +77,21 @@ def make_rollouts(vocab: int, commits: Sequence[Sequence[Sequence[int]]] = EVEN)
     ]
 
 
-class StubDecoder:
-    """What `lessons_of` needs of a decoder: the reference prompt is one token longer than the longest prompt."""
+# One token longer than the longest prompt.
+REFERENCE = torch.tensor([5, 4, 3, 2, 1, 2, 3])
 
-    eos_id = EOS
 
-    class task:
-        @staticmethod
-        def reference_prompt(row: Any) -> str:
-            return "reference"
-
-    @staticmethod
-    def encode(text: str) -> Tensor:
-        return torch.tensor([5, 4, 3, 2, 1, 2, 3])
+def examples_of(options: Objective, rollouts: Sequence[Rollout]) -> list[Example]:
+    """The examples of rollouts, each drawn from its number."""
+    return [
+        options.example(
+            rollout.trajectory,
+            REFERENCE if options.teacher_context == "reference" else rollout.trajectory.prompt_ids,
+            eos_id=EOS,
+            seed=seed,
+        )
+        for seed, rollout in enumerate(rollouts)
+    ]
 
 
 @dataclass
@@ -175,10 +177,10 @@ class Oracle:
 
     loss: Any
     chosen: list[list[int]]
-    kl: list[float]
+    divergence: list[float]
     clip_fraction: list[float]
     overlap: list[float]
-    state_kl: list[float]
+    state_divergence: list[float]
 
 
 def confidence_of(logits: Tensor, kind: str, mask_id: int) -> float:
@@ -223,18 +225,18 @@ def top(logits: Tensor, count: int) -> set[int]:
     return set(sorted(range(len(logits)), key=lambda v: -float(logits[v].detach()))[:count])
 
 
-def eq12(setup: Setup, lessons: Sequence[Lesson], options: Objective) -> Oracle:
+def eq12(setup: Setup, examples: Sequence[Example], options: Objective) -> Oracle:
     """Eq. 12 in loops: full logits of every state on its own, one divergence per position of K."""
     student, teacher = setup.weights(setup.student_lora), setup.weights(setup.teacher_lora)
     oracle = Oracle(torch.zeros((), dtype=torch.float64), [], [], [], [], [])
-    for lesson in lessons:
-        trajectory = lesson.trajectory
+    for example in examples:
+        trajectory = example.trajectory
         tokens, reveal_step = trajectory.tokens.tolist(), trajectory.reveal_step.tolist()
         losses = []
-        for row, step in enumerate(lesson.steps.tolist()):
+        for row, step in enumerate(example.steps.tolist()):
             state = [token if when < step else setup.mask_id for token, when in zip(tokens, reveal_step, strict=True)]
-            shown = [tokens[i] if lesson.reveal[row, i] else state[i] for i in range(LENGTH)]
-            student_prompt, teacher_prompt = trajectory.prompt_ids.tolist(), lesson.teacher_prompt_ids.tolist()
+            shown = [tokens[i] if example.reveal[row, i] else state[i] for i in range(LENGTH)]
+            student_prompt, teacher_prompt = trajectory.prompt_ids.tolist(), example.teacher_prompt_ids.tolist()
             ids = torch.tensor([student_prompt + state])
             student_logits = functional_call(setup.plain, student, (ids,)).logits[0, len(student_prompt) :]
             with torch.no_grad():
@@ -256,39 +258,39 @@ def eq12(setup: Setup, lessons: Sequence[Lesson], options: Objective) -> Oracle:
                 clip = math.inf if options.clip is None else options.clip
                 divergences.append(contributions.clamp(max=clip).sum())
                 oracle.clip_fraction.append(float((contributions > clip).double().mean()))
-                oracle.kl.append(float(exact.detach().sum()))
-                exact_sum += oracle.kl[-1]
+                oracle.divergence.append(float(exact.detach().sum()))
+                exact_sum += oracle.divergence[-1]
                 shared = top(student_logits[i], 20) & top(teacher_logits[i], 20)
                 oracle.overlap.append(len(shared) / 20)
             oracle.chosen.append([i - start for i in chosen])
-            oracle.state_kl.append(exact_sum / max(1, len(chosen)))
+            oracle.state_divergence.append(exact_sum / max(1, len(chosen)))
             if divergences:
                 total = torch.stack(divergences).sum()
                 losses.append(total / len(chosen) if options.normalization == "step_mean" else total)
         if losses:
-            oracle.loss = oracle.loss + torch.stack(losses).sum() / len(lesson.steps)
-    oracle.loss = oracle.loss / len(lessons)
+            oracle.loss = oracle.loss + torch.stack(losses).sum() / len(example.steps)
+    oracle.loss = oracle.loss / len(examples)
     return oracle
 
 
-def update(setup: Setup, lessons: Sequence[Lesson], options: Objective, size: int) -> tuple[float, list[StepOutput]]:
-    """Forward and backward over all lessons, ``size`` states at a time."""
+def update(setup: Setup, examples: Sequence[Example], options: Objective, size: int) -> tuple[float, list[StepOutput]]:
+    """Forward and backward over all examples, ``size`` states at a time."""
     outputs = []
-    batches = step_batches(lessons, size, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
+    batches = step_batches(examples, size, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
     for batch in batches:
         outputs.append(options.forward(setup.network, setup.teacher, batch, setup.mask_id))
-        (outputs[-1].loss / len(lessons)).backward()
-    return float(sum(output.loss.detach() for output in outputs)) / len(lessons), outputs
+        (outputs[-1].loss / len(examples)).backward()
+    return float(sum(output.loss.detach() for output in outputs)) / len(examples), outputs
 
 
 def check_update(setup: Setup, options: Objective, tolerance: float, size: int, rollouts: Sequence[Rollout]) -> Oracle:
     """Loss, adapter gradients and metrics of a whole update equal the transcription's; returns the latter."""
-    lessons = lessons_of(options, rollouts, StubDecoder(), list(range(len(rollouts))))
-    oracle = eq12(setup, lessons, options)
-    if oracle.kl:
+    examples = examples_of(options, rollouts)
+    oracle = eq12(setup, examples, options)
+    if oracle.divergence:
         oracle.loss.backward()
     setup.model.train()
-    loss, outputs = update(setup, lessons, options, size)
+    loss, outputs = update(setup, examples, options, size)
 
     assert loss == pytest.approx(float(oracle.loss.detach()), rel=tolerance, abs=1e-14)
     got = {}
@@ -303,18 +305,18 @@ def check_update(setup: Setup, options: Objective, tolerance: float, size: int, 
         expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         # The floor is for gradients that are zero but for rounding.
         assert float((got[name] - expected).norm()) <= tolerance * float(expected.norm()) + 1e-14, name
-        assert float(expected.norm()) > 0 or not oracle.kl, name
+        assert float(expected.norm()) > 0 or not oracle.divergence, name
 
     assert [row.nonzero().flatten().tolist() for output in outputs for row in output.chosen] == oracle.chosen
-    for name in ("kl", "clip_fraction", "overlap"):
+    for name in ("divergence", "clip_fraction", "overlap"):
         values = torch.cat([getattr(output, name) for output in outputs]).double()
         expected = torch.tensor(getattr(oracle, name), dtype=torch.float64)
         # Shares are means in fp32.
-        slack = tolerance if name == "kl" else 1e-6
+        slack = tolerance if name == "divergence" else 1e-6
         torch.testing.assert_close(values, expected, rtol=slack, atol=slack)
-    state_kl = torch.cat([output.state_kl() for output in outputs]).double()
-    expected = torch.tensor(oracle.state_kl, dtype=torch.float64)
-    torch.testing.assert_close(state_kl, expected, rtol=tolerance, atol=tolerance)
+    state_divergence = torch.cat([output.state_divergence() for output in outputs]).double()
+    expected = torch.tensor(oracle.state_divergence, dtype=torch.float64)
+    torch.testing.assert_close(state_divergence, expected, rtol=tolerance, atol=tolerance)
     return oracle
 
 
@@ -347,11 +349,11 @@ def test_update_equals_eq_12_for_every_teacher(
     )
     oracle = check_update(make_setup(small_llada, kind), options, 1e-9, 9, make_rollouts(37))
     if scope == "masked" and retain_ratio == 1:
-        assert not oracle.kl  # all is revealed, nothing is left to teach
+        assert not oracle.divergence  # all is revealed, nothing is left to teach
     elif kind == "live" and retain_ratio == 0:
-        assert max(map(abs, oracle.kl)) < 1e-12  # the teacher is the student
+        assert max(map(abs, oracle.divergence)) < 1e-12  # the teacher is the student
     else:
-        assert len(oracle.kl) > 10
+        assert len(oracle.divergence) > 10
 
 
 @pytest.mark.parametrize(
@@ -403,8 +405,8 @@ def test_micro_batches_do_not_matter(small_llada: Callable[..., LLaDAModelLM]) -
     reference = None
     for size in (1, 3, 20, 1000):
         setup = make_setup(small_llada, "fixed")
-        lessons = lessons_of(options, make_rollouts(37), StubDecoder(), [0, 1, 2])
-        loss, outputs = update(setup, lessons, options, size)
+        examples = examples_of(options, make_rollouts(37))
+        loss, outputs = update(setup, examples, options, size)
         assert [len(output.chosen) for output in outputs] == [min(size, 20 - i) for i in range(0, 20, size)]
         grads = torch.cat([p.grad.flatten() for p in setup.model.parameters() if p.grad is not None])
         result = torch.cat((torch.tensor([loss]).double(), grads))
@@ -420,41 +422,31 @@ def test_gradient_checkpointing_changes_nothing(small_llada: Callable[..., LLaDA
 
 
 def test_a_state_of_the_skipped_block_is_left_out() -> None:
-    """``skip_last_block`` drops exactly the steps of the last block; a trajectory without other steps is no lesson."""
+    """``skip_last_block`` drops exactly the steps of the last block."""
     rollouts = make_rollouts(37)
-    whole = lessons_of(Objective(**DEFAULTS), rollouts, StubDecoder(), [0, 1, 2])
-    cut = lessons_of(Objective(**{**DEFAULTS, "skip_last_block": True}), rollouts, StubDecoder(), [0, 1, 2])
-    assert [lesson.steps.tolist() for lesson in whole] == [list(range(n)) for n in STATES_EVEN]
-    assert [lesson.steps.tolist() for lesson in cut] == [list(range(7)), list(range(6)), list(range(4))]
-
-    one_block = Trajectory(torch.tensor([1]), torch.tensor([1, 2]), torch.tensor([0, 1]), 2)
-    skipping = Objective(**{**DEFAULTS, "skip_last_block": True})
-    assert lessons_of(skipping, [Rollout({}, one_block, "", 1.0, 1)], StubDecoder(), [0]) == []
+    whole = examples_of(Objective(**DEFAULTS), rollouts)
+    cut = examples_of(Objective(**{**DEFAULTS, "skip_last_block": True}), rollouts)
+    assert [example.steps.tolist() for example in whole] == [list(range(n)) for n in STATES_EVEN]
+    assert [example.steps.tolist() for example in cut] == [list(range(7)), list(range(6)), list(range(4))]
 
 
-def test_a_lesson_is_a_function_of_its_seed() -> None:
-    """A trajectory's reveal depends on its seed and not on the trajectories beside it; other seeds draw otherwise."""
-    rollouts, options = make_rollouts(37), Objective(**DEFAULTS)
-    together = lessons_of(options, rollouts, StubDecoder(), [5, 6, 7])
-    for index, seed in enumerate((5, 6, 7)):
-        (alone,) = lessons_of(options, rollouts[index : index + 1], StubDecoder(), [seed])
-        assert torch.equal(alone.reveal, together[index].reveal)
-        direct = options.lesson(rollouts[index], StubDecoder(), int(mix_seeds(seed, 2)))
-        assert torch.equal(direct.reveal, together[index].reveal)
-    other = lessons_of(options, rollouts, StubDecoder(), [8, 9, 10])
-    assert not torch.equal(other[0].reveal, together[0].reveal)
+def test_an_example_is_a_function_of_its_seed() -> None:
+    """The same one draws the same reveal, another draws otherwise."""
+    trajectory, options = make_rollouts(37)[0].trajectory, Objective(**DEFAULTS)
+    drawn = [options.example(trajectory, trajectory.prompt_ids, eos_id=EOS, seed=seed).reveal for seed in (5, 5, 6)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_the_reference_teacher_reads_another_prompt() -> None:
     """An AR-style teacher has the reference prompt and no future tokens; a self-future one has the student's prompt."""
     rollouts = make_rollouts(37)
     options = Objective(**{**DEFAULTS, "teacher_context": "reference"})
-    reference = lessons_of(options, rollouts, StubDecoder(), [0, 1, 2])
-    own = lessons_of(Objective(**DEFAULTS), rollouts, StubDecoder(), [0, 1, 2])
-    for lesson, rollout in zip(reference, rollouts, strict=True):
-        assert torch.equal(lesson.teacher_prompt_ids, StubDecoder.encode(""))
-        assert not lesson.reveal.any() and lesson.reveal.shape == (rollout.trajectory.num_steps, LENGTH)
-    assert all(torch.equal(lesson.teacher_prompt_ids, lesson.trajectory.prompt_ids) for lesson in own)
+    reference = examples_of(options, rollouts)
+    own = examples_of(Objective(**DEFAULTS), rollouts)
+    for example, rollout in zip(reference, rollouts, strict=True):
+        assert torch.equal(example.teacher_prompt_ids, REFERENCE)
+        assert not example.reveal.any() and example.reveal.shape == (rollout.trajectory.num_steps, LENGTH)
+    assert all(torch.equal(example.teacher_prompt_ids, example.trajectory.prompt_ids) for example in own)
 
 
 def test_mean_metrics_weigh_every_row_alike() -> None:
@@ -484,6 +476,24 @@ def test_bad_options_are_named(name: str, value: float) -> None:
     """A value outside its range is an error that names the option."""
     with pytest.raises(UsageError, match=f"^{name} must be "):
         Objective(**{**DEFAULTS, name: value})
+
+
+CHOICES = ("reveal_scope", "teacher_context", "selection", "confidence", "divergence", "clip_form", "tail")
+
+
+@pytest.mark.parametrize("name", [*CHOICES, "normalization", "reuse", "teacher"])
+def test_what_is_in_no_table_is_refused_everywhere(name: str) -> None:
+    """A choice that there is not is one sentence with those that there are, from Python too; so is a teacher's kind."""
+    said = f"^{name} must be one of \\(.*', '.*\\), but is 'x'$"
+    with pytest.raises(UsageError, match=said):
+        TeachingArguments(**{name: "x"})
+    with pytest.raises(UsageError, match=said):
+        if name == "teacher":
+            TeacherWeights(PeftModel.__new__(PeftModel), "x", 0.9, from_adapter=False)  # type: ignore[arg-type]
+        else:
+            Objective(**{**DEFAULTS, name: "x"})
+    with pytest.raises(UsageError, match=f"{name}.*: invalid choice: 'x'"):
+        parse_train([f"--{name}", "x"])
 
 
 # ---- what is never made ----
@@ -537,13 +547,13 @@ def test_only_candidates_and_k_meet_the_head(
 ) -> None:
     """Forward and backward: logits of the teacher at the candidates and of both sides at K, and nothing more.
 
-    The products are those with the teacher's candidates (twice where entropies are taken), then over K both sides'
+    The products are those with the teacher's candidates, whose entropies take no other, then over K both sides'
     logits in one, the gradient back to the hidden states, and both sides of the overlap metric.
     """
     setup = make_setup(small_llada, kind, torch.float32, vocab_size=VOCAB, mask_token_id=VOCAB - 1)
     options = Objective(**{**DEFAULTS, "confidence": confidence, "clip": clip})
-    lessons = lessons_of(options, make_rollouts(VOCAB), StubDecoder(), [0, 1, 2])
-    (batch,) = step_batches(lessons, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
+    examples = examples_of(options, make_rollouts(VOCAB))
+    (batch,) = step_batches(examples, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
     k_rows, candidates = int(batch.k.sum()), int(batch.candidates.sum())
     assert len({k_rows, 2 * k_rows, candidates, batch.candidates.numel(), batch.student.input_ids.numel()}) == 5
     with Watch(setup.model, VOCAB, 16) as watch:
@@ -552,16 +562,15 @@ def test_only_candidates_and_k_meet_the_head(
     allowed = max(2 * k_rows, candidates)
     assert max(watch.rows) == allowed
     assert watch.largest <= allowed * VOCAB
-    chosen = [candidates] * (2 if confidence == "entropy" else 1)
-    assert sorted(watch.products) == sorted([*chosen, 2 * k_rows, k_rows, k_rows, k_rows])
+    assert sorted(watch.products) == sorted([candidates, 2 * k_rows, k_rows, k_rows, k_rows])
 
 
 def test_student_selection_needs_no_candidates(small_llada: Callable[..., LLaDAModelLM]) -> None:
     """Where the student's commits are K, the teacher's head is not applied to the candidates at all."""
     setup = make_setup(small_llada, "fixed", torch.float32, vocab_size=VOCAB, mask_token_id=VOCAB - 1)
     options = Objective(**{**DEFAULTS, "selection": "student"})
-    lessons = lessons_of(options, make_rollouts(VOCAB), StubDecoder(), [0, 1, 2])
-    (batch,) = step_batches(lessons, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
+    examples = examples_of(options, make_rollouts(VOCAB))
+    (batch,) = step_batches(examples, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
     with Watch(setup.model, VOCAB, 16) as watch:
         options.forward(setup.network, setup.teacher, batch, setup.mask_id).loss.backward()
     k_rows = int(batch.k.sum())
@@ -592,8 +601,8 @@ def test_choosing_k_waits_for_nothing(
     """How many positions K has is known beforehand; the loss alone waits, to see that its row weights are right."""
     setup = make_setup(small_llada, "fixed")
     options = Objective(**{**DEFAULTS, "selection": selection})
-    lessons = lessons_of(options, make_rollouts(37), StubDecoder(), [0, 1, 2])
-    (batch,) = step_batches(lessons, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
+    examples = examples_of(options, make_rollouts(37))
+    (batch,) = step_batches(examples, 100, mask_id=setup.mask_id, pad_id=EOS, device=torch.device("cpu"))
 
     def unwatched(*args: Any, **kwargs: Any) -> Any:
         # On a GPU these are kernels that wait for nothing; their stand-in on a CPU is written otherwise.
@@ -613,8 +622,8 @@ def test_teacher_adapter_is_not_in_the_students_graph(small_llada: Callable[...,
     """After an update with an averaged teacher, its adapter has no gradient, needs none, and has not moved."""
     setup = make_setup(small_llada, "ema")
     before = lora_of(setup.model, TEACHER, torch.float64)
-    lessons = lessons_of(Objective(**DEFAULTS), make_rollouts(37), StubDecoder(), [0, 1, 2])
-    update(setup, lessons, Objective(**DEFAULTS), 7)
+    examples = examples_of(Objective(**DEFAULTS), make_rollouts(37))
+    update(setup, examples, Objective(**DEFAULTS), 7)
     for name, parameter in setup.model.named_parameters():
         if f".{TEACHER}." in name:
             assert parameter.grad is None and not parameter.requires_grad, name

@@ -17,9 +17,9 @@ from dopsd.config import parse_plan
 from dopsd.memory import dry_run as dry_runs
 from dopsd.memory.dry_run import DryProbe, DryRun
 from dopsd.memory.planner import Planner, optimizer_bytes, remedies
-from dopsd.memory.units import GIB
 from dopsd.models import add_lora, checkpoint_activations
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
+from dopsd.units import GIB
 
 Command = Callable[..., tuple[int, str, str]]
 TINY = Path(dopsd.assets.__file__).parent / "tiny"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_dream import small_dream
-from test_objective import BLOCK, DEFAULTS, EOS, LENGTH, StubDecoder, make_rollouts, make_setup, make_trajectory
+from test_objective import BLOCK, DEFAULTS, EOS, LENGTH, examples_of, make_rollouts, make_setup, make_trajectory
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,9 +17,9 @@ from dopsd.drift import mean_drifts
 from dopsd.models import add_lora
 from dopsd.models.bidirectional import BidirectionalModel, Packed, eager, positions_of
 from dopsd.models.llada import LLaDABlock, LLaDAModelLM
-from dopsd.objective import Objective, StepOutput, lessons_of
+from dopsd.objective import Objective, StepOutput
 from dopsd.rollout import Rollout
-from dopsd.step_batch import Lesson, PackedInputs, Reuse, StepBatch, collate, step_batches
+from dopsd.step_batch import Example, PackedInputs, Reuse, StepBatch, collate, step_batches
 from dopsd.trajectory import Trajectory
 
 CPU = torch.device("cpu")
@@ -27,15 +27,15 @@ MASK = 36
 MODES: tuple[Reuse, ...] = ("prompt", "block")
 
 
-def batches_of(lessons: Sequence[Lesson], reuse: Reuse, size: int = 1000) -> list[StepBatch]:
-    return list(step_batches(lessons, size, reuse=reuse, mask_id=MASK, pad_id=EOS, device=CPU))
+def batches_of(examples: Sequence[Example], reuse: Reuse, size: int = 1000) -> list[StepBatch]:
+    return list(step_batches(examples, size, reuse=reuse, mask_id=MASK, pad_id=EOS, device=CPU))
 
 
-def lessons_for(reuse: Reuse, rollouts: Sequence[Rollout] | None = None, **changes: Any) -> list[Lesson]:
-    """Lessons of the objective's tests: 4, 3 and 2 blocks of one to three steps, prompts of 3, 6 and 5 tokens."""
+def examples_for(reuse: Reuse, rollouts: Sequence[Rollout] | None = None, **changes: Any) -> list[Example]:
+    """Examples of the objective's tests: 4, 3 and 2 blocks of one to three steps, prompts of 3, 6 and 5 tokens."""
     options = Objective(**{**DEFAULTS, "reuse": reuse, **changes})
     rollouts = make_rollouts(37) if rollouts is None else rollouts
-    return lessons_of(options, rollouts, StubDecoder(), list(range(len(rollouts))))
+    return examples_of(options, rollouts)
 
 
 def models(small_llada: Callable[..., LLaDAModelLM], name: str) -> BidirectionalModel:
@@ -60,12 +60,12 @@ def concatenated(model: BidirectionalModel, anchor: Tensor, own: Tensor, start: 
 
 
 def literal(
-    model: BidirectionalModel, lesson: Lesson, reuse: Reuse, teacher: bool, columns: Tensor
+    model: BidirectionalModel, example: Example, reuse: Reuse, teacher: bool, columns: Tensor
 ) -> Tensor:  # (S, R, d)
     """The states of one side at the response positions ``columns`` (S, R), one state after the other."""
-    trajectory, starts = lesson.trajectory, lesson.trajectory.block_starts(lesson.steps).tolist()
-    prompt = lesson.teacher_prompt_ids if teacher else trajectory.prompt_ids
-    state, shown = lesson.views(range(len(lesson.steps)), MASK)
+    trajectory, starts = example.trajectory, example.trajectory.block_starts(example.steps).tolist()
+    prompt = example.teacher_prompt_ids if teacher else trajectory.prompt_ids
+    state, shown = example.views(range(len(example.steps)), MASK)
     rows = [torch.cat((prompt, row)) for row in (shown if teacher else state)]
     out = []
     for i, row in enumerate(rows):
@@ -100,19 +100,19 @@ def test_reuse_is_attention_under_a_mask(
 ) -> None:
     """Values and all gradients, prompts of three lengths and a block that batches of three states cut included."""
     model = models(small_llada, name)
-    lessons = lessons_for(reuse, teacher_context="reference" if teacher else "self_future")
-    lessons[0] = Lesson(lessons[0].trajectory, lessons[0].steps, lessons[0].reveal, torch.tensor([7]))
+    examples = examples_for(reuse, teacher_context="reference" if teacher else "self_future")
+    examples[0] = Example(examples[0].trajectory, examples[0].steps, examples[0].reveal, torch.tensor([7]))
     expected = torch.cat(
         [
             literal(model, one, reuse, teacher, one.trajectory.block_starts(one.steps)[:, None] + torch.arange(BLOCK))
-            for one in lessons
+            for one in examples
         ]
     )
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (expected * weight).sum().backward()
     expected_gradients = gradients(model)
     done, got = 0, []
-    for batch in batches_of(lessons, reuse, size):
+    for batch in batches_of(examples, reuse, size):
         side = batch.teacher if teacher else batch.student
         got.append(side.hidden_states(model, batch.columns))
         (got[-1] * weight[done : done + len(batch)]).sum().backward()
@@ -128,12 +128,12 @@ def test_an_empty_prompt_and_single_columns(small_llada: Callable[..., LLaDAMode
     """Without a prompt the first token's state lies at itself; the last layer computes only what is read."""
     model = models(small_llada, name)
     trajectories = [make_trajectory([[2, 1, 1], [2, 2], [2, 2], [2]], prompt, 37, 0) for prompt in (0, 2)]
-    lessons = lessons_for(reuse, [Rollout({}, trajectory, "", 1.0, 1) for trajectory in trajectories])
-    (batch,) = batches_of(lessons, reuse)
+    examples = examples_for(reuse, [Rollout({}, trajectory, "", 1.0, 1) for trajectory in trajectories])
+    (batch,) = batches_of(examples, reuse)
     for column in range(BLOCK):
         read = batch.columns[:, column : column + 1]
         expected = torch.cat(
-            [literal(model, one, reuse, False, part) for one, part in zip(lessons, read.chunk(2), strict=True)]
+            [literal(model, one, reuse, False, part) for one, part in zip(examples, read.chunk(2), strict=True)]
         )
         torch.testing.assert_close(batch.student.hidden_states(model, read), expected, rtol=1e-9, atol=1e-9)
 
@@ -142,8 +142,8 @@ def test_an_empty_prompt_and_single_columns(small_llada: Callable[..., LLaDAMode
 def test_gradients_match_finite_differences(small_llada: Callable[..., LLaDAModelLM], reuse: Reuse) -> None:
     """Through an anchor that no state of the batch is read at: only its keys and values matter."""
     model = small_llada(d_model=4, n_heads=2, n_layers=1, mlp_hidden_size=4)
-    (lesson,) = lessons_for(reuse, make_rollouts(37)[:1])
-    batch = collate([lesson], [(0, 1), (0, 2), (0, 4)], reuse=reuse, mask_id=MASK, pad_id=EOS, device=CPU)
+    (example,) = examples_for(reuse, make_rollouts(37)[:1])
+    batch = collate([example], [(0, 1), (0, 2), (0, 4)], reuse=reuse, mask_id=MASK, pad_id=EOS, device=CPU)
     inputs = batch.student
     assert isinstance(inputs, PackedInputs) and len(inputs.anchors.input_ids) == 2
     names = [name for name, _ in model.named_parameters() if any(part in name for part in ("k_proj", "v_proj", "wte"))]
@@ -200,10 +200,10 @@ class BlockCausal(LLaDABlock):
         return self.mix(query, keys, values, own, at, seen, prompt)
 
 
-def update(setup: Any, lessons: Sequence[Lesson], reuse: Reuse, size: int = 1000) -> tuple[Tensor, list[StepOutput]]:
+def update(setup: Any, examples: Sequence[Example], reuse: Reuse, size: int = 1000) -> tuple[Tensor, list[StepOutput]]:
     """Loss and gradients of an update as one vector, and the outputs."""
     options, outputs = Objective(**{**DEFAULTS, "reuse": reuse}), []
-    for batch in batches_of(lessons, reuse, size):
+    for batch in batches_of(examples, reuse, size):
         outputs.append(options.forward(setup.network, setup.teacher, batch, setup.mask_id))
         outputs[-1].loss.backward()
     return torch.cat((sum(one.loss.detach() for one in outputs)[None], gradients(setup.model))), outputs
@@ -213,16 +213,16 @@ def update(setup: Any, lessons: Sequence[Lesson], reuse: Reuse, size: int = 1000
 def test_reuse_is_exact_for_a_block_causal_model(small_llada: Callable[..., LLaDAModelLM], reuse: Reuse) -> None:
     """What an anchor computes for prompt and earlier blocks is then what its block's other states compute."""
     setup = make_setup(small_llada, "ema")
-    lessons = lessons_for(reuse)
-    full, _ = update(setup, lessons, "none")
+    examples = examples_for(reuse)
+    full, _ = update(setup, examples, "none")
     for layer in setup.network.layers:
         layer.__class__ = BlockCausal
-    exact, exact_outputs = update(setup, lessons, "none")
-    reused, outputs = update(setup, lessons, reuse)
+    exact, exact_outputs = update(setup, examples, "none")
+    reused, outputs = update(setup, examples, reuse)
     assert float((exact - full).norm()) > 0.01 * float(full.norm())  # the mask does something
     torch.testing.assert_close(reused, exact, rtol=1e-10, atol=1e-10 * float(exact.norm()))
     assert torch.equal(outputs[0].chosen, exact_outputs[0].chosen)
-    torch.testing.assert_close(outputs[0].kl, exact_outputs[0].kl, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(outputs[0].divergence, exact_outputs[0].divergence, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("reuse", MODES)
@@ -230,15 +230,17 @@ def test_anchors_are_exact(small_llada: Callable[..., LLaDAModelLM], reuse: Reus
     """With full attention: no drift where every block has one state, and none in the anchors of other blocks."""
     setup = make_setup(small_llada, "ema")
     once = [Rollout({}, make_trajectory([[4]] * 4, prompt, 37, prompt), "", 1.0, 1) for prompt in (3, 5)]
-    lessons = lessons_for(reuse, once)
-    torch.testing.assert_close(update(setup, lessons, reuse)[0], update(setup, lessons, "none")[0], rtol=0, atol=1e-13)
+    examples = examples_for(reuse, once)
+    torch.testing.assert_close(
+        update(setup, examples, reuse)[0], update(setup, examples, "none")[0], rtol=0, atol=1e-13
+    )
 
-    lessons = lessons_for(reuse)
-    (exact,), (reused,) = batches_of(lessons, "none"), batches_of(lessons, reuse)
+    examples = examples_for(reuse)
+    (exact,), (reused,) = batches_of(examples, "none"), batches_of(examples, reuse)
     with torch.no_grad():
         sides = [getattr(batch, side) for batch in (exact, reused) for side in ("student", "teacher")]
         states = [side.hidden_states(setup.network, exact.columns) for side in sides]
-    first = torch.cat([one.anchors() == torch.arange(len(one.steps)) for one in lessons])
+    first = torch.cat([one.anchors() == torch.arange(len(one.steps)) for one in examples])
     assert first.sum() == 10 and len(first) == 20
     for ours, theirs in zip(states[2:], states[:2], strict=True):
         torch.testing.assert_close(ours[first], theirs[first], rtol=1e-11, atol=1e-12)
@@ -248,21 +250,21 @@ def test_anchors_are_exact(small_llada: Callable[..., LLaDAModelLM], reuse: Reus
 
 @pytest.mark.parametrize("reuse", MODES)
 def test_batches_do_not_matter(small_llada: Callable[..., LLaDAModelLM], reuse: Reuse) -> None:
-    """Lessons with prompts of different lengths together, each on its own, or cut anywhere: the same update."""
+    """Examples with prompts of different lengths together, each on its own, or cut anywhere: the same update."""
     setup = make_setup(small_llada, "fixed")
-    lessons = lessons_for(reuse)
-    together, _ = update(setup, lessons, reuse)
-    for others in ([update(setup, [one], reuse)[0] for one in lessons], [update(setup, lessons, reuse, 3)[0]]):
+    examples = examples_for(reuse)
+    together, _ = update(setup, examples, reuse)
+    for others in ([update(setup, [one], reuse)[0] for one in examples], [update(setup, examples, reuse, 3)[0]]):
         torch.testing.assert_close(sum(others), together, rtol=1e-9, atol=1e-10 * float(together.norm()))
 
 
 @pytest.mark.parametrize("reuse", MODES)
 def test_states_come_in_the_order_asked_for(small_llada: Callable[..., LLaDAModelLM], reuse: Reuse) -> None:
-    """Any states of any lessons, an anchor behind the states that reuse it included."""
-    model, lessons = small_llada(), lessons_for(reuse)
-    (batch,) = batches_of(lessons, reuse)
+    """Any states of any examples, an anchor behind the states that reuse it included."""
+    model, examples = small_llada(), examples_for(reuse)
+    (batch,) = batches_of(examples, reuse)
     index = [(1, 3), (1, 2), (1, 0), (0, 2), (0, 7), (0, 0)]
-    some = collate(lessons, index, reuse=reuse, mask_id=MASK, pad_id=EOS, device=CPU)
+    some = collate(examples, index, reuse=reuse, mask_id=MASK, pad_id=EOS, device=CPU)
     rows = [8 * number + step for number, step in index]
     for side in ("student", "teacher"):
         got, expected = (getattr(one, side).hidden_states(model, one.columns) for one in (some, batch))
@@ -272,20 +274,20 @@ def test_states_come_in_the_order_asked_for(small_llada: Callable[..., LLaDAMode
 @pytest.mark.parametrize("reuse", MODES)
 def test_gradient_checkpointing_changes_nothing(small_llada: Callable[..., LLaDAModelLM], reuse: Reuse) -> None:
     """Activations recomputed in the backward pass, keys and values of the anchors included."""
-    setup, lessons = make_setup(small_llada, "ema"), lessons_for(reuse)
+    setup, examples = make_setup(small_llada, "ema"), examples_for(reuse)
     setup.model.train()
-    plain, _ = update(setup, lessons, reuse)
+    plain, _ = update(setup, examples, reuse)
     setup.network.gradient_checkpointing_enable({"use_reentrant": False})
-    again, _ = update(setup, lessons, reuse)
+    again, _ = update(setup, examples, reuse)
     torch.testing.assert_close(again, plain, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("reuse", MODES)
 def test_drift_is_the_kl_between_exact_and_reused(small_llada: Callable[..., LLaDAModelLM], reuse: Reuse) -> None:
-    """A sampled state's drift is that KL over K from full logits; a lesson's is the mean, and an anchor's is 0."""
-    setup, lessons = make_setup(small_llada, "ema"), lessons_for(reuse)
+    """A sampled state's drift is that KL over K from full logits; an example's is the mean, and an anchor's is 0."""
+    setup, examples = make_setup(small_llada, "ema"), examples_for(reuse)
     objective = Objective(**{**DEFAULTS, "reuse": reuse})
-    (exact,), (reused,) = batches_of(lessons, "none"), batches_of(lessons, reuse)
+    (exact,), (reused,) = batches_of(examples, "none"), batches_of(examples, reuse)
     setup.model.train()
     drift = objective.drift(setup.network, setup.teacher, exact, reused, MASK)
     assert setup.model.training and not drift.requires_grad
@@ -296,15 +298,15 @@ def test_drift_is_the_kl_between_exact_and_reused(small_llada: Callable[..., LLa
     kl = (p.exp() * (p - q)).sum(-1)
     expected = (kl * chosen).sum(-1) / chosen.sum(-1).clamp_min(1)
     torch.testing.assert_close(drift, expected, rtol=1e-9, atol=1e-12)
-    first = torch.cat([one.anchors() == torch.arange(len(one.steps)) for one in lessons])
+    first = torch.cat([one.anchors() == torch.arange(len(one.steps)) for one in examples])
     assert float(drift[first].abs().max()) < 1e-12 and float(drift[~first].median()) > 1e-5
 
     options: dict[str, Any] = {"seed": 0, "mask_id": MASK, "pad_id": EOS, "device": CPU}
-    means = mean_drifts(objective, setup.network, setup.teacher, lessons, samples=1000, size=3, **options)
+    means = mean_drifts(objective, setup.network, setup.teacher, examples, samples=1000, size=3, **options)
     expected = torch.stack([part.mean() for part in drift.split([8, 8, 4])]).float()
     torch.testing.assert_close(means, expected, rtol=1e-5, atol=0)
     few = [
-        mean_drifts(objective, setup.network, setup.teacher, lessons, samples=1, size=size, **options)
+        mean_drifts(objective, setup.network, setup.teacher, examples, samples=1, size=size, **options)
         for size in (1, 100)
     ]
     torch.testing.assert_close(*few)
@@ -322,8 +324,8 @@ def test_tokens_computed(small_llada: Callable[..., LLaDAModelLM], reuse: Reuse,
     generator = torch.Generator().manual_seed(0)
     order = torch.cat([torch.randperm(32, generator=generator) // 2 + 16 * block for block in range(8)])
     trajectory = Trajectory(torch.ones(200, dtype=torch.int64), torch.ones(256, dtype=torch.int64), order, 32)
-    lesson = Lesson(trajectory, torch.arange(128), torch.zeros(128, 256, dtype=torch.bool), trajectory.prompt_ids)
-    (batch,) = batches_of([lesson], reuse)
+    example = Example(trajectory, torch.arange(128), torch.zeros(128, 256, dtype=torch.bool), trajectory.prompt_ids)
+    (batch,) = batches_of([example], reuse)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         batch.student.hidden_states(model, batch.columns[:, :2])
     counts = counter.get_flop_counts()["Global"]
@@ -338,8 +340,8 @@ def test_dropout_is_drawn_once_per_computed_token(small_llada: Callable[..., LLa
     """A layer's keys are made once for an anchor, with one draw, and are what its block's other states attend to."""
     network = small_llada()
     model = add_lora(network, None, 3, 6, 0.5).train()
-    lessons = lessons_for(reuse)
-    (batch,) = batches_of(lessons, reuse)
+    examples = examples_for(reuse)
+    (batch,) = batches_of(examples, reuse)
     assert isinstance(batch.student, PackedInputs)
     groups, others = 10, 10
     padded = batch.student.anchors.input_ids.shape[1]
@@ -360,14 +362,14 @@ def test_dropout_is_drawn_once_per_computed_token(small_llada: Callable[..., LLa
             assert used.data_ptr() == made.data_ptr() and torch.equal(used, made[:, :, :width])
 
 
-# ---- lessons ----
+# ---- examples ----
 
 
 @pytest.mark.parametrize("scope", ["future_blocks", "masked"])
 def test_the_reveal_is_drawn_once_per_block(scope: str) -> None:
     """Each block's first state has the reveal that it has without reuse; the others the part that is still masked."""
     changes = {"reveal_scope": scope, "retain_ratio": 0.5}
-    for exact, reused in zip(lessons_for("none", **changes), lessons_for("block", **changes), strict=True):
+    for exact, reused in zip(examples_for("none", **changes), examples_for("block", **changes), strict=True):
         anchors, reveal_step = exact.anchors().tolist(), exact.trajectory.reveal_step
         assert exact.reveal.any()
         for row, anchor in enumerate(anchors):
@@ -375,23 +377,23 @@ def test_the_reveal_is_drawn_once_per_block(scope: str) -> None:
             assert torch.equal(reused.reveal[row], exact.reveal[anchor] & masked)
             begin = int(exact.trajectory.block_starts(exact.steps)[row])
             assert torch.equal(reused.reveal[row, begin + BLOCK :], reused.reveal[anchor, begin + BLOCK :])
-    for exact, reused in zip(lessons_for("none", **changes), lessons_for("prompt", **changes), strict=True):
+    for exact, reused in zip(examples_for("none", **changes), examples_for("prompt", **changes), strict=True):
         assert torch.equal(exact.reveal, reused.reveal)
 
 
 def test_anchors_of_a_slice_lie_in_the_slice() -> None:
-    """A part of a lesson starts a block of its own where the lesson was cut."""
-    (lesson,) = lessons_for("none", make_rollouts(37)[:1])
-    assert lesson.anchors().tolist() == [0, 0, 0, 3, 3, 5, 5, 7]
-    assert lesson.slice(1, 4).anchors().tolist() == [0, 1] and lesson.slice(1, 2).anchors().tolist() == [0, 1, 1, 3]
+    """A part of an example starts a block of its own where the example was cut."""
+    (example,) = examples_for("none", make_rollouts(37)[:1])
+    assert example.anchors().tolist() == [0, 0, 0, 3, 3, 5, 5, 7]
+    assert example.slice(1, 4).anchors().tolist() == [0, 1] and example.slice(1, 2).anchors().tolist() == [0, 1, 1, 3]
 
 
 def test_positions_count_from_the_first_real_token(small_llada: Callable[..., LLaDAModelLM]) -> None:
     """Packed tokens have the positions of the columns at which they stand, behind left padding too."""
-    (batch,) = batches_of(lessons_for("block"), "block")
+    (batch,) = batches_of(examples_for("block"), "block")
     inputs = batch.student
     assert isinstance(inputs, PackedInputs) and inputs.anchors.attention_mask is not None
     positions = positions_of(inputs.anchors.attention_mask)[inputs.packed.anchor].gather(1, inputs.packed.columns())
-    prompts = torch.tensor([3, 6, 5])[batch.lesson]
+    prompts = torch.tensor([3, 6, 5])[batch.example]
     expected = (prompts[:, None] + batch.columns)[inputs.row >= len(inputs.anchors.input_ids)]
     assert torch.equal(positions, expected)

@@ -70,6 +70,13 @@ def test_which_checkpoint_a_run_goes_on_from(output: Path, tmp_path: Path, capsy
     assert opened(output, training={**CONFIG["training"], "output_dir": "b"}) == Start(str(folders[-1]), None)
     with pytest.raises(UsageError, match=r"seed=2 can't be used: the run in .* has seed=1"):
         opened(output, training={**CONFIG["training"], "seed": 2})
+    # A run of the last release goes on with what is called otherwise now.
+    (output / "run.json").write_text(
+        json.dumps({"id": checkpoints.run_id(output), "teaching": {"update_per_slice": 2}})
+    )
+    assert opened(output, teaching={"updates_per_batch": 2}) == Start(str(folders[-1]), None)
+    with pytest.raises(UsageError, match=r"updates_per_batch=1 can't be used: the run in .* has updates_per_batch=2"):
+        opened(output, teaching={"updates_per_batch": 1})
     with pytest.raises(RunError, match=r"without rng_state_0.pth, which a run on 2 processes needs"):
         opened(output, str(folders[0]), processes=2)
 

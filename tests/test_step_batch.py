@@ -1,4 +1,4 @@
-"""Step concatenation against loops, slices of a lesson, and its JSON."""
+"""Step concatenation against loops, slices of an example, and its JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dopsd.step_batch import Lesson, StepBatch, collate, step_batches, with_prompts
+from dopsd.step_batch import Example, StepBatch, collate, step_batches, with_prompts
 from dopsd.trajectory import NEVER, Trajectory
 
 MASK, PAD, BLOCK, LENGTH = 50, 0, 4, 12
 CPU = torch.device("cpu")
 
 
-def make_lesson(commits: Sequence[Sequence[int]], prompt: int, teacher: int, seed: int, every: int = 1) -> Lesson:
+def make_example(commits: Sequence[Sequence[int]], prompt: int, teacher: int, seed: int, every: int = 1) -> Example:
     """A random trajectory with these commits per step and block, one in `every` of its steps, and random reveals."""
     generator = torch.Generator().manual_seed(seed)
     reveal_step = torch.full((LENGTH,), NEVER)
@@ -34,28 +34,28 @@ def make_lesson(commits: Sequence[Sequence[int]], prompt: int, teacher: int, see
     steps = torch.arange(step)[::every]
     masked = reveal_step >= steps[:, None]
     reveal = masked & (torch.rand(len(steps), LENGTH, generator=generator) < 0.4)
-    return Lesson(trajectory, steps, reveal, ids[prompt:])
+    return Example(trajectory, steps, reveal, ids[prompt:])
 
 
-def make_lessons() -> list[Lesson]:
-    """Three lessons: steps of one to four commits, some steps left out, prompts of five lengths."""
+def make_examples() -> list[Example]:
+    """Three examples: steps of one to four commits, some steps left out, prompts of five lengths."""
     return [
-        make_lesson([[1, 2, 1], [4], [2, 2]], 3, 3, 0),
-        make_lesson([[2, 2], [3, 1], [2]], 6, 1, 1, every=2),
-        make_lesson([[1, 1, 1, 1], [1, 3]], 2, 9, 2),
+        make_example([[1, 2, 1], [4], [2, 2]], 3, 3, 0),
+        make_example([[2, 2], [3, 1], [2]], 6, 1, 1, every=2),
+        make_example([[1, 1, 1, 1], [1, 3]], 2, 9, 2),
     ]
 
 
-def check_row(batch: StepBatch, row: int, lessons: Sequence[Lesson], number: int, index: int) -> None:
+def check_row(batch: StepBatch, row: int, examples: Sequence[Example], number: int, index: int) -> None:
     """One state of a batch, field by field, from the trajectory's plain lists."""
-    lesson = lessons[number]
-    trajectory, step = lesson.trajectory, int(lesson.steps[index])
+    example = examples[number]
+    trajectory, step = example.trajectory, int(example.steps[index])
     tokens, reveal_step = trajectory.tokens.tolist(), trajectory.reveal_step.tolist()
     state = [token if when < step else MASK for token, when in zip(tokens, reveal_step, strict=True)]
-    shown = [tokens[i] if lesson.reveal[index, i] else state[i] for i in range(LENGTH)]
+    shown = [tokens[i] if example.reveal[index, i] else state[i] for i in range(LENGTH)]
     for side, prompt, response in (
         (batch.student, trajectory.prompt_ids.tolist(), state),
-        (batch.teacher, lesson.teacher_prompt_ids.tolist(), shown),
+        (batch.teacher, example.teacher_prompt_ids.tolist(), shown),
     ):
         padding = side.offset - len(prompt)
         assert side.input_ids[row].tolist() == [PAD] * padding + prompt + response
@@ -71,48 +71,48 @@ def check_row(batch: StepBatch, row: int, lessons: Sequence[Lesson], number: int
     assert batch.candidates[row].tolist() == [state[i] == MASK and shown[i] == MASK for i in columns]
     assert batch.committed[row].tolist() == [i in committed for i in columns]
     assert int(batch.k[row]) == len(committed)
-    assert int(batch.lesson[row]) == number
-    assert float(batch.weight[row]) == pytest.approx(1 / len(lesson.steps), rel=2**-23)
+    assert int(batch.example[row]) == number
+    assert float(batch.weight[row]) == pytest.approx(1 / len(example.steps), rel=2**-23)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 13, 14, 100])
 def test_batches_hold_every_state_in_order(size: int) -> None:
-    """Each state of each lesson comes once, in order, in batches of the asked size that may mix lessons."""
-    lessons = make_lessons()
-    index = [(number, i) for number, lesson in enumerate(lessons) for i in range(len(lesson.steps))]
-    assert [len(lesson.steps) for lesson in lessons] == [6, 3, 6]
+    """Each state of each example comes once, in order, in batches of the asked size that may mix examples."""
+    examples = make_examples()
+    index = [(number, i) for number, example in enumerate(examples) for i in range(len(example.steps))]
+    assert [len(example.steps) for example in examples] == [6, 3, 6]
     row = 0
-    for batch in step_batches(lessons, size, mask_id=MASK, pad_id=PAD, device=CPU):
+    for batch in step_batches(examples, size, mask_id=MASK, pad_id=PAD, device=CPU):
         assert len(batch) == min(size, len(index) - row)
-        present = [lessons[number] for number, _ in index[row : row + len(batch)]]
+        present = [examples[number] for number, _ in index[row : row + len(batch)]]
         # No wider than its own longest prompt.
-        assert batch.student.offset == max(len(lesson.trajectory.prompt_ids) for lesson in present)
-        assert batch.teacher.offset == max(len(lesson.teacher_prompt_ids) for lesson in present)
+        assert batch.student.offset == max(len(example.trajectory.prompt_ids) for example in present)
+        assert batch.teacher.offset == max(len(example.teacher_prompt_ids) for example in present)
         for at in range(len(batch)):
-            check_row(batch, at, lessons, *index[row + at])
+            check_row(batch, at, examples, *index[row + at])
         row += len(batch)
     assert row == len(index)
 
 
 def test_any_states_can_be_batched() -> None:
-    """`collate` takes any states of any lessons, grouped by lesson."""
-    lessons = make_lessons()
+    """`collate` takes any states of any examples, grouped by example."""
+    examples = make_examples()
     index = [(2, 5), (2, 0), (0, 3)]
-    batch = collate(lessons, index, mask_id=MASK, pad_id=PAD, device=CPU)
+    batch = collate(examples, index, mask_id=MASK, pad_id=PAD, device=CPU)
     for row, (number, at) in enumerate(index):
-        check_row(batch, row, lessons, number, at)
+        check_row(batch, row, examples, number, at)
 
 
-def test_weights_sum_to_the_number_of_lessons() -> None:
+def test_weights_sum_to_the_number_of_examples() -> None:
     """The states' weights are 1/T each, over all batches of an update."""
-    batches = step_batches(make_lessons(), 4, mask_id=MASK, pad_id=PAD, device=CPU)
+    batches = step_batches(make_examples(), 4, mask_id=MASK, pad_id=PAD, device=CPU)
     assert float(sum(batch.weight.double().sum() for batch in batches)) == pytest.approx(3, rel=2**-22)
 
 
-def test_no_lessons_no_batches() -> None:
-    """Without lessons, or without steps in them, there is no batch."""
+def test_no_examples_no_batches() -> None:
+    """Without examples, or without steps in them, there is no batch."""
     assert list(step_batches([], 4, mask_id=MASK, pad_id=PAD, device=CPU)) == []
-    empty = make_lessons()[0].slice(0, 100)
+    empty = make_examples()[0].slice(0, 100)
     assert len(empty.steps) == 0
     assert list(step_batches([empty], 4, mask_id=MASK, pad_id=PAD, device=CPU)) == []
 
@@ -127,26 +127,26 @@ def test_padding_is_told_from_end_of_text() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 9])
 def test_slices_cover_every_step_once(count: int) -> None:
-    """The slices of a lesson are consecutive, nearly equal, and together the lesson."""
-    for lesson in make_lessons():
-        parts = [lesson.slice(number, count) for number in range(count)]
-        assert torch.equal(torch.cat([part.steps for part in parts]), lesson.steps)
-        assert torch.equal(torch.cat([part.reveal for part in parts]), lesson.reveal)
+    """The slices of an example are consecutive, nearly equal, and together the example."""
+    for example in make_examples():
+        parts = [example.slice(number, count) for number in range(count)]
+        assert torch.equal(torch.cat([part.steps for part in parts]), example.steps)
+        assert torch.equal(torch.cat([part.reveal for part in parts]), example.reveal)
         sizes = [len(part.steps) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-        assert all(len(part.reveal) == len(part.steps) and part.trajectory is lesson.trajectory for part in parts)
+        assert all(len(part.reveal) == len(part.steps) and part.trajectory is example.trajectory for part in parts)
 
 
 def test_json_round_trip() -> None:
-    """A lesson read back from JSON is the same, one with an empty reveal and one without steps included."""
-    lessons = [*make_lessons(), make_lessons()[0].slice(0, 100)]
-    first = lessons[0]
-    lessons.append(Lesson(first.trajectory, first.steps, torch.zeros_like(first.reveal), first.teacher_prompt_ids))
-    for lesson in lessons:
-        again = Lesson.from_json(json.loads(json.dumps(lesson.to_json())))
+    """An example read back from JSON is the same, one with an empty reveal and one without steps included."""
+    examples = [*make_examples(), make_examples()[0].slice(0, 100)]
+    first = examples[0]
+    examples.append(Example(first.trajectory, first.steps, torch.zeros_like(first.reveal), first.teacher_prompt_ids))
+    for example in examples:
+        again = Example.from_json(json.loads(json.dumps(example.to_json())))
         for name in ("steps", "reveal", "teacher_prompt_ids"):
-            got, expected = getattr(again, name), getattr(lesson, name)
+            got, expected = getattr(again, name), getattr(example, name)
             assert got.dtype == expected.dtype and torch.equal(got, expected), name
         for name in ("prompt_ids", "tokens", "reveal_step"):
-            assert torch.equal(getattr(again.trajectory, name), getattr(lesson.trajectory, name)), name
+            assert torch.equal(getattr(again.trajectory, name), getattr(example.trajectory, name)), name
         assert again.trajectory.block_length == BLOCK

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import dopsd.rollout
-import dopsd.trainer
 from dopsd import sampler
 from dopsd.cache import BlockCache
 from dopsd.prompt_sampler import PromptSampler
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.teacher import STUDENT, TEACHER, adapter_parameters
 from dopsd.trainer import Trainer
+from dopsd.trajectory import Trajectory
 
 Make = Callable[..., Trainer]
 
@@ -75,7 +75,7 @@ def model_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainer], list[str
     def watch(trainer: Trainer) -> list[str]:
         calls: list[str] = []
         decoding: list[bool] = []
-        decode, hidden_states = dopsd.rollout.decode, trainer.decoder.model.hidden_states
+        decode, hidden_states = dopsd.rollout.decode, trainer.distillation.decoder.model.hidden_states
 
         def watched_decode(*args: Any, **kwargs: Any) -> Any:
             decoding.append(True)
@@ -89,7 +89,7 @@ def model_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainer], list[str
             return hidden_states(*args, **kwargs)
 
         monkeypatch.setattr(dopsd.rollout, "decode", watched_decode)
-        monkeypatch.setattr(trainer.decoder.model, "hidden_states", watched_states)
+        monkeypatch.setattr(trainer.distillation.decoder.model, "hidden_states", watched_states)
         return calls
 
     return watch
@@ -169,7 +169,7 @@ def exact_trainer(make_trainer: Make, random_model: Path) -> Iterator[Trainer]:
 def gradients(trainer: Trainer, *numbers: int) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient of the first update on these rows."""
     trainer.student.zero_grad()
-    trainer.pending = []
+    trainer.slices = []
     loss = trainer.training_step(trainer.student, batch_of(trainer, *numbers))
     grads = {name: p.grad.clone() for name, p in trainer.student.named_parameters() if p.grad is not None}
     assert grads and all("lora_" in name and bool(grad.abs().max() > 0) for name, grad in grads.items())
@@ -179,7 +179,7 @@ def gradients(trainer: Trainer, *numbers: int) -> tuple[float, dict[str, Tensor]
 def test_accumulation_over_micro_batches_is_one_big_batch(exact_trainer: Trainer) -> None:
     """Three states at a time or all of them: the same loss and gradients, to fp64 rounding."""
     loss, grads = gradients(exact_trainer, 0, 1, 2)
-    exact_trainer.resize(replace(exact_trainer.sizes, states_per_forward=3))
+    exact_trainer.distillation.resize(replace(exact_trainer.distillation.sizes, states_per_forward=3))
     other_loss, other_grads = gradients(exact_trainer, 0, 1, 2)
     assert other_loss == pytest.approx(loss, rel=1e-12)
     for name, grad in grads.items():
@@ -199,13 +199,13 @@ def test_every_accepted_trajectory_counts_the_same(exact_trainer: Trainer) -> No
 def test_slices_are_updates_of_their_own(
     make_trainer: Make, random_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """update_per_slice=2: two optimiser steps per rollout, and between them every state of it exactly once."""
+    """updates_per_batch=2: two optimiser steps per rollout, and between them every state of it exactly once."""
     trainer = make_trainer(
-        *("--model", str(random_model), "--max_steps", "4", "--update_per_slice", "2", "--states_per_forward", "5"),
+        *("--model", str(random_model), "--max_steps", "4", "--updates_per_batch", "2", "--states_per_forward", "5"),
         *("--stop_at_eos", "false"),
         task=Graded(1.0),
     )
-    roll_out, step_batches = trainer.roll_out, dopsd.trainer.step_batches
+    roll_out, batches = trainer.roll_out, trainer.distillation.batches
     rollouts: list[list[str]] = []  # the prompts of each
     trained: list[dict[str, list[int]]] = []  # the steps of each prompt, per update
 
@@ -213,13 +213,13 @@ def test_slices_are_updates_of_their_own(
         rollouts.append([row["puzzle"] for _, row in rows])
         return roll_out(rows)
 
-    def watched_batches(lessons: Any, *args: Any, **kwargs: Any) -> Any:
-        decode = trainer.decoder.tokenizer.decode
-        trained.append({decode(one.trajectory.prompt_ids)[:-1]: one.steps.tolist() for one in lessons})
-        return step_batches(lessons, *args, **kwargs)
+    def watched_batches(examples: Any) -> Any:
+        decode = trainer.distillation.decoder.tokenizer.decode
+        trained.append({decode(one.trajectory.prompt_ids)[:-1]: one.steps.tolist() for one in examples})
+        return batches(examples)
 
     monkeypatch.setattr(trainer, "roll_out", watched_roll_out)
-    monkeypatch.setattr(dopsd.trainer, "step_batches", watched_batches)
+    monkeypatch.setattr(trainer.distillation, "batches", watched_batches)
     seen = [weights(trainer)]
     trainer.add_callback(After(lambda update: seen.append(weights(trainer))))
     trainer.train()
@@ -283,8 +283,9 @@ def test_a_trajectory_that_drifts_too_far_is_computed_exactly(exact_trainer: Tra
     """With every trajectory above the limit the update is that without reuse, with none above it, that with reuse."""
     teaching = exact_trainer.teaching
     loss, grads = gradients(exact_trainer, 0, 1, 2)
-    exact_trainer.objective = replace(exact_trainer.objective, reuse="prompt")
-    teaching.reuse, teaching.drift_samples = "prompt", 24
+    distillation = exact_trainer.distillation
+    distillation.objective = replace(distillation.objective, reuse="prompt")
+    teaching.drift_samples = 24
     for limit, exact in ((0.0, True), (1e6, False), (None, False)):
         teaching.drift_limit = limit
         other_loss, other_grads = gradients(exact_trainer, 0, 1, 2)
@@ -348,8 +349,8 @@ def test_metrics_are_those_of_the_rollouts(make_trainer: Make, random_model: Pat
         task=Graded(1.0),
     )
     rows = [row for _, row in trainer.train_dataset]
-    once = trainer.decoder.once(rows, trainer.rollouts.decoding(), torch.zeros(2, dtype=torch.int64))
-    eos = trainer.decoder.eos_id
+    once = trainer.distillation.decoder.once(rows, trainer.rollouts.decoding(), torch.zeros(2, dtype=torch.int64))
+    eos = trainer.distillation.decoder.eos_id
     lengths = [([*one.trajectory.tokens.tolist(), eos]).index(eos) for one in once]
     trainer.train()
     (log,) = [one for one in trainer.state.log_history if "loss" in one]
@@ -433,6 +434,28 @@ def test_each_epoch_is_a_new_order_of_all_rows() -> None:
     assert twice == orders[0][:4] * 2 + orders[0][4:8] * 2
 
 
+def test_what_a_rollout_teaches(make_trainer: Make, random_model: Path) -> None:
+    """Its teacher reads the student's prompt, or the row's encoded one with the reference; what it is shown is drawn
+    from the rollout's seed, whatever it is beside; a rollout all of whose steps are left out teaches nothing."""
+    trainer = make_trainer("--model", str(random_model), "--stop_at_eos", "false")
+    distillation, rows = trainer.distillation, [row for _, row in trainer.train_dataset][:2]
+    decoder = distillation.decoder
+    first, second = decoder.once(rows, trainer.rollouts.decoding(), torch.zeros(2, dtype=torch.int64))
+    whole = first.trajectory
+    block = Trajectory(whole.prompt_ids, whole.tokens[:8], whole.reveal_step[:8], 8)
+    distillation.objective = replace(distillation.objective, skip_last_block=True)
+    one, other = distillation.examples([first, replace(first, trajectory=block), second], [5, 6, 7])
+    assert [one.trajectory, other.trajectory] == [whole, second.trajectory]
+    (alone,) = distillation.examples([second], [7])
+    (otherwise,) = distillation.examples([second], [8])
+    assert torch.equal(alone.reveal, other.reveal) and not torch.equal(alone.reveal, otherwise.reveal)
+    assert torch.equal(one.teacher_prompt_ids, whole.prompt_ids)
+    distillation.objective = replace(distillation.objective, teacher_context="reference")
+    reference = decoder.encode(decoder.task.reference_prompt(rows[0]))
+    assert torch.equal(distillation.example(first, 5).teacher_prompt_ids, reference)
+    assert len(reference) > len(whole.prompt_ids)
+
+
 class Lottery(Sudoku):
     """Sudoku with grades below 1 that depend on the response and say nothing about it, so that any try may be kept."""
 
@@ -448,7 +471,7 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch(make_trainer: Make
     numbers = (3, 5, 6, 9)
     (beside,) = trainer.roll_out(batch_of(trainer, *numbers)["rows"])
     alone = [trainer.roll_out(batch_of(trainer, number)["rows"])[0][0] for number in numbers]
-    greedy = trainer.decoder.once(
+    greedy = trainer.distillation.decoder.once(
         [trainer.train_dataset[number][1] for number in numbers], trainer.rollouts.decoding(), torch.zeros(4).long()
     )
     trainer.state.global_step = 1

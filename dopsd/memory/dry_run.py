@@ -20,12 +20,11 @@ from transformers import AttentionInterface
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.memory.meter import CUDA_ALLOWANCE
 from dopsd.memory.planner import Persistent, optimizer_bytes
-from dopsd.memory.probe import costliest_batch, synthetic_example
+from dopsd.memory.probe import costliest_batch, synthetic_trajectory
 from dopsd.models import MODELS, add_lora, checkpoint_activations
 from dopsd.models.bidirectional import BidirectionalModel
-from dopsd.rollout import Decoder
 from dopsd.sampler import inference
-from dopsd.step_batch import Lesson, Reuse, StepBatch
+from dopsd.step_batch import Example, Reuse, StepBatch
 from dopsd.teacher import TeacherWeights
 
 # Bytes of a parameter of a quantised linear layer: nf4 has 4 bits and its constants, themselves quantised, 0.127 more.
@@ -185,25 +184,26 @@ class DryRun:
         layers = [module for name, module in modules if type(module) is nn.Linear and ".lora_" not in name]
         return [layer.weight for layer in layers if layer.weight is not head and not layer.weight.requires_grad]
 
-    def lessons(self, reuse: Reuse) -> tuple[Lesson, Lesson]:
-        """As those of :class:`~dopsd.memory.RunProbe`."""
+    def examples(self, reuse: Reuse) -> tuple[Example, Example]:
+        """As those of :class:`~dopsd.memory.probe.RunProbe`."""
+        # A reference's tokens are counted in the prompt's.
         objective = replace(self.teaching.objective(), reuse=reuse, teacher_context="self_future")
-        decoder = Decoder(None, None, None, mask_id=0, eos_id=1, batch_size=1)  # type: ignore[arg-type]
-        several = self.args.train_batch_size > 1
-        decoding = self.rollouts.decoding()
-        short, long = (
-            synthetic_example(objective, decoder, None, torch.zeros(length, dtype=torch.int64), decoding, self.vocab)
-            for length in (max(1, self.prompt_length - several), self.prompt_length)
-        )
-        return short, long
+        several, decoding = self.args.train_batch_size > 1, self.rollouts.decoding()
+
+        def example(length: int) -> Example:
+            prompt_ids = torch.zeros(length, dtype=torch.int64)
+            trajectory = synthetic_trajectory(prompt_ids, decoding, self.vocab, eos_id=1)
+            return objective.example(trajectory, prompt_ids, eos_id=1, seed=0)
+
+        return example(max(1, self.prompt_length - several)), example(self.prompt_length)
 
     def states(self) -> int:
         """Those of a whole update."""
-        return -(-self.args.train_batch_size * len(self.lessons("none")[1].steps) // self.teaching.update_per_slice)
+        return -(-self.args.train_batch_size * len(self.examples("none")[1].steps) // self.teaching.updates_per_batch)
 
     def _batch(self, reuse: Reuse, states: int) -> StepBatch:
         options: dict[str, Any] = {"mask_id": 0, "pad_id": 1, "device": torch.device("cpu")}
-        return costliest_batch(*self.lessons(reuse), states=states, reuse=reuse, **options)
+        return costliest_batch(*self.examples(reuse), states=states, reuse=reuse, **options)
 
     def _training(self, reuse: Reuse, checkpointing: bool) -> Line:
         """A micro-batch beside what is persistent; the teacher's pass, which keeps nothing, is never its peak."""

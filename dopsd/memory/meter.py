@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from dopsd.errors import require
-from dopsd.memory.units import GIB
+from dopsd.units import GIB
 
 T = TypeVar("T")
 

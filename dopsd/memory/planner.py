@@ -13,9 +13,10 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
+from dopsd.distillation import Sizes
 from dopsd.errors import UsageError
-from dopsd.memory.units import gib
 from dopsd.tables import show
+from dopsd.units import gib
 
 # What a peak consists of, as it is called in tables and errors.
 PARTS = {
@@ -43,23 +44,6 @@ NEAR = 1.05
 WORKSPACE_SHARE = 1 / 64
 LEAST_WORKSPACE = 16 << 20
 MOST_WORKSPACE = {"cpu": 64 << 20, "cuda": 256 << 20}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a run can change without changing what it computes, but for rounding and for which inputs dropout drops.
-
-    Args:
-        states_per_forward: states of a micro-batch.
-        checkpointing: whether activations inside a layer are computed again in the backward pass.
-        sequences_per_forward: sequences decoded at a time.
-        workspace_bytes: of the ops; None for their own default.
-    """
-
-    states_per_forward: int
-    checkpointing: bool
-    sequences_per_forward: int
-    workspace_bytes: int | None = None
 
 
 @dataclass(frozen=True)

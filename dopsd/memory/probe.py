@@ -3,76 +3,85 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dopsd.config import RolloutArguments, TeachingArguments, TrainingArguments
+from dopsd.distillation import Distillation
 from dopsd.memory.meter import Meter, unless_out_of_memory
 from dopsd.memory.planner import Persistent, optimizer_bytes
 from dopsd.models import device_of
-from dopsd.objective import Objective
-from dopsd.rollout import Decoder, Rollout
+from dopsd.rollout import Rollout
 from dopsd.sampler import Decoding, decode
-from dopsd.step_batch import Lesson, StepBatch, collate
+from dopsd.step_batch import Example, StepBatch, collate
+from dopsd.tasks import Row
 from dopsd.trajectory import Trajectory
 
-if TYPE_CHECKING:
-    from dopsd.trainer import Trainer
 
-
-def synthetic_example(
-    objective: Objective, decoder: Decoder, row: Any, prompt_ids: Tensor, decoding: Decoding, vocab: int
-) -> Lesson:
-    """A lesson with the most states that ``decoding`` can make, of random tokens; ``row`` is its teacher's."""
+def synthetic_trajectory(prompt_ids: Tensor, decoding: Decoding, vocab: int, eos_id: int) -> Trajectory:
+    """A response of random tokens with the most steps that ``decoding`` can make."""
     counts = [[1] * decoding.block_length] * decoding.blocks if decoding.threshold is not None else decoding.schedule()
     reveals = torch.tensor([count for block in counts for count in block])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (decoding.gen_length,), generator=generator)
-    tokens[tokens == decoder.eos_id] = (decoder.eos_id + 1) % vocab  # an end of the text would hide what is behind it
+    tokens[tokens == eos_id] = (eos_id + 1) % vocab  # an end of the text would hide what is behind it
     reveal_step = torch.arange(len(reveals)).repeat_interleave(reveals)
-    trajectory = Trajectory(prompt_ids.cpu(), tokens, reveal_step, decoding.block_length)
-    return objective.lesson(Rollout(row, trajectory, "", score=1.0, tries=1), decoder, seed=0)
+    return Trajectory(prompt_ids.cpu(), tokens, reveal_step, decoding.block_length)
 
 
-def costliest_batch(short: Lesson, long: Lesson, states: int, **options: Any) -> StepBatch:
-    """The costliest micro-batch: the last state of one lesson, and then the first ones of others.
+def costliest_batch(short: Example, long: Example, states: int, **options: Any) -> StepBatch:
+    """The costliest micro-batch: the last state of one example, and then the first ones of others.
 
     No other has its states in more blocks, and prompts of two lengths need a mask. ``options`` are those of
     :func:`~dopsd.step_batch.collate`.
     """
     index = [(0, len(short.steps) - 1)]
-    index += [(1 + place // len(long.steps), place % len(long.steps)) for place in range(states - 1)]
+    index += [(1 + state // len(long.steps), state % len(long.steps)) for state in range(states - 1)]
     return collate([short, *[long] * index[-1][0]], index, **options)
 
 
 class RunProbe:
-    """Measures micro-batches of a trainer, and leaves no trace of them: no gradient, no draw.
+    """Measures micro-batches of a distillation, and leaves no trace of them: no gradient, no draw.
 
     Args:
-        trainer: whose network, objective and decoder are measured.
+        distillation: whose passes, and decoding, are measured.
         meter: of its device.
+        rows: that are trained on.
+        rollouts, teaching, args: options of the run.
     """
 
-    def __init__(self, trainer: Trainer, meter: Meter) -> None:
-        self.trainer, self.meter = trainer, meter
-        decoder, task = trainer.decoder, trainer.decoder.task
-        rows = [row for _, row in trainer.train_dataset]  # type: ignore[union-attr]
+    def __init__(
+        self,
+        distillation: Distillation,
+        meter: Meter,
+        rows: Sequence[Row],
+        rollouts: RolloutArguments,
+        teaching: TeachingArguments,
+        args: TrainingArguments,
+    ) -> None:
+        self.distillation, self.meter = distillation, meter
+        self.rollouts, self.teaching, self.args = rollouts, teaching, args
+        decoder, task = distillation.decoder, distillation.decoder.task
+        rows = list(rows)
         prompts = sorted((decoder.encode(task.prompt(row)) for row in rows), key=len)
-        self.prompts = prompts[0] if trainer.args.train_batch_size > 1 else prompts[-1], prompts[-1]
-        if trainer.teaching.teacher_context == "reference":
+        self.prompts = prompts[0] if args.train_batch_size > 1 else prompts[-1], prompts[-1]
+        if distillation.objective.teacher_context == "reference":
             rows.sort(key=lambda row: len(decoder.encode(task.reference_prompt(row))))
-        decoding, self.vocab = trainer.rollouts.decoding(), len(decoder.model.lm_head_weight)
+        decoding, self.vocab = rollouts.decoding(), len(decoder.model.lm_head_weight)
+        trajectories = [synthetic_trajectory(prompt, decoding, self.vocab, decoder.eos_id) for prompt in self.prompts]
         self.short, self.long = (
-            synthetic_example(trainer.objective, decoder, row, prompt, decoding, self.vocab)
-            for row, prompt in zip((rows[0], rows[-1]), self.prompts, strict=True)
+            distillation.example(Rollout(row, trajectory, "", score=1.0, tries=1), seed=0)
+            for row, trajectory in zip((rows[0], rows[-1]), trajectories, strict=True)
         )
         # Trajectories that drift too far are computed without reuse, and all of them may.
-        self.reuse = trainer.teaching.reuse if trainer.teaching.drift_limit is None else "none"
-        self.trained = [p for p in trainer.student.parameters() if p.requires_grad]
-        self.buckets = sum(p.nbytes for p in self.trained) if trainer.accelerator.num_processes > 1 else 0
+        self.reuse = distillation.objective.reuse if teaching.drift_limit is None else "none"
+        self.trained = [p for p in distillation.student.parameters() if p.requires_grad]
+        several = distillation.accelerator.num_processes > 1
+        self.buckets = sum(p.nbytes for p in self.trained) if several else 0
         self.persistent = self.at_rest()
 
     def at_rest(self) -> Persistent:
@@ -80,40 +89,39 @@ class RunProbe:
         gc.collect()
         self.meter.take_peak()
         used = self.meter.take_peak()
-        held = [*self.trainer.student.parameters(), *self.trainer.student.buffers()]
+        student = self.distillation.student
+        held = [*student.parameters(), *student.buffers()]
         trained = sum(p.nbytes for p in self.trained)
         weights = sum(p.nbytes for p in held) - trained
-        optimizer = optimizer_bytes(self.trainer.args.optim) * sum(p.numel() for p in self.trained)
+        optimizer = optimizer_bytes(self.args.optim) * sum(p.numel() for p in self.trained)
         runtime = max(0, used - weights - trained) + self.meter.allowance
         return Persistent(weights, trained, trained + self.buckets, optimizer, runtime)
 
     @property
     def states(self) -> int:
         """Those of a whole update, at most."""
-        rows, slices = self.trainer.args.train_batch_size, self.trainer.teaching.update_per_slice
-        return -(-rows * len(self.long.steps) // slices)
+        return -(-self.args.train_batch_size * len(self.long.steps) // self.teaching.updates_per_batch)
 
     def tokens(self, states: int) -> int:
         return self.batch(states).student.tokens
 
     def batch(self, states: int) -> StepBatch:
         """The micro-batch that is measured."""
-        return costliest_batch(self.short, self.long, states, reuse=self.reuse, **self.trainer.collation())
+        return costliest_batch(self.short, self.long, states, reuse=self.reuse, **self.distillation.collation())
 
     def training(self, states: int, checkpointing: bool) -> int | None:
-        trainer = self.trainer
-        trainer.resize(replace(trainer.sizes, checkpointing=checkpointing))
+        distillation = self.distillation
+        distillation.resize(replace(distillation.sizes, checkpointing=checkpointing))
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)  # as they are from an update's second micro-batch on
-        peak = self.peak(lambda: trainer.distil([self.batch(states)], states, count=1))
-        trainer.student.zero_grad()
+        peak = self.peak(lambda: distillation.distil([self.batch(states)], count=1))
+        distillation.student.zero_grad()
         return peak
 
     def decoding(self, sequences: int) -> int | None:
-        trainer, decoder = self.trainer, self.trainer.decoder
-        own = trainer.rollouts.decoding()
+        decoder, own = self.distillation.decoder, self.rollouts.decoding()
         # A step of each block, all at the temperature of retries, whose noise takes memory too.
-        temperature = trainer.rollouts.temperature if trainer.rollouts.pass_k > 1 else 0.0
+        temperature = self.rollouts.temperature if self.rollouts.pass_k > 1 else 0.0
         quick = replace(own, steps=own.blocks, threshold=None, stop_at_eos=False, temperature=temperature)
         short, long = (len(prompt) for prompt in self.prompts)
         # All are different, because equal ones may share what is computed; one is short, which takes a mask.
@@ -123,7 +131,7 @@ class RunProbe:
         seeds = torch.arange(sequences)
 
         def run() -> object:
-            with trainer.accelerator.autocast():
+            with self.distillation.accelerator.autocast():
                 return decode(
                     decoder.model, prompts, quick, mask_id=decoder.mask_id, eos_id=decoder.eos_id, seeds=seeds
                 )
@@ -132,7 +140,7 @@ class RunProbe:
 
     def peak(self, action: Callable[[], object]) -> int | None:
         """The peak of ``action``, as it would be in the run."""
-        device = self.trainer.args.device
+        device = self.args.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.meter.take_peak()
             done = unless_out_of_memory(action)

@@ -1,0 +1,130 @@
+"""What a run does about memory: sizes planned for a budget, peaks that are measured, less where it runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
+from dopsd.distillation import Distillation
+from dopsd.errors import RunError
+from dopsd.memory.meter import Meter, meter_of, unless_out_of_memory
+from dopsd.memory.planner import Plan, Planner, remedies, too_little, workspace_for
+from dopsd.memory.probe import RunProbe
+from dopsd.models.bidirectional import BidirectionalModel
+from dopsd.rollout import Decoder
+from dopsd.tasks import Row
+from dopsd.units import GIB, read_bytes
+
+T = TypeVar("T")
+
+
+class MemoryKeeper:
+    """Keeps a distillation within the memory that there is, by its sizes.
+
+    With a ``memory_budget`` they are chosen here, by probes that change nothing else.
+
+    Args:
+        distillation: whose sizes these are.
+        rows: that are trained on.
+        model, rollouts, teaching, args: options of the run.
+
+    Raises:
+        UsageError: not even the smallest sizes keep to the budget, or peaks can't be measured here.
+    """
+
+    def __init__(
+        self,
+        distillation: Distillation,
+        rows: Sequence[Row],
+        model: ModelArguments,
+        rollouts: RolloutArguments,
+        teaching: TeachingArguments,
+        args: TrainingArguments,
+    ) -> None:
+        self.distillation = distillation
+        reusable = isinstance(distillation.decoder.model, BidirectionalModel)
+        self.remedies = remedies(model, rollouts, teaching, args, args.device.type, reusable)
+        self.meter: Meter | None = None  # with a budget, as is the planner
+        self.planner: Planner | None = None
+        self.highest = 0  # peak of all updates, as measured
+        budget = teaching.memory_budget
+        if budget is None:
+            return
+        self.meter = meter_of(args.device, budget)
+        limit = read_bytes("memory_budget", budget, self.meter.total())
+        workspace = workspace_for(limit, args.device.type)
+        distillation.resize(replace(distillation.sizes, workspace_bytes=workspace))
+        probe = RunProbe(distillation, self.meter, rows, rollouts, teaching, args)
+        self.planner = Planner(probe, limit, probe.states, distillation.sizes.sequences_per_forward, workspace)
+        plan = self.planner.plan()
+        if plan is None:
+            raise too_little("memory_budget", budget, self.planner.least(), self.remedies)
+        distillation.resize(plan.sizes)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is predicted of the sizes as they are now; None without a budget."""
+        return None if self.planner is None else self.planner.at(self.distillation.sizes)
+
+    @property
+    def predicted_peak(self) -> int:
+        """What the meter is predicted to show, in bytes; 0 without a budget."""
+        return 0 if self.plan is None or self.meter is None else self.plan.peak - self.meter.allowance
+
+    def forget_peak(self) -> None:
+        """What was until now, such as pictures, is not what was planned."""
+        if self.meter is not None:
+            self.meter.take_peak()
+
+    def peaks(self) -> dict[str, float]:
+        """Metrics of the peak since it was last asked for; none without a budget."""
+        if self.meter is None:
+            return {}
+        peak = self.meter.take_peak()
+        self.highest = max(self.highest, peak)
+        return {"peak_gib": peak / GIB, "predicted_peak_gib": self.predicted_peak / GIB}
+
+    def training(self, work: Callable[[], T], states: int, update: int, undo: Callable[[], object]) -> T:
+        """What ``work`` over ``states`` states makes; whenever memory runs out it is undone, and done with less.
+
+        That is half a micro-batch, or at one state checkpointing.
+
+        Raises:
+            RunError: less can't be taken at ``update``.
+        """
+        while (done := unless_out_of_memory(work)) is None:
+            undo()
+            sizes, network = self.distillation.sizes, self.distillation.decoder.model
+            size = min(sizes.states_per_forward, states)
+            if size > 1:
+                self.distillation.resize(replace(sizes, states_per_forward=size // 2))
+                change = f"states_per_forward is {size // 2} from now on"
+            elif not sizes.checkpointing and network.supports_gradient_checkpointing:
+                self.distillation.resize(replace(sizes, checkpointing=True))
+                change = "activations are checkpointed from now on"
+            else:
+                raise RunError(f"out of memory at update {update} with one state at a time; {self.remedies}")
+            tqdm.write(f"update {update}: out of memory in training; {change}")
+            self.forget_peak()
+        return done
+
+    def decoding(self, work: Callable[[Decoder], T], most: int) -> T:
+        """What ``work`` makes of the decoder, which has half as many sequences whenever memory runs out.
+
+        A response does not depend on what it is batched with. No batch has more than ``most`` sequences.
+
+        Raises:
+            RunError: not even one fits.
+        """
+        while (done := unless_out_of_memory(lambda: work(self.distillation.decoder))) is None:
+            sizes = self.distillation.sizes
+            size = min(sizes.sequences_per_forward, most)
+            if size == 1:
+                raise RunError(f"out of memory in decoding with one sequence at a time; {self.remedies}")
+            self.distillation.resize(replace(sizes, sequences_per_forward=size // 2))
+            tqdm.write(f"out of memory in decoding; sequences_per_forward is {size // 2} from now on")
+        return done
