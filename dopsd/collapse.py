@@ -6,13 +6,13 @@ resumed run comes to the same conclusions at the same updates.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from dopsd import checkpoints
@@ -20,6 +20,8 @@ from dopsd.ranks import on_first_process
 
 if TYPE_CHECKING:
     from dopsd.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -268,6 +270,6 @@ class CollapseGuard(TrainerCallback):
             )
 
     def say(self, text: str) -> None:
-        """Print a sentence, once for all processes."""
+        """Log a sentence, once for all processes."""
         if self.trainer.is_world_process_zero():
-            tqdm.write(text)
+            log.warning(text)

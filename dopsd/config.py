@@ -1,44 +1,27 @@
-"""The command line: dataclasses whose fields are the options, and YAML recipes that set them."""
+"""The options: dataclasses whose fields they are, and what the commands make of a command line."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import json
-import math
 import time
-from argparse import Action
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
-import yaml
-from transformers import HfArgumentParser
 
 from dopsd import ranks
 from dopsd.cache import Cache
-from dopsd.errors import UsageError, must_be, require
+from dopsd.errors import must_be, require
 from dopsd.memory.units import read_bytes
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
+from dopsd.parser import Parser, check_numbers
 from dopsd.sampler import Decoding
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
 from dopsd_kernels.step_kl import Divergence
-
-# Of the numbers that options take; seeds go so far.
-LARGEST = 2**32 - 1
-
-RECIPES = files("dopsd") / "recipes"
-EPILOG = (
-    "An error is one sentence and exit status 2 (an option) or 1 (anything else); --debug adds its traceback. "
-    "Ctrl-C and SIGTERM end with 130 and 143."
-)
 
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
@@ -70,17 +53,6 @@ def given_once(group: Any, *names: str) -> None:
     for name in names:
         given = getattr(group, name) or []
         require(len(set(given)) == len(given), name, given, "each value may be given once")
-
-
-def check_numbers(name: str, value: Any) -> None:
-    """Raise UsageError if a number in the option's ``value`` means nothing: inf, nan, or absurdly many."""
-    if isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            check_numbers(name, item)
-    elif isinstance(value, float):
-        must_be(math.isfinite(value), name, value, "finite")
-    elif isinstance(value, int):
-        must_be(abs(value) <= LARGEST, name, value, f"at most {LARGEST}")
 
 
 @dataclass
@@ -125,8 +97,6 @@ class ModelArguments(LoadArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.lora_targets is not None and [name.lower() for name in self.lora_targets] == ["none"]:
-            self.lora_targets = None
         at_least_one(self, "lora_r", "lora_alpha")
         must_be(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
 
@@ -279,7 +249,10 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
 
     output_dir: str | None = option(None, "Where everything is written; none: runs/DATE-TIME.")
-    disable_tqdm: bool = option(False, "No progress bars.")
+    disable_tqdm: bool = option(False, "No progress bars, also on a terminal.")
+    push_to_hub: bool = option(
+        False, "Publish the adapter and its card, and no checkpoints, as hub_model_id when the run has finished."
+    )
     ddp_timeout: int = option(
         1800,
         "Seconds after which a run on several processes ends if one of them is silent. How long work takes does not "
@@ -464,115 +437,28 @@ class PlanArguments:
         at_least_one(self, "prompt_length")
 
 
-class Parser(HfArgumentParser):
-    """An argument parser whose errors are :class:`~dopsd.errors.UsageError`, and that takes ``none`` for no value."""
-
-    def __init__(self, *groups: Any, **kwargs: Any) -> None:
-        super().__init__(groups, allow_abbrev=False, **kwargs)
-        optional = {
-            name
-            for group in groups
-            for owner in group.__mro__
-            if owner.__module__ == __name__  # not those of transformers
-            for name, hint in inspect.get_annotations(owner, eval_str=True).items()
-            if type(None) in get_args(hint)
-        }
-        for action in self._actions:
-            if action.dest in optional and action.nargs in (None, "?"):
-                action.type = none_or(action.type)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """The dataclasses of ``argv``; an unknown option is an error with the nearest known one."""
-        try:
-            *parsed, unknown = self.parse_args_into_dataclasses(
-                list(argv), look_for_args_file=False, return_remaining_strings=True
-            )
-        except (ValueError, ImportError, OverflowError, RecursionError) as error:  # transformers' own checks
-            raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
-        for group in parsed:
-            for name, value in vars(group).items():
-                check_numbers(name, value)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            raise UsageError(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}")
-        return tuple(parsed)
-
-    def tokens(self, options: dict[str, Any], source: str) -> list[str]:
-        """``options`` of a recipe as command-line tokens, so that both are checked alike."""
-        out: list[str] = []
-        for name, value in options.items():
-            action: Action | None = self._option_string_actions.get(f"--{name}")
-            if action is None:
-                known = [key.removeprefix("--") for key in self._option_string_actions]
-                raise UsageError(f"{source}: unknown option {name!r}{did_you_mean(str(name), known)}")
-            if value is False and "off" in (action.choices or ()):
-                value = "off"  # which YAML takes for false
-            if name == "task" and ".py:" in str(value):
-                hint = "the code in that file would run, so it is named on the command line alone: --task"
-                raise UsageError(f"{source}: task={value!r} can't be used in a recipe: {hint}")
-            values = value if isinstance(value, list) else ["none" if value is None else value]
-            out += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
-        return out
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause with the known option nearest to ``name``; empty if none is near."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def none_or(kind: Any) -> Any:
-    """A converter to ``kind`` that reads ``none`` as no value."""
-
-    def convert(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML without aliases, a few lines of which can stand for gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
-        return super().compose_node(parent, index)
-
-
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """The options of a shipped recipe or of a YAML file."""
-    shipped = sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
-    path = RECIPES / f"{recipe}.yaml" if recipe in shipped else Path(recipe)
-    must_be(path.is_file(), "recipe", recipe, f"one of {', '.join(shipped)}, or a YAML file")
-    try:
-        options = yaml.load(path.read_text(), RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"recipe={recipe!r}: not valid YAML: {' '.join(str(error).split())}") from error
-    must_be(isinstance(options, dict), "recipe", recipe, "a YAML file with one option a line")
-    return options
-
-
 # The options of a training run, in the order of its groups.
 TRAINING = (ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments)
 
 
 def parse_train(
-    argv: Sequence[str],
+    argv: Sequence[str] = (), **options: Any
 ) -> tuple[ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
-    """The options of a training run: a recipe's, overridden by those in ``argv``."""
+    """The options of a training run: a recipe's, overridden by those in ``argv`` and by ``options``."""
     parser = Parser(
         *TRAINING,
         prog="python -m dopsd.train",
         description="d-OPSD: a diffusion language model learns from its own future tokens.",
-        epilog=EPILOG,
     )
-    known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
-    name = ("tiny" if known.model in SHIPPED else "paper") if known.recipe is None else known.recipe
-    return parser.parse([*parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
+    words = [*argv, *parser.tokens(options)]
+    known, _ = Parser(ModelArguments, add_help=False).parse_known_args(words)
+    name = default_recipe(known.model) if known.recipe is None else known.recipe
+    return parser.parse([*parser.recipe(name), f"--recipe={name}", *words])
+
+
+def default_recipe(model: str) -> str:
+    """The recipe that a model is trained with unless one is named."""
+    return "tiny" if model in SHIPPED else "paper"
 
 
 def parse_plan(
@@ -587,20 +473,18 @@ def parse_plan(
         *TRAINING,
         prog="python -m dopsd.plan",
         description="Which sizes of a training run fit on a GPU, from a config.json alone.",
-        epilog=EPILOG,
     )
     known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
     name = "paper" if known.recipe is None else known.recipe
-    return parser.parse(["--bf16", "true", *parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
+    return parser.parse(["--bf16", "true", *parser.recipe(name), f"--recipe={name}", *argv])
 
 
-def parse_evaluate(argv: Sequence[str]) -> EvaluationArguments:
-    """The options of an evaluation."""
+def parse_evaluate(argv: Sequence[str] = (), **options: Any) -> EvaluationArguments:
+    """The options of an evaluation, in ``argv`` and ``options``."""
     parser = Parser(
         EvaluationArguments,
         prog="python -m dopsd.evaluate",
         description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
-        epilog=EPILOG,
     )
-    (arguments,) = parser.parse(argv)
+    (arguments,) = parser.parse([*argv, *parser.tokens(options)])
     return arguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,8 @@ from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding, mix_seeds
 from dopsd.step_batch import Lesson, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
+
+log = logging.getLogger(__name__)
 
 # Seeds of evaluation draws, apart from those of training.
 EVALUATION = -1
@@ -228,7 +231,7 @@ class Trainer(transformers.Trainer):
         far = [limit is not None and drift > limit for drift in drifts.tolist()]
         if any(far) and not self.said_drift:
             self.said_drift = True
-            tqdm.write(
+            log.warning(
                 f"update {self.state.global_step + 1}: reuse={teaching.reuse} makes a trajectory drift by "
                 f"{float(drifts.max()):.3g}, more than drift_limit={limit}: such ones are computed without it"
             )
@@ -314,7 +317,7 @@ class Trainer(transformers.Trainer):
             raise RunError(
                 f"out of memory at update {self.state.global_step + 1} with one state at a time; {self.remedies}"
             )
-        tqdm.write(f"update {self.state.global_step + 1}: out of memory in training; {change}")
+        log.warning(f"update {self.state.global_step + 1}: out of memory in training; {change}")
 
     def decoded(self, decode: Callable[[Decoder, tqdm], list[Rollout]], **bar: Any) -> list[Rollout]:
         """What ``decode`` makes of the decoder, which has half as many sequences whenever memory runs out.
@@ -332,7 +335,7 @@ class Trainer(transformers.Trainer):
             if size == 1:
                 raise RunError(f"out of memory in decoding with one sequence at a time; {self.remedies}")
             self.resize(replace(self.sizes, sequences_per_forward=size // 2))
-            tqdm.write(f"out of memory in decoding; sequences_per_forward is {size // 2} from now on")
+            log.warning(f"out of memory in decoding; sequences_per_forward is {size // 2} from now on")
         return rollouts
 
     # ---- evaluation ----
@@ -412,7 +415,7 @@ class Trainer(transformers.Trainer):
         self.pending = [[Lesson.from_json(fields) for fields in lessons] for lessons in pending["slices"]]
         sizes = Sizes(**pending["sizes"])
         if self.plan is not None and sizes != self.sizes:
-            tqdm.write(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
+            log.warning(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
         self.resize(sizes)  # the same sums, and so the same bits
 
     def _load_best_model(self) -> None:
@@ -421,7 +424,7 @@ class Trainer(transformers.Trainer):
         if why is None:
             super()._load_best_model()
         else:
-            tqdm.write(f"{best}, the best by validation, can't be used: {why}; the last adapter is what is left")
+            log.warning(f"{best}, the best by validation, can't be used: {why}; the last adapter is what is left")
             self.state.best_model_checkpoint = None
 
     def restore(self, checkpoint: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dopsd import files, rollout, train
+from dopsd import files, rollout, run
 from dopsd.errors import RunError, UsageError
 from dopsd.memory import meter, planner
 from dopsd.memory.meter import unless_out_of_memory
@@ -30,7 +30,7 @@ from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
 from dopsd_kernels.step_kl import api as step_kl
 
-ROOT = Path(train.__file__).parents[1]
+ROOT = Path(run.__file__).parents[1]
 Make = Callable[..., Trainer]
 
 
@@ -236,7 +236,7 @@ def test_checkpointing_is_as_the_sizes_say(
 PROGRAM = """
 import sys
 
-from dopsd import cli, train
+from dopsd import cli, run
 from dopsd.memory.meter import CUDA_ALLOWANCE, ResidentMeter
 from dopsd.memory.units import GIB
 
@@ -246,7 +246,7 @@ if sys.argv.pop(1) == "cpu":
     meter.take_peak()
     persistent = meter.take_peak()
 sys.argv += ["--memory_budget", f"{persistent / GIB + 0.6:.2f}GiB"]
-cli.run(train.main)
+cli.run(run.main)
 """
 
 

@@ -17,12 +17,12 @@ import torch
 from peft import PeftModel
 
 import dopsd.assets
-from dopsd import evaluate, train
+from dopsd import evaluate, run
 from dopsd.models import load_adapter
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.tasks.sudoku import Sudoku
 
-ROOT = Path(train.__file__).parents[1]
+ROOT = Path(run.__file__).parents[1]
 TINY = Path(dopsd.assets.__file__).parent / "tiny"
 OPTIONS = (
     "--max_steps 2 --per_device_train_batch_size 2 --train_problems 16 --validation_problems 4 --eval_problems 6 "
