@@ -437,6 +437,32 @@ class PlanArguments:
         at_least_one(self, "prompt_length")
 
 
+@dataclass
+class SampleArguments(LoadArguments):
+    """What ``python -m dopsd.sample`` completes."""
+
+    _argument_group_name: ClassVar[str] = "sample"
+
+    model: str = option("tiny", "'tiny', a run's folder, a model's folder in Hugging Face layout, or a hub id.")
+    prompt: list[str] = option([], "Prompts, each completed; a user's turn where the model has a chat template.")
+    prompt_file: str | None = option(None, "Text file with a prompt a line.")
+    temperature: float = option(0.0, "Gumbel temperature; 0 is greedy.")
+    seed: int = option(0, "Of what is drawn.")
+    gen_length: int | None = option(None, "Response length in tokens; none: the run's, or that of the model's recipe.")
+    block_length: int | None = option(None, "Tokens per block; none: likewise.")
+    steps: int | None = option(None, "Denoising steps; none: as many tokens a step, likewise.")
+    show: bool = option(False, "Draw the decoding step by step: a dot is a masked token, and new ones are marked.")
+
+    def __post_init__(self) -> None:
+        must_be(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(bool(self.prompt or self.prompt_file), "prompt", self.prompt, "give some, or a prompt_file")
+
+    def decoding(self) -> dict[str, Any]:
+        """What :meth:`dopsd.generate.Model.generate` is told about lengths."""
+        given = {name: getattr(self, name) for name in ("gen_length", "block_length", "steps")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 # The options of a training run, in the order of its groups.
 TRAINING = (ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments)
 
@@ -487,4 +513,18 @@ def parse_evaluate(argv: Sequence[str] = (), **options: Any) -> EvaluationArgume
         description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
     )
     (arguments,) = parser.parse([*argv, *parser.tokens(options)])
+    return arguments
+
+
+def parse_sample(argv: Sequence[str]) -> SampleArguments:
+    """The options of ``python -m dopsd.sample``."""
+    description = "Completions of prompts, by a run, an adapter or a model."
+    (arguments,) = Parser(SampleArguments, prog="python -m dopsd.sample", description=description).parse(argv)
+    return arguments
+
+
+def parse_load(**options: Any) -> LoadArguments:
+    """How a model is loaded."""
+    parser = Parser(LoadArguments)
+    (arguments,) = parser.parse(parser.tokens(options))
     return arguments

@@ -21,6 +21,7 @@ from dopsd.accuracy import difference, summary
 from dopsd.checkpoints import number
 from dopsd.files import write_json, write_text
 from dopsd.memory.units import gib
+from dopsd.model_card import write_card
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.ranks import on_first_process
 from dopsd.rollout import Rollout, Row
@@ -173,7 +174,7 @@ def finish(
     after: Mapping[str, list[float]],
     seconds: float,
 ) -> dict[str, Any]:
-    """Write ``metrics.csv``, ``curves.png`` and, last, ``report.json``, with which the run is finished; returns that.
+    """Write ``metrics.csv``, ``curves.png``, the model card and, last, ``report.json``, which ends the run; returns that.
 
     Pictures that can't be drawn here are left out; the report says which and why.
     """
@@ -218,6 +219,7 @@ def finish(
                 before_error=own["standard_error_before"],
                 after_error=own["standard_error_after"],
             )
+        write_card(output, result, trainer.decoder.mask_id)
         write_json(output / REPORT_FILE, result)
     return result
 
