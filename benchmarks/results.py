@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.measure import DEVICE, Trial
 from dopsd.files import write_text
+from dopsd.versions import versions
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
@@ -254,8 +255,6 @@ def of_ceiling(row: Row) -> Row:
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on beside the code: hardware and versions, with the date and the revision."""
-    from dopsd.report import versions  # with all of transformers
-
     cuda = DEVICE.type == "cuda"
     return {
         "kind": "gpu" if cuda else "cpu",

@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from benchmarks import tiny_recipe
 from benchmarks.results import FOLDER
-from dopsd.cache import Cache
+from dopsd.cache import Cache, todays
 from dopsd.step_batch import Reuse
 
 FILE = FOLDER / "reuse.json"
@@ -64,7 +64,7 @@ def main() -> None:
                 options = ["--reuse", reuse, *OPTIONS]
                 add([{"seed": seed, "reuse": reuse, "options": options, **tiny_recipe.run(seed, options)}])
     for cache in get_args(Cache):
-        if not any(row.get("cache") == cache for row in rows):
+        if not any(todays(row.get("cache")) == cache for row in rows):
             add(decode(cache))
 
 

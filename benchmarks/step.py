@@ -347,7 +347,7 @@ def update_needs(student: Student, batches: Sequence[StepBatch]) -> dict[str, Ro
 def rollout_needs(student: Student, cache: Cache) -> Row:
     """Return what decoding one response needs: a pass per step, and the head at the block's masked positions.
 
-    With a cache, a block's later steps compute the block alone (``dual``) or all from its start on (``prefix``), and
+    With a cache, a block's later steps compute the block alone (``block``) or all from its start on (``prefix``), and
     these tokens attend to all.
     """
     setting, config = student.setting, student.setting.config
@@ -355,7 +355,7 @@ def rollout_needs(student: Student, cache: Cache) -> Row:
     flops = tokens = 0
     for block, schedule in enumerate(setting.decoding.schedule()):
         behind = setting.response - block * setting.block
-        later = {"off": length, "prefix": behind, "dual": setting.block}[cache]
+        later = {"none": length, "prefix": behind, "block": setting.block}[cache]
         for step in range(len(schedule)):
             own = later if step else length
             masked = sum(schedule[step:])
@@ -392,7 +392,7 @@ class Way:
     size: int
     phase: Literal["update", "rollout"] = "update"
     reuse: Reuse = "none"
-    cache: Cache = "off"
+    cache: Cache = "none"
     quantize: Quantize = "none"
 
     def run(self, student: Student, short: bool = False) -> Stopwatch:
@@ -417,7 +417,7 @@ class Way:
         return {
             "part": "step",
             "provider": self.provider,
-            "variant": ", ".join(f"{name}={kind}" for name, kind in options.items() if kind not in ("none", "off")),
+            "variant": ", ".join(f"{name}={kind}" for name, kind in options.items() if kind != "none"),
             "states_per_forward": self.size,
             "phase": self.phase,
             "prefix": setting.prompt,
@@ -431,7 +431,7 @@ class Way:
 def ways(setting: Setting) -> list[Way]:
     """What tells most comes first: ours and plain code at equal micro-batches, rollouts, NF4, then the rest."""
     size, *larger = setting.sizes
-    caches: tuple[Cache, ...] = ("dual", "off", "prefix")
+    caches: tuple[Cache, ...] = ("block", "none", "prefix")
     return [
         Way("ours", size),
         Way("plain", size),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dopsd.evaluation.command import Results
     from dopsd.generate import Model
     from dopsd.run import Run
 
@@ -51,6 +52,33 @@ def train(*, progress: bool = False, **options: Any) -> Run:
 
     with console(sentences=progress, bars=progress):
         return run(*parse_train(**options))
+
+
+def evaluate(source: str | Path | Run, *, progress: bool = False, **options: Any) -> Results | None:
+    """Evaluate as ``python -m dopsd.evaluate`` does.
+
+    Args:
+        source: what :func:`load` takes. A run's held-out problems are decoded as the run did, unless ``options`` say
+            otherwise.
+        progress: print and draw what the command would.
+        options: any of the command's by its name, but for ``compare``.
+
+    Returns:
+        the results; None on all processes but the first.
+
+    Raises:
+        UsageError: an option that can't be used.
+        RunError: files that can't, or rows.
+    """
+    from dopsd.config import parse_evaluate
+    from dopsd.console import console
+    from dopsd.evaluation.command import Results
+    from dopsd.evaluation.run import evaluate
+    from dopsd.generate import named
+
+    with console(sentences=progress, bars=progress):
+        content = evaluate(parse_evaluate(**named(str(getattr(source, "folder", source))), **options))
+    return None if content is None else Results(content)
 
 
 def load(source: str | Path | Run, **options: Any) -> Model:

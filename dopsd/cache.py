@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dopsd.models.bidirectional import BidirectionalModel, KVCache, Packed
 
-Cache = Literal["off", "prefix", "dual"]
+Cache = Literal["none", "prefix", "block"]
+# Words of an earlier release, which options, recipes and files may still use.
+FORMER = {"off": "none", "dual": "block"}
+
+
+def todays(word: Any) -> Any:
+    """A kind of cache by today's word; anything else as it is."""
+    return FORMER.get(str(word), word)
 
 
 class BlockCache:
     """The network over the steps of one block, with the keys and values of the first (Wu et al. 2025, *Fast-dLLM*).
 
-    Later steps compute the block alone (``dual``) or all from the block on (``prefix``), and take everything else as it
-    was. Sequences that are equal at the first step, as are tries at one prompt before their first token, are computed
-    once and share what is kept.
+    Later steps compute the block alone (``block``) or all from the block on (``prefix``), and take everything else as
+    it was. Sequences that are equal at the first step, as are tries at one prompt before their first token, are
+    computed once and share what is kept.
 
     Args:
         model: the network.
-        kind: ``prefix`` or ``dual``.
+        kind: ``prefix`` or ``block``.
         start: column of the block's first token.
         stop: column behind its last.
         count: sequences, N.

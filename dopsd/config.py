@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,12 +15,14 @@ import transformers
 
 from dopsd import ranks
 from dopsd.cache import Cache
-from dopsd.errors import must_be, require
+from dopsd.confidence import Confidence
+from dopsd.errors import RunError, must_be, require
 from dopsd.memory.units import read_bytes
 from dopsd.models import SHIPPED
 from dopsd.objective import Objective
 from dopsd.parser import Parser, check_numbers
-from dopsd.sampler import Decoding
+from dopsd.recorded import Recorded, recorded
+from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
 from dopsd_kernels.step_kl import Divergence
@@ -26,10 +30,6 @@ from dopsd_kernels.step_kl import Divergence
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
     "path/to/file.py:ClassName, whose code then runs (so a recipe can't name a file)."
-)
-CACHE_HELP = (
-    "What a block's later steps take from its first when decoding: nothing (exact), the keys and values of all before "
-    "the block, or of all but the block."
 )
 GRADING_HELP = "Whether only an answer marked as such counts, or else one is looked for; sudoku is strict anyway."
 
@@ -121,7 +121,28 @@ class TaskArguments:
 
 
 @dataclass
-class RolloutArguments:
+class DecodingArguments:
+    """How responses are decoded, in training and evaluation alike, beside their lengths."""
+
+    remasking: Remasking = option("low_confidence", "What keeps a position masked.")
+    threshold: float | None = option(None, "Reveal every token at least this probable (parallel decoding).")
+    stop_at_eos: bool = option(True, "Stop a sequence when all before its first end-of-text is revealed.")
+    sampling_dtype: SamplingDtype = option("float32", "Of logits and noise when sampling.")
+    cache: Cache = option(
+        "none",
+        "What a block's later steps take from its first when decoding: nothing (exact), the keys and values of all "
+        "before the block, or of all but the block.",
+    )
+    sequences_per_forward: int = option(256, "Sequences decoded at a time.")
+
+    def sampling(self) -> dict[str, Any]:
+        """The fields that :class:`~dopsd.sampler.Decoding` takes."""
+        names = [f.name for f in fields(DecodingArguments) if f.name != "sequences_per_forward"]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class RolloutArguments(DecodingArguments):
     """How the student decodes."""
 
     _argument_group_name: ClassVar[str] = "rollout"
@@ -131,14 +152,6 @@ class RolloutArguments:
     steps: int | None = option(None, "T: denoising steps; none: gen_length / 2.")
     pass_k: int = option(8, "Tries at each prompt, until one is correct.")
     temperature: float = option(0.9, "Gumbel temperature of the second and later tries; the first is greedy.")
-    remasking: Literal["low_confidence", "random", "margin", "entropy"] = option(
-        "low_confidence", "What keeps a position masked."
-    )
-    threshold: float | None = option(None, "Reveal every token at least this probable (parallel decoding).")
-    stop_at_eos: bool = option(True, "Stop a sequence when all before its first end-of-text is revealed.")
-    sampling_dtype: Literal["float32", "float64"] = option("float32", "Of logits and noise when sampling.")
-    cache: Cache = option("off", CACHE_HELP)
-    sequences_per_forward: int = option(256, "Sequences decoded at a time.")
     eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
 
     def __post_init__(self) -> None:
@@ -158,16 +171,8 @@ class RolloutArguments:
     def decoding(self, tokens_per_step: int | None = None) -> Decoding:
         """Greedy decoding as configured, or at another rate."""
         steps = self.steps if tokens_per_step is None else -(-self.gen_length // tokens_per_step)
-        return Decoding(
-            gen_length=self.gen_length,
-            block_length=self.block_length,
-            steps=steps,
-            remasking=self.remasking,
-            threshold=self.threshold if tokens_per_step is None else None,
-            stop_at_eos=self.stop_at_eos,
-            sampling_dtype=self.sampling_dtype,
-            cache=self.cache,
-        )
+        decoding = Decoding(self.gen_length, self.block_length, steps, **self.sampling())
+        return decoding if tokens_per_step is None else replace(decoding, threshold=None)
 
 
 @dataclass
@@ -185,7 +190,7 @@ class TeachingArguments:
     reveal_scope: Literal["future_blocks", "masked"] = option("future_blocks", "Where candidates lie.")
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
-    confidence: Literal["probability", "logit", "margin", "entropy"] = option("probability", "By what K is chosen.")
+    confidence: Confidence = option("probability", "By what K is chosen.")
     divergence: Divergence = option("reverse_kl", "D(student || teacher).")
     beta: float = option(0.5, "Weight of the teacher in the mixture of jsd and of the skew divergences.")
     clip: float | None = option(0.05, "Upper bound on each vocabulary entry's contribution; none: no bound.")
@@ -345,7 +350,7 @@ def has_bf16(cpu: bool) -> bool:
 
 
 @dataclass
-class EvaluationArguments(LoadArguments):
+class EvaluationArguments(LoadArguments, DecodingArguments):
     """What ``python -m dopsd.evaluate`` measures; the defaults fit the tiny model."""
 
     _argument_group_name: ClassVar[str] = "evaluation"
@@ -358,7 +363,7 @@ class EvaluationArguments(LoadArguments):
     )
     gen_length: list[int] | None = option(None, "Response lengths in tokens, each evaluated; none: the task's own.")
     block_length: int | None = option(None, "Tokens per block; none: the task's own.")
-    tokens_per_step: list[int] = option([2], "Tokens revealed per denoising step, each evaluated.")
+    tokens_per_step: list[float] = option([2], "Tokens revealed per denoising step, each evaluated.")
     pass_k: int = option(1, "Tries at each problem; more than one also reports pass@k.")
     temperature: float = option(0.9, "Of the second and later tries; the first is greedy.")
     reveal: list[float] = option(
@@ -366,8 +371,7 @@ class EvaluationArguments(LoadArguments):
         "Shares of the model's own correct answer (of pass_k tries) to reveal ahead of decoding; a block's revealed "
         "tokens are cleared when decoding enters it.",
     )
-    sequences_per_forward: int = option(256, "Sequences decoded at a time.")
-    cache: Cache = option("off", CACHE_HELP)
+    bf16: bool = option(False, "Compute in bf16 (autocast), as training does where it can.")
     seed: int = option(0, "Of everything drawn.")
     output: str | None = option(
         None,
@@ -376,10 +380,13 @@ class EvaluationArguments(LoadArguments):
     )
     overwrite: bool = option(False, "Start anew where output or an unfinished run of it exists.")
     compare: list[str] | None = option(
-        None, "Two output files: what the second gained and lost, problem by problem. No model is loaded."
+        None,
+        "Two output files, or a run's folder: what the second, or the run's end, gained and lost, problem by problem. "
+        "No model is loaded.",
     )
 
     def __post_init__(self) -> None:
+        self.tokens_per_step = [int(rate) if float(rate).is_integer() else rate for rate in self.tokens_per_step]
         at_least_one(self, "eval_problems", "pass_k", "sequences_per_forward", "block_length")
         given_once(self, "task", "gen_length", "tokens_per_step", "reveal")
         require(
@@ -388,7 +395,13 @@ class EvaluationArguments(LoadArguments):
             self.test_file,
             f"its rows are those of one task, and task names {', '.join(self.task)}",
         )
-        must_be(self.compare is None or len(self.compare) == 2, "compare", self.compare, "two files of results")
+        given = self.compare
+        must_be(
+            given is None or len(given) == 2 or (len(given) == 1 and Path(given[0]).is_dir()),
+            "compare",
+            given,
+            "two files of results, or a run's folder",
+        )
         must_be(
             self.pass_k == 1 or self.temperature > 0,
             "temperature",
@@ -398,6 +411,8 @@ class EvaluationArguments(LoadArguments):
         must_be(self.seed >= 0, "seed", self.seed, "at least 0")
         for share in self.reveal:
             must_be(0 <= share <= 1, "reveal", share, "in [0, 1]")
+        hint = "with it, tokens are revealed by their probability and not by tokens_per_step: give one rate, or none"
+        require(self.threshold is None or len(self.tokens_per_step) == 1, "threshold", self.threshold, hint)
         names = {f"{share:g}" for share in self.reveal}
         require(len(names) == len(self.reveal), "reveal", self.reveal, "each share may be given once, of six digits")
         for task in [load_task(name, self.grading) for name in self.task]:
@@ -416,10 +431,10 @@ class EvaluationArguments(LoadArguments):
         """The block length that a task is decoded with."""
         return task.eval_block_length if self.block_length is None else self.block_length
 
-    def decoding(self, task: Task, gen_length: int, tokens_per_step: int) -> Decoding:
+    def decoding(self, task: Task, gen_length: int, tokens_per_step: float) -> Decoding:
         """Greedy decoding of a task at one length and rate."""
-        steps = -(-gen_length // tokens_per_step)
-        return Decoding(gen_length=gen_length, block_length=self.block(task), steps=steps, cache=self.cache)
+        steps = math.ceil(gen_length / tokens_per_step - 1e-9)  # 48 / (48 / 20) is to be 20, however it is rounded
+        return Decoding(gen_length, self.block(task), steps, **self.sampling())
 
 
 @dataclass
@@ -512,7 +527,15 @@ def parse_evaluate(argv: Sequence[str] = (), **options: Any) -> EvaluationArgume
         prog="python -m dopsd.evaluate",
         description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
     )
-    (arguments,) = parser.parse([*argv, *parser.tokens(options)])
+    words = [*argv, *parser.tokens(options)]
+    probe = Parser(EvaluationArguments, add_help=False)
+    probe.set_defaults(model=None, task=None)
+    given, _ = probe.parse_known_args(words)
+    found = None if given.adapter is None else recorded(Path(given.adapter))
+    said = {} if found is None else evaluation_options(found, given.model, given.task)
+    if given.task is not None:
+        said.pop("task", None)  # which may be code in a file, and that is run only where the command line names it
+    (arguments,) = parser.parse([*parser.tokens(said, str(found and found.file)), *words])
     return arguments
 
 
@@ -528,3 +551,30 @@ def parse_load(**options: Any) -> LoadArguments:
     parser = Parser(LoadArguments)
     (arguments,) = parser.parse(parser.tokens(options))
     return arguments
+
+
+def evaluation_options(found: Recorded, model: str | None = None, task: list[str] | None = None) -> dict[str, Any]:
+    """The options of an evaluation that go on as a folder's run decoded its own held-out problems.
+
+    Args:
+        found: what the folder says.
+        model, task: as they are named otherwise. What is said of another model or other tasks is left out.
+    """
+    options: dict[str, Any] = {}
+    if model in (None, found.model.get("model")):
+        options |= some(found.model, *(f.name for f in fields(LoadArguments) if f.name != "adapter"))
+    if "task" in found.task and task in (None, [found.task["task"]]):
+        try:
+            own = RolloutArguments(**some(found.rollout, "gen_length", "block_length", "steps")).decoding()
+        except TypeError as error:
+            raise RunError(f"{found.file} is damaged: its lengths are no numbers ({error})") from error
+        options |= {"task": [found.task["task"]]} | some(found.task, "grading", "test_file", "eval_problems")
+        options |= {"gen_length": [own.gen_length], "block_length": own.block_length}
+        options |= {"tokens_per_step": [own.gen_length / own.total_steps]}
+    options |= some(found.rollout, *(f.name for f in fields(DecodingArguments)), "temperature")
+    return options | some(found.training, "bf16", "seed")
+
+
+def some(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Those of ``options`` that have one of these ``names``."""
+    return {name: options[name] for name in names if name in options}

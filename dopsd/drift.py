@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dopsd.objective import Objective
-from dopsd.sampler import mix_seeds
+from dopsd.seeds import mix_seeds
 from dopsd.step_batch import Lesson, collate
 from dopsd.teacher import TeacherWeights
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from dopsd import cli
-from dopsd.config import LoadArguments, RolloutArguments, parse_load, parse_train
+from dopsd.config import LoadArguments, RolloutArguments, parse_load, parse_train, some
 from dopsd.errors import UsageError, require
 from dopsd.models import load_adapter, load_model, require_layers
 from dopsd.parser import did_you_mean
 from dopsd.recorded import recorded
 from dopsd.rollout import Decoder
-from dopsd.sampler import Decoding, mix_seeds
+from dopsd.sampler import Decoding
+from dopsd.seeds import mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
 
@@ -78,7 +79,7 @@ class Model:
             rate = self.decoding.gen_length / self.decoding.total_steps
             decoding["steps"] = max(1, round(decoding["gen_length"] / rate))
         how = replace(self.decoding, **decoding, temperature=temperature)
-        require_layers(self.decoder.model, "cache", how.cache, Decoding(1, 1).cache)
+        require_layers(self.decoder.model, "cache", how.cache, "none")
         cli.check_lengths(self.decoder, prompts, how.gen_length)
         seeds = mix_seeds(seed, torch.arange(len(prompts)))
         rollouts = self.decoder.once([{"prompt": text} for text in prompts], how, seeds, on_rows=on_rows)
@@ -88,9 +89,7 @@ class Model:
 class Ungraded(Task):
     """Prompts as they are."""
 
-    generated = False
-
-    def problems(self, split: str, count: int) -> list[Row]:
+    def problems(self, split: str, count: int, seed: int = 0) -> list[Row]:
         return []
 
     def read(self, path: Path) -> list[Row]:
@@ -106,23 +105,23 @@ class Ungraded(Task):
         return 0.0
 
 
+def named(source: str) -> dict[str, Any]:
+    """A model's folder or hub id as the option ``model``, and an adapter's folder, such as a run's, as ``adapter``."""
+    return {"model" if recorded(Path(source)) is None else "adapter": source}
+
+
 def load(source: str, **options: Any) -> Model:
     """The model that :func:`dopsd.load` gives."""
     said = recorded(Path(source))
-    if said is None:
-        args = parse_load(**{"model": source, **options})
-    else:
-        names = {f.name for f in fields(LoadArguments)}
-        about = {name: value for name, value in said.model.items() if name in names}
-        args = parse_load(**{**about, "adapter": source, **options})
+    about = {} if said is None else some(said.model, *(f.name for f in fields(LoadArguments)))
+    args = parse_load(**{**about, **named(source), **options})
     network, tokenizer = load_model(**args.loading())
     if args.adapter is not None:
         load_adapter(network, args.adapter, trainable=False)
     if torch.accelerator.is_available() and args.quantize == "none":
         torch.nn.Module.to(network, torch.accelerator.current_accelerator())
     if said is not None and said.rollout:
-        names = {f.name for f in fields(RolloutArguments)}
-        rollouts = RolloutArguments(**{name: value for name, value in said.rollout.items() if name in names})
+        rollouts = RolloutArguments(**some(said.rollout, *(f.name for f in fields(RolloutArguments))))
     else:
         rollouts = parse_train(model=args.model)[2]
     mask_id, eos_id = network.config.mask_token_id, tokenizer.eos_token_id

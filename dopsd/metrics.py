@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from dopsd.accuracy import mean
+from dopsd.evaluation.accuracy import mean
 
 # An update's work is the sum over its processes, its time that of the slowest; several updates' are the mean of those.
 OF_AN_UPDATE: dict[str, Callable[[Iterable[float]], float]] = {

@@ -12,7 +12,8 @@ from torch import Tensor
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be
 from dopsd.rollout import Decoder, Rollout
-from dopsd.sampler import inference, mix_seeds
+from dopsd.sampler import inference
+from dopsd.seeds import REVEAL, mix_seeds
 from dopsd.step_batch import Inputs, Lesson, PackedInputs, Reuse, StepBatch
 from dopsd.teacher import RevealScope, TeacherWeights, self_future
 from dopsd_kernels import fused_confidence, fused_step_kl
@@ -222,7 +223,7 @@ def lessons_of(
 ) -> list[Lesson]:
     """The lessons of ``rollouts``, leaving out those with no step to train on."""
     lessons = [
-        objective.lesson(rollout, decoder, int(mix_seeds(seed, 2)))
+        objective.lesson(rollout, decoder, int(mix_seeds(seed, REVEAL)))
         for rollout, seed in zip(rollouts, seeds, strict=True)
     ]
     return [lesson for lesson in lessons if len(lesson.steps)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import math
 from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,10 @@ from typing import Any, NoReturn, get_args
 import yaml
 from transformers import HfArgumentParser
 
+from dopsd.cache import todays
 from dopsd.errors import UsageError, must_be, require
+
+log = logging.getLogger(__name__)
 
 # Of the numbers that options take; seeds go so far.
 LARGEST = 2**32 - 1
@@ -71,6 +75,8 @@ class Parser(HfArgumentParser):
         self.theirs = {f.name for group in groups for f in fields(group)} - set(ours)
         self.hidden: dict[Action, str | None] = {}
         for action in self._actions:
+            if action.dest == "cache":
+                action.type = todays_cache
             if action.dest in self.optional:
                 action.type = none_or(action.type)
             if action.nargs == "+" and action.default == []:
@@ -117,10 +123,14 @@ class Parser(HfArgumentParser):
             action: Action | None = self._option_string_actions.get(f"--{name}")
             if action is None:
                 known = [key.removeprefix("--") for key in self._option_string_actions]
-                raise UsageError(f"{source}unknown option {name!r}{did_you_mean(str(name), known)}")
+                where = f"{source}: " if source else ""
+                raise UsageError(f"{where}unknown option {name!r}{did_you_mean(str(name), known)}")
             if value is None and name in self.theirs:
                 continue
-            if value is False and "off" in (action.choices or ()):
+            if source and name == "task" and ".py:" in str(value):
+                hint = "the code in that file would run, so it is named on the command line alone: --task"
+                raise UsageError(f"{source}: task={value!r} can't be used: {hint}")
+            if value is False and "none" in (action.choices or ()):
                 value = "off"  # which YAML takes for false
             values = value if isinstance(value, list | tuple) else ["none" if value is None else value]
             words = [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
@@ -146,12 +156,8 @@ class Parser(HfArgumentParser):
         chain = (*above, path)
         circle = any(path.samefile(other) for other in above)
         require(not circle, "recipe", name, "recipes name each other in a circle")
-        task = options.get("task")
-        if ".py:" in str(task):
-            hint = "the code in that file would run, so it is named on the command line alone: --task"
-            raise UsageError(f"{name}: task={task!r} can't be used in a recipe: {hint}")
         base = options.pop("recipe", None)
-        return [*([] if base is None else self.recipe(str(base), chain)), *self.tokens(options, f"{name}: ")]
+        return [*([] if base is None else self.recipe(str(base), chain)), *self.tokens(options, name)]
 
 
 class ShortHelp(HelpFormatter):
@@ -185,6 +191,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause with the known option nearest to ``name``; empty if none is near."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def todays_cache(word: str) -> str:
+    """The name of a kind of cache; with a warning for the name that it had in an earlier release."""
+    name = todays(word)
+    if name != word:
+        log.warning("cache=%s is called cache=%s now; the next release forgets %s", word, name, word)
+    return name
 
 
 def none_or(kind: Any) -> Any:

@@ -6,10 +6,8 @@ import csv
 import io
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ import torch
 from transformers import TrainerCallback
 
 from dopsd import collapse
-from dopsd.accuracy import difference, summary
 from dopsd.checkpoints import number
+from dopsd.evaluation.accuracy import difference, summary
 from dopsd.files import write_json, write_text
 from dopsd.memory.units import gib
 from dopsd.model_card import write_card
@@ -29,12 +27,12 @@ from dopsd.run_folder import REPORT_FILE
 from dopsd.step_batch import step_batches
 from dopsd.tables import show
 from dopsd.trainer import Trainer
+from dopsd.versions import versions
 
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
 PICTURES = ("curves.png", "trajectory.png")
-PACKAGES = ("dopsd", "torch", "transformers", "peft", "accelerate", "triton", "numpy")
 
 
 def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any) -> dict[str, Any]:
@@ -109,7 +107,7 @@ def held_out(
         if moment == "before" and why_no_picture() is None:
             draw_trajectory(trainer, next(iter(results.values())), output / "trajectory.png")
         eos_id = trainer.decoder.eos_id
-        responses = {rate: [response(one, eos_id) for one in ones] for rate, ones in results.items()}
+        responses = {rate: [one.outcome(eos_id) for one in ones] for rate, ones in results.items()}
         write_json(path, {"adapter_sha256": adapter, "tokens_per_step": responses})
     return {rate: [one.score for one in ones] for rate, ones in results.items()}
 
@@ -122,18 +120,6 @@ def kept_scores(path: Path, adapter: str | None) -> dict[str, list[float]] | Non
         return scores if kept["adapter_sha256"] == adapter else None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def response(rollout: Rollout, eos_id: int) -> dict[str, Any]:
-    """A rollout as a JSON object: the row's columns and what became of it, with its length in tokens."""
-    return {
-        **rollout.row,
-        "response": rollout.response,
-        "score": rollout.score,
-        "tokens": rollout.trajectory.text_length(eos_id),
-        "steps": rollout.trajectory.num_steps,
-        "tries": rollout.tries,
-    }
 
 
 def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -> None:
@@ -174,7 +160,7 @@ def finish(
     after: Mapping[str, list[float]],
     seconds: float,
 ) -> dict[str, Any]:
-    """Write ``metrics.csv``, ``curves.png``, the model card and, last, ``report.json``, which ends the run; returns that.
+    """Write ``metrics.csv``, ``curves.png``, the model card and, last, ``report.json``: returned.
 
     Pictures that can't be drawn here are left out; the report says which and why.
     """
@@ -259,14 +245,3 @@ def compare(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
         for name in ("accuracy", "standard_error", "interval")
         for moment, one in numbers.items()
     }
-
-
-def versions(*others: str) -> dict[str, str | None]:
-    """Versions of Python, of the packages that decide a result and of ``others``; None for one that is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in (*PACKAGES, *others):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dopsd.errors import RunError
 from dopsd.limits import limited
-from dopsd.sampler import Decoding, decode, mix_seeds
+from dopsd.sampler import Decoding, decode
+from dopsd.seeds import mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
 
@@ -34,6 +35,33 @@ class Rollout:
     response: str
     score: float
     tries: int
+
+    def outcome(self, eos_id: int) -> dict[str, Any]:
+        """What files of results say: the row's columns and what became of it, with its length in tokens."""
+        return {
+            **self.row,
+            "response": self.response,
+            "score": self.score,
+            "tokens": self.trajectory.text_length(eos_id),
+            "steps": self.trajectory.num_steps,
+            "tries": self.tries,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, in plain lists and numbers."""
+        return {
+            "row": dict(self.row),
+            "trajectory": self.trajectory.to_json(),
+            "response": self.response,
+            "score": self.score,
+            "tries": self.tries,
+        }
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Rollout:
+        """The inverse of :meth:`to_json`; other ``fields`` are not looked at."""
+        trajectory = Trajectory.from_json(fields["trajectory"])
+        return cls(fields["row"], trajectory, fields["response"], fields["score"], fields["tries"])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dopsd import checkpoints
 from dopsd.checkpoints import ADAPTER_FILE, RUN_FILE
 from dopsd.errors import RunError, require
 from dopsd.files import plain, sha256, write_json
+from dopsd.recorded import run_options
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class RunFolder:
         require(there, "resume_from_checkpoint", resume, f"{self.path} holds no run to go on with")
         self.hold()
         run = checkpoints.run_id(self.path)
-        for group, options in json.loads((self.path / RUN_FILE).read_text()).items():
-            for name, value in options.items() if group in self.config else ():
+        for group, options in run_options(self.path / RUN_FILE).items():
+            for name, value in options.items():
                 if name not in FREE:
                     given = plain(self.config[group].get(name))
                     require(given == value, name, given, f"the run in {self.path} has {name}={value!r}")

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from dopsd.cache import BlockCache, Cache
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be, require
+from dopsd.seeds import REMASKING, mix_seeds
 from dopsd.trajectory import NEVER, Trajectory
 
 Remasking = Literal["low_confidence", "random", "margin", "entropy"]
+SamplingDtype = Literal["float32", "float64"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Decoding:
             ``steps`` says; None follows the schedule.
         stop_at_eos: stop a sequence once everything before its first end-of-text token is revealed.
         sampling_dtype: logits and noise in ``float32`` or ``float64``.
-        cache: what the steps of a block but its first take from the first: nothing (``off``, exact), the keys and
-            values of all before the block (``prefix``), or of all but the block (``dual``).
+        cache: what the steps of a block but its first take from the first: nothing (``none``, exact), the keys and
+            values of all before the block (``prefix``), or of all but the block (``block``).
     """
 
     gen_length: int
@@ -44,8 +46,8 @@ class Decoding:
     remasking: Remasking = "low_confidence"
     threshold: float | None = None
     stop_at_eos: bool = True
-    sampling_dtype: Literal["float32", "float64"] = "float32"
-    cache: Cache = "off"
+    sampling_dtype: SamplingDtype = "float32"
+    cache: Cache = "none"
 
     def __post_init__(self) -> None:
         must_be(self.gen_length >= 1, "gen_length", self.gen_length, "at least 1")
@@ -64,20 +66,15 @@ class Decoding:
         )
         must_be(self.temperature >= 0, "temperature", self.temperature, "at least 0")
         must_be(self.threshold is None or 0 < self.threshold <= 1, "threshold", self.threshold, "in (0, 1], or none")
-        must_be(self.remasking in get_args(Remasking), "remasking", self.remasking, f"one of {get_args(Remasking)}")
+        for name, words in (("remasking", Remasking), ("sampling_dtype", SamplingDtype), ("cache", Cache)):
+            given = getattr(self, name)
+            must_be(given in get_args(words), name, given, f"one of {get_args(words)}")
         require(
             self.threshold is None or self.remasking == "low_confidence",
             "threshold",
             self.threshold,
             f"it is a probability and goes with remasking='low_confidence', not {self.remasking!r}",
         )
-        must_be(
-            self.sampling_dtype in ("float32", "float64"),
-            "sampling_dtype",
-            self.sampling_dtype,
-            "one of 'float32', 'float64'",
-        )
-        must_be(self.cache in get_args(Cache), "cache", self.cache, f"one of {get_args(Cache)}")
 
     @property
     def blocks(self) -> int:
@@ -98,22 +95,6 @@ def spread(total: int, parts: int) -> list[int]:
     """``total`` in ``parts`` whole numbers that differ by at most one, the larger first."""
     base, extra = divmod(total, parts)
     return [base + (part < extra) for part in range(parts)]
-
-
-def mix_seeds(*values: Tensor | int) -> Tensor:
-    """One int64 hash per element of the broadcast ``values`` (splitmix64, Steele et al. 2014): seeds of what is drawn.
-
-    A draw is then a function of what it is for, and not of what was drawn before it or beside it.
-    """
-    # Made where the values are: numbers then never have to be sent there.
-    device = next((value.device for value in values if isinstance(value, Tensor)), None)
-    state = torch.zeros((), dtype=torch.int64, device=device)
-    for value in values:
-        state = (state ^ value) - 7046029254386353131  # 0x9E3779B97F4A7C15, as a signed integer
-        state = (state ^ ((state >> 30) & 0x3FFFFFFFF)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-        state = (state ^ ((state >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685  # 0x94D049BB133111EB
-        state = state ^ ((state >> 31) & 0x1FFFFFFFF)
-    return state
 
 
 def left_pad(prompts: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor | None]:
@@ -186,7 +167,7 @@ def decode(
         for block, counts in enumerate(decoding.schedule()):
             start, stop = block * width, (block + 1) * width
             cache = None
-            if decoding.cache != "off":
+            if decoding.cache != "none":
                 cache = BlockCache(model, decoding.cache, prompt_length + start, prompt_length + stop, count)
             # Without a threshold, all sequences are at the same step of the block, which is then known here.
             schedule = iter(countdown(counts))
@@ -258,7 +239,7 @@ def draw(
         seeds=seeds.flatten() if decoding.temperature else None,
     )
     if decoding.remasking == "random":
-        confidence = mix_seeds(seeds, 1).double()
+        confidence = mix_seeds(seeds, REMASKING).double()
     return tokens.view(seeds.shape), confidence.view(seeds.shape)
 
 

@@ -23,11 +23,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.training_args import OptimizerNames
 
 from dopsd import checkpoints, files, ranks
-from dopsd.accuracy import mean, standard_error
 from dopsd.collapse import CollapseGuard
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.drift import mean_drifts
 from dopsd.errors import RunError, require
+from dopsd.evaluation.accuracy import mean, standard_error
 from dopsd.memory.meter import Meter, meter_of, unless_out_of_memory
 from dopsd.memory.planner import Plan, Planner, Sizes, remedies, too_little, workspace_for
 from dopsd.memory.probe import RunProbe
@@ -39,16 +39,12 @@ from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.progress import ProgressBar
 from dopsd.rollout import Decoder, Rollout, Row
-from dopsd.sampler import Decoding, mix_seeds
+from dopsd.sampler import Decoding
+from dopsd.seeds import DRIFT, EVALUATION, mix_seeds
 from dopsd.step_batch import Lesson, StepBatch, step_batches
 from dopsd.teacher import TeacherWeights
 
 log = logging.getLogger(__name__)
-
-# Seeds of evaluation draws, apart from those of training.
-EVALUATION = -1
-# The same of states whose drift is measured.
-DRIFT = -2
 
 
 class Trainer(transformers.Trainer):
@@ -80,7 +76,7 @@ class Trainer(transformers.Trainer):
     ) -> None:
         require(len(train_rows) > 0, "train_file", "no rows", "at least one row is needed to train")
         require_layers(decoder.model, "reuse", teaching.reuse, "none")
-        require_layers(decoder.model, "cache", rollouts.cache, "off")
+        require_layers(decoder.model, "cache", rollouts.cache, "none")
         require_installed(OptimizerNames(args.optim).value)
         self.rollouts, self.teaching, self.decoder = rollouts, teaching, decoder
         self.objective: Objective = teaching.objective()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dopsd.trainer import Trainer
 
 # Imported once, in the process that those of tests are forked from, and not for seconds in each.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["dopsd.run", "dopsd.evaluate"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(["dopsd.run", "dopsd.evaluation.command"])
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:

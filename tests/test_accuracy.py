@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from dopsd.accuracy import Z, difference, mcnemar, mean, standard_error, summary, wilson
+from dopsd.evaluation.accuracy import Z, difference, mcnemar, mean, standard_error, summary, wilson
 
 
 def test_mean_and_standard_error() -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dopsd import evaluate, limits, run
+from dopsd import limits, run
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError
+from dopsd.evaluation import command as evaluate
 from dopsd.models import add_lora, load_adapter, load_model
 from dopsd.tasks import load_task
 from dopsd.trainer import Trainer

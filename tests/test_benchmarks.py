@@ -331,7 +331,7 @@ def test_targets_are_of_one_run_at_equal_micro_batches() -> None:
         row("ours", 1, variant="reuse=block"),
         row("ours", 0.1, 99, states_per_forward=64),
         row("plain", 4, phase="rollout", states_per_forward=1),
-        row("ours", 1, variant="cache=dual", phase="rollout", states_per_forward=1),
+        row("ours", 1, variant="cache=block", phase="rollout", states_per_forward=1),
         row("ours", 8, 7, variant="quantize=nf4"),
     ]
     told = [line.split(" | ")[-2:] for line in report.targets(rows).splitlines()[2:]]

@@ -18,7 +18,7 @@ from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.sampler import Decoding
 
-KINDS: tuple[cache.Cache, ...] = ("prefix", "dual")
+KINDS: tuple[cache.Cache, ...] = ("prefix", "block")
 
 
 class Literal:
@@ -32,7 +32,7 @@ class Literal:
         ids, column = ids[0], torch.arange(ids.shape[1])
         block = int((ids[self.prompt :] == MASK).nonzero()[0]) // self.width
         begin = self.prompt + block * self.width
-        end = begin + self.width if self.kind == "dual" else len(ids)
+        end = begin + self.width if self.kind == "block" else len(ids)
         source = (column - self.model.shift).clamp_min(0)  # where the state that predicts a column's token lies
         if block != self.block:
             self.block, self.anchor = block, ids
@@ -83,7 +83,7 @@ def test_decoding_equals_a_loop_over_attention_under_a_mask(
         expected.append(loop_decode(literal, prompt, decoding, int(seeds[index]), hint))
     found = run(model, prompts, decoding, seeds, hints=hints)
     assert all(same(got, want) for got, want in zip(found, expected, strict=True))
-    without = run(model, prompts, Decoding(**{**vars(decoding), "cache": "off"}), seeds, hints=hints)
+    without = run(model, prompts, Decoding(**{**vars(decoding), "cache": "none"}), seeds, hints=hints)
     assert not all(same(got, other) for got, other in zip(found, without, strict=True))
 
 
@@ -94,7 +94,7 @@ def test_blocks_of_one_step_are_exact(small_llada: Callable[..., LLaDAModelLM], 
     for steps, exact in ((3, True), (12, False)):
         found, expected = (
             run(model, prompts, Decoding(12, 4, steps, cache=one, stop_at_eos=False), torch.arange(3))
-            for one in (kind, "off")
+            for one in (kind, "none")
         )
         assert all(map(same, found, expected)) == exact
 
@@ -107,12 +107,12 @@ def test_a_prefix_is_exact_for_a_block_causal_model(small_llada: Callable[..., L
         layer.__class__ = BlockCausal
     exact, cached = (
         run(model, prompts, Decoding(16, 4, cache=kind, stop_at_eos=False), torch.arange(3))
-        for kind in ("off", "prefix")
+        for kind in ("none", "prefix")
     )
     assert all(map(same, cached, exact)) and not all(map(same, exact, full))
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("off", 58368), ("prefix", 20928), ("dual", 7488)])
+@pytest.mark.parametrize(("kind", "tokens"), [("none", 58368), ("prefix", 20928), ("block", 7488)])
 def test_tokens_computed(small_llada: Callable[..., LLaDAModelLM], kind: cache.Cache, tokens: int) -> None:
     """128 steps of a response of 256 tokens in blocks of 32 behind a prompt of 200, once and at four tries."""
     model = small_llada(max_sequence_length=456, n_layers=1, d_model=4, n_heads=1, mlp_hidden_size=4)
@@ -126,7 +126,7 @@ def test_tokens_computed(small_llada: Callable[..., LLaDAModelLM], kind: cache.C
     found = run(model, [prompt] * 4, decoding, torch.arange(4))
     assert len({tuple(trajectory.tokens.tolist()) for trajectory in found}) == 4
     # Before their first token the tries are one sequence.
-    assert sum(computed) == 4 * tokens - (0 if kind == "off" else 3 * 456)
+    assert sum(computed) == 4 * tokens - (0 if kind == "none" else 3 * 456)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +157,7 @@ def test_waits(small_llada: Callable[..., LLaDAModelLM], monkeypatch: pytest.Mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("kind", ["off", *KINDS])
+@pytest.mark.parametrize("kind", ["none", *KINDS])
 @pytest.mark.parametrize("name", ["llada", "dream"])
 def test_a_gpu_decodes_the_same(small_llada: Callable[..., LLaDAModelLM], name: str, kind: cache.Cache) -> None:
     """In fp64, tries at one prompt and padding included."""

@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from dopsd import evaluate, models, run
+from dopsd import models, run
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError, UsageError
+from dopsd.evaluation import command as evaluate
 from dopsd.models import add_lora, load_adapter, load_model, quantization
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.models.dream import DreamConfig, DreamModel

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dopsd import evaluate
-from dopsd.accuracy import difference, mcnemar, summary
+from dopsd.evaluation import command as evaluate
+from dopsd.evaluation.accuracy import difference, mcnemar, summary
 
 Command = Callable[..., tuple[int, str, str]]
 BEFORE, AFTER = [1.0, 0.0, 0.5, 1.0, 0.0, 0.25], [1.0, 1.0, 1.0, 0.5, 0.0, 0.75]
@@ -76,8 +76,8 @@ def test_what_changed_is_counted_and_listed(command: Command, write: Callable[..
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("row", ["gsm8k@256", "row 4", "problem | 4", "another"]),
-        ("fewer", ["row 5", "missing"]),
+        ("rows", ["gsm8k@256", "none of the first file's problems"]),
+        ("folder", ["run's folder"]),
         ("setting", ["no setting in common"]),
         ("text", ["has written"]),
         ("list", ["has written"]),
@@ -91,14 +91,17 @@ def test_files_that_cannot_be_compared(
     """One sentence, exit status 2, nothing written."""
     first = write("first", entry(BEFORE))
     other = entry(AFTER)
-    if change == "row":
-        other["responses"][4]["question"] = "another"
-    second = write("second", entry(AFTER[:5]) if change == "fewer" else other)
+    if change == "rows":
+        for one in other["responses"]:
+            one["question"] += "?"
+    second = write("second", other)
     if change == "setting":
         second = write("second", entry(AFTER, gen_length=512))
     elif change in ("text", "list", "other"):
         content = {"text": "no json", "list": "[1]", "other": '{"results": [{"task": "gsm8k"}]}'}
         Path(second).write_text(content[change])
+    elif change == "folder":  # held-out responses without the run that says of which task they are
+        Path(second).write_text(json.dumps({"tokens_per_step": {"2": other["responses"]}}))
     elif change == "absent":
         second = str(tmp_path / "absent.json")
     output = tmp_path / "out.json"
@@ -107,6 +110,53 @@ def test_files_that_cannot_be_compared(
     for word in (f"compare='{second}'", *said):
         assert word in err
     assert not output.exists()
+
+
+def test_problems_in_common_are_compared(command: Command, write: Callable[..., str], tmp_path: Path) -> None:
+    """Found by their columns wherever they are, one that occurs twice as two; how many are left out is said."""
+    scores = {"a": 0.0, "b": 1.0, "c": 0.0, "d": 1.0}
+    after = {"d": 0.0, "x": 1.0, "c": 1.0, "b": 1.0, "y": 0.0}
+    first, second = (entry([*side.values(), 0.0]) for side in (scores, after))
+    for one, names in ((first, [*scores, "d"]), (second, [*after, "d"])):
+        for response, name in zip(one["responses"], names, strict=True):
+            response["question"] = name
+    output = tmp_path / "out.json"
+    paths = write("first", first), write("second", second)
+    code, out, err = command(evaluate.main, "--compare", *paths, "--output", str(output))
+    assert code == 0, err
+    (found,) = json.loads(output.read_text())["comparisons"]
+    assert (found["problems"], found["left_out"]) == (4, {"first": 1, "second": 2})  # b, c, d and the second d
+    assert found["accuracy_before"] == 0.5 and found["accuracy_after"] == 0.5
+    assert (found["gained"], found["lost"]) == ([2], [3])  # rows of the first file: c, and the first d
+    assert [one["question"] for part in found["examples"].values() for one in part] == ["c", "d"]
+    said = "Left out of gsm8k@256, 2 tokens a step, greedy: 1 of the first file's problems, 2 of the second's."
+    assert said in " ".join(out.split()) and said in output.with_suffix(".md").read_text()
+
+
+def test_a_run_is_compared_with_its_beginning(command: Command, tmp_path: Path) -> None:
+    """Its folder alone: what it holds of held-out problems before and after, at each rate; also one of these with a
+    file of results."""
+    run = tmp_path / "run"
+    run.mkdir()
+    options = {"task": {"task": "gsm8k"}, "rollout": {"gen_length": 256, "cache": "off"}}
+    (run / "run.json").write_text(json.dumps({"id": "0", **options}))
+    for moment, scores in (("before", BEFORE), ("after", AFTER)):
+        responses = {"2": entry(scores)["responses"], "2.4": entry(scores[::-1])["responses"]}
+        (run / f"held_out_{moment}.json").write_text(json.dumps({"adapter_sha256": None, "tokens_per_step": responses}))
+    output, results = tmp_path / "out.json", tmp_path / "results.json"
+    code, _, err = command(evaluate.main, "--compare", str(run), "--output", str(output))
+    assert code == 0, err
+    one, other = json.loads(output.read_text())["comparisons"]
+    assert (one["gained"], one["lost"], one["problems"], one["tokens_per_step"]) == ([1, 2], [3], 6, 2)
+    assert (other["gained"], other["lost"], other["tokens_per_step"]) == ([3, 4], [2], 2.4)
+    assert one.items() >= difference(BEFORE, AFTER).items()
+    results.write_text(json.dumps({"results": [entry(AFTER)], "config": {"evaluation": {"cache": "none"}}}))
+    code, out, err = command(evaluate.main, "--compare", str(run / "held_out_after.json"), str(results))
+    assert code == 0 and "Different" not in out and "+0.0" in out, err
+    assert f"Only in {run / 'held_out_after.json'}: gsm8k@256, 2.4 tokens a step, greedy." in "".join(out.split("\n"))
+    (run / "held_out_after.json").unlink()
+    code, _, err = command(evaluate.main, "--compare", str(run))
+    assert code == 2 and "held_out_after.json" in err and "No such file" in err
 
 
 @pytest.mark.parametrize("kind", ["first", "second", "symbolic link", "hard link", "markdown", "exists"])

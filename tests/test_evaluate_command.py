@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd import evaluate
-from dopsd.accuracy import wilson
 from dopsd.config import parse_evaluate
+from dopsd.evaluation import command as evaluate
+from dopsd.evaluation.accuracy import wilson
+from dopsd.evaluation.decoding import own_future
 from dopsd.rollout import Decoder, Rollout
-from dopsd.sampler import mix_seeds
+from dopsd.seeds import mix_seeds
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trajectory import Trajectory
 
@@ -114,7 +115,7 @@ def test_hints_are_a_share_of_correct_answers_only() -> None:
     seeds = torch.tensor([5, 6, 7])
     shown = []
     for share, count in ((0.0, 0), (0.25, 4), (0.5, 8), (1.0, 16)):
-        hints = evaluate.own_future(rollouts, share, -1, seeds)
+        hints = own_future(rollouts, share, -1, seeds)
         assert hints.shape == (3, 16)
         assert ((hints != -1).sum(-1)).tolist() == [count, 0, count]
         assert bool(((hints == -1) | (hints == tokens)).all())
@@ -153,7 +154,7 @@ def test_a_file_of_problems(command: Callable[..., tuple[int, str, str]], tmp_pa
 def test_the_cache_is_used(tmp_path: Path) -> None:
     """Each kind gives its own responses."""
     found = {}
-    for kind in ("off", "prefix", "dual"):
+    for kind in ("none", "prefix", "block"):
         path = tmp_path / f"{kind}.json"
         evaluate.main(["--eval_problems", "6", "--cache", kind, "--output", str(path)])
         (one,) = json.loads(path.read_text())["results"]

@@ -15,9 +15,10 @@ import torch
 from processes import run_two, start
 from safetensors.torch import load_file, save_file
 
-from dopsd import evaluate, journal
 from dopsd.errors import RunError
-from dopsd.journal import Journal
+from dopsd.evaluation import command as evaluate
+from dopsd.evaluation import journal, run
+from dopsd.evaluation.journal import Journal
 from dopsd.models import add_lora, load_model
 from dopsd.rollout import Decoder
 
@@ -333,7 +334,7 @@ def test_bad_options(
     """One sentence and exit status 2, before a model is loaded."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(evaluate, "load_model", None)
+    monkeypatch.setattr(run, "load_model", None)
     code, _, err = command(evaluate.main, *argv)
     assert code == 2 and len(err.strip().splitlines()) == 1
     for word in said:

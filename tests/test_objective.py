@@ -22,7 +22,7 @@ from dopsd.models import add_lora
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.objective import Objective, StepOutput, lessons_of, mean_metrics
 from dopsd.rollout import Rollout
-from dopsd.sampler import mix_seeds
+from dopsd.seeds import mix_seeds
 from dopsd.step_batch import Lesson, step_batches
 from dopsd.teacher import STUDENT, TEACHER, TeacherWeights
 from dopsd.trajectory import NEVER, Trajectory

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd import files, report
+from dopsd import files, report, versions
 from dopsd.config import parse_train
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
@@ -91,9 +91,9 @@ def test_the_configuration_is_every_option_as_json(tmp_path: Path) -> None:
 
 def test_versions_name_what_is_missing() -> None:
     """The installed version of each package that decides a result; None for a package that is not installed."""
-    found = report.versions()
+    found = versions.versions()
     assert found["torch"] == torch.__version__
-    assert set(report.PACKAGES) < set(found)
+    assert set(versions.PACKAGES) < set(found)
     assert all(version is None or version[0].isdigit() for version in found.values())
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dopsd.accuracy import summary
-from dopsd.published import METHODS, PUBLISHED
-from dopsd.results import markdown
+from dopsd.evaluation.accuracy import summary
+from dopsd.evaluation.published import METHODS, PUBLISHED
+from dopsd.evaluation.results import markdown
 
 
 def measured(**changes: Any) -> dict[str, Any]:

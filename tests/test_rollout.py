@@ -9,7 +9,8 @@ import torch
 
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.rollout import Decoder, Rollout
-from dopsd.sampler import Decoding, decode, mix_seeds
+from dopsd.sampler import Decoding, decode
+from dopsd.seeds import mix_seeds
 from dopsd.trajectory import Trajectory
 
 EOS, MASK, VOCAB = 0, 36, 37

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from dopsd import confidence, sampler
 from dopsd.errors import UsageError
 from dopsd.models.llada import LLaDAModelLM
-from dopsd.sampler import Decoding, decode, inference, left_pad, mix_seeds, spread
+from dopsd.sampler import Decoding, decode, inference, left_pad, spread
+from dopsd.seeds import mix_seeds
 from dopsd.trajectory import NEVER, Trajectory
 from dopsd_kernels import fused_confidence
 from dopsd_kernels.reference import gumbel_noise

@@ -17,7 +17,8 @@ import torch
 from peft import PeftModel
 
 import dopsd.assets
-from dopsd import evaluate, run
+from dopsd import run
+from dopsd.evaluation import command as evaluate
 from dopsd.models import load_adapter
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.tasks.sudoku import Sudoku

@@ -233,7 +233,7 @@ def test_slices_are_updates_of_their_own(
     assert rollouts[0] != rollouts[1]
 
 
-@pytest.mark.parametrize("kind", ["off", "prefix", "dual"])
+@pytest.mark.parametrize("kind", ["none", "prefix", "block"])
 def test_rollouts_and_evaluations_use_the_cache(
     make_trainer: Make, random_model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,8 +250,8 @@ def test_rollouts_and_evaluations_use_the_cache(
     trainer.roll_out([(0, trainer.train_dataset[0][1])])
     rolled_out = len(used)
     trainer.evaluate()
-    assert set(used) == (set() if kind == "off" else {kind})
-    assert kind == "off" or (0 < rolled_out < len(used))
+    assert set(used) == (set() if kind == "none" else {kind})
+    assert kind == "none" or (0 < rolled_out < len(used))
 
 
 @pytest.mark.parametrize("reuse", ["prompt", "block"])

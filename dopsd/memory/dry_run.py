@@ -234,7 +234,7 @@ class DryRun:
             ids = torch.zeros(sequences, length, dtype=torch.int64)
             read = ids[:, : self.rollouts.block_length]
             with inference(network), self.autocast():
-                if self.rollouts.cache == "off":
+                if self.rollouts.cache == "none":
                     kept: object = network.hidden_states(ids, None, read)
                 else:
                     kept = network.anchor_hidden_states(ids, None, read, ids[:, 0], length)

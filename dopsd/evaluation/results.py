@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from dopsd.accuracy import mean, summary
-from dopsd.published import LABEL, METHODS, published
-from dopsd.report import response
+from dopsd.evaluation.accuracy import mean, summary
+from dopsd.evaluation.published import LABEL, METHODS, published
+from dopsd.evaluation.settings import Setting
 from dopsd.rollout import Rollout
 from dopsd.tables import markdown_table
 from dopsd.tasks import Task
 
-# What names a result among others, and what `response` adds to a row's own columns.
+# What names a result among others, and what `Rollout.outcome` adds to a row's own columns.
 SETTING = ("task", "gen_length", "tokens_per_step", "measure")
 GRADED = ("response", "score", "tokens", "steps", "tries")
 
@@ -21,14 +21,6 @@ DEFINITIONS = (
     "Accuracy is the mean grade, ± its standard error. Tokens (before the first end-of-text) and denoising steps are "
     "means over responses."
 )
-
-
-class Setting(NamedTuple):
-    """One way of decoding a task."""
-
-    task: str
-    gen_length: int
-    tokens_per_step: int
 
 
 def result(
@@ -51,7 +43,7 @@ def result(
         eos_id: the end-of-text token, up to which a response's length counts.
         seconds: spent on decoding and grading, summed over processes.
     """
-    responses = [response(rollout, eos_id) for rollout in rollouts]
+    responses = [rollout.outcome(eos_id) for rollout in rollouts]
     tokens, steps = (mean([one[name] for one in responses]) for name in ("tokens", "steps"))
     return {
         **setting._asdict(),

@@ -18,7 +18,7 @@ from dopsd.files import plain, read_json, write_json
 SETTINGS = "settings.json"
 KEY = ("task", "gen_length", "tokens_per_step", "measure", "index")
 
-Key = tuple[str, int, int, str, int]
+Key = tuple[str, int, float, str, int]
 Entry = dict[str, Any]
 
 

@@ -1,19 +1,33 @@
-"""Two files of results, problem by problem: the paired difference, its certainty, and which examples changed."""
+"""Two files of results, problem by problem: the paired difference, its certainty, and which examples changed.
+
+They are those of two evaluations, or what a run's folder holds of its held-out problems before and after training.
+"""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dopsd.accuracy import difference, is_grade, mcnemar, summary
+from dopsd.cache import todays
 from dopsd.errors import UsageError, require
+from dopsd.evaluation.accuracy import difference, is_grade, mcnemar, summary
+from dopsd.evaluation.results import GRADED, SETTING, interval, label, percent
 from dopsd.files import write_json, write_text
-from dopsd.results import GRADED, SETTING, interval, label, percent
+from dopsd.recorded import recorded
 from dopsd.tables import markdown_table, show
 
 Result = dict[str, Any]
+
+
+def files_of(paths: Sequence[str]) -> tuple[Path, Path]:
+    """The two files that ``--compare`` is given, or those of the one run's folder."""
+    if len(paths) == 1:
+        return Path(paths[0]) / "held_out_before.json", Path(paths[0]) / "held_out_after.json"
+    first, second = map(Path, paths)
+    return first, second
 
 
 def main(first: Path, second: Path, output: Path | None) -> None:
@@ -23,6 +37,7 @@ def main(first: Path, second: Path, output: Path | None) -> None:
     compared = [pair(ours[key], theirs[key], second) for key in ours if key in theirs]
     require(bool(compared), "compare", str(second), f"it has no setting in common with {first}")
     notes = [
+        *(left_out(one) for one in compared if any(one["left_out"].values())),
         *(f"Only in {first}: {describe(ours[key])}." for key in ours if key not in theirs),
         *(f"Only in {second}: {describe(theirs[key])}." for key in theirs if key not in ours),
         *differing(before, after),
@@ -35,11 +50,13 @@ def main(first: Path, second: Path, output: Path | None) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a file that ``python -m dopsd.evaluate --output`` has written."""
-    accepted = "a file that python -m dopsd.evaluate --output has written"
+    """The content of a file that ``python -m dopsd.evaluate --output`` or a training run has written."""
+    accepted = "a file that python -m dopsd.evaluate --output has written, or a held_out_*.json in a run's folder"
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(content, dict) and "tokens_per_step" in content:
+            content = held_out(content["tokens_per_step"], path.parent)
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise UsageError(f"compare='{path}' can't be used: {accepted} ({error})") from error
     results = content.get("results") if isinstance(content, dict) else None
     require(isinstance(results, list) and all(map(is_result, results)), "compare", str(path), accepted)
@@ -51,9 +68,22 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
+def held_out(responses: Mapping[str, list[Any]], folder: Path) -> dict[str, Any]:
+    """What an evaluation would have written of a run's held-out ``responses`` by tokens per step; of no use without
+    the run's options in ``folder``."""
+    found = recorded(folder)
+    about = {} if found is None else {**found.task, **found.rollout}
+    setting = {"task": about.get("task"), "gen_length": about.get("gen_length"), "measure": "greedy"}
+    return {
+        "results": [
+            {**setting, "tokens_per_step": json.loads(rate), "responses": ones} for rate, ones in responses.items()
+        ]
+    }
+
+
 def is_result(one: object) -> bool:
     """Whether a file's entry has a setting and graded responses."""
-    if not isinstance(one, dict) or not all(isinstance(one.get(name), str | int) for name in SETTING):
+    if not isinstance(one, dict) or not all(isinstance(one.get(name), str | int | float) for name in SETTING):
         return False
     responses = one.get("responses")
     return isinstance(responses, list) and all(
@@ -77,37 +107,34 @@ def verdict(response: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pair(before: Result, after: Result, path: Path) -> dict[str, Any]:
-    """The comparison of one setting; ``path`` is where ``after`` is from.
+    """The comparison of one setting, over the problems that both are about; ``path`` is where ``after`` is from.
 
     Raises:
-        UsageError: they are not about the same problems; the sentence names the first row that differs.
+        UsageError: there is none.
     """
-    ones, others = before["responses"], after["responses"]
-    same = [problem(one) == problem(other) for one, other in zip(ones, others, strict=False)]
-    if not all(same) or len(ones) != len(others):
-        row = same.index(False) if not all(same) else len(same)
-        found = [problem(side[row]) if row < len(side) else "missing" for side in (ones, others)]
-        raise UsageError(
-            f"compare='{path}' can't be used: {describe(after)} is about other problems: row {row} is {found[1]} there "
-            f"and {found[0]} in the first file"
-        )
+    sides = numbered(before["responses"]), numbered(after["responses"])
+    common = [key for key in sides[0] if key in sides[1]]
+    require(bool(common), "compare", str(path), f"{describe(after)} is about none of the first file's problems")
+    rows = {key: row for row, key in enumerate(sides[0])}
+    ones, others = ([side[key] for key in common] for side in sides)
     scores = [[one["score"] for one in side] for side in (ones, others)]
     moments = {"before": summary(scores[0]), "after": summary(scores[1])}
     right = [[score >= 1 for score in side] for side in scores]
     changed = {
-        "gained": [index for index, (a, b) in enumerate(zip(*right, strict=True)) if b and not a],
-        "lost": [index for index, (a, b) in enumerate(zip(*right, strict=True)) if a and not b],
+        "gained": [place for place, (a, b) in enumerate(zip(*right, strict=True)) if b and not a],
+        "lost": [place for place, (a, b) in enumerate(zip(*right, strict=True)) if a and not b],
     }
     examples = {
         name: [
-            {"index": index, **problem(ones[index]), "before": verdict(ones[index]), "after": verdict(others[index])}
-            for index in indices
+            {"index": rows[common[i]], **problem(ones[i]), "before": verdict(ones[i]), "after": verdict(others[i])}
+            for i in places
         ]
-        for name, indices in changed.items()
+        for name, places in changed.items()
     }
     return {
         **{name: before[name] for name in SETTING},
-        "problems": len(ones),
+        "problems": len(common),
+        "left_out": {name: len(side) - len(common) for name, side in zip(("first", "second"), sides, strict=True)},
         **{
             f"{name}_{moment}": side[name]
             for name in ("accuracy", "standard_error", "interval")
@@ -115,19 +142,40 @@ def pair(before: Result, after: Result, path: Path) -> dict[str, Any]:
         },
         **difference(*scores),
         "mcnemar_p": mcnemar(len(changed["gained"]), len(changed["lost"])),
-        **changed,
+        **{name: [rows[common[place]] for place in places] for name, places in changed.items()},
         "examples": examples,
     }
 
 
+def numbered(responses: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """Responses by their problem, and the how manieth of those to it each is."""
+    keys = [json.dumps(problem(one), sort_keys=True) for one in responses]
+    count: Counter[str] = Counter()
+    found = {}
+    for key, one in zip(keys, responses, strict=True):
+        found[key, count[key]] = one
+        count[key] += 1
+    return found
+
+
+def left_out(compared: Mapping[str, Any]) -> str:
+    """A sentence on how many problems a comparison is not about."""
+    first, second = compared["left_out"].values()
+    return f"Left out of {describe(compared)}: {first} of the first file's problems, {second} of the second's."
+
+
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """A sentence per option that the two files have different values of, the file they were written to apart."""
-    sides = [content.get("config", {}).get("evaluation", {}) for content in (before, after)]
-    names = [name for name in {**sides[0], **sides[1]} if name not in ("output", "overwrite", "compare")]
+    """A sentence per option that two evaluations have different values of, the file they were written to apart."""
+    sides = [
+        {name: todays(value) if name == "cache" else value for name, value in options.items()}
+        for options in (content.get("config", {}).get("evaluation", {}) for content in (before, after))
+    ]
+    # An option that only one of them knows came with a later release.
+    names = [name for name in sides[0] if name in sides[1] and name not in ("output", "overwrite", "compare")]
     return [
-        f"Different: {name}={sides[0].get(name)!r} in the first file, {sides[1].get(name)!r} in the second."
+        f"Different: {name}={sides[0][name]!r} in the first file, {sides[1][name]!r} in the second."
         for name in names
-        if sides[0].get(name) != sides[1].get(name)
+        if sides[0][name] != sides[1][name]
     ]
 
 
