@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Sample:
     """
 
     text: str
-    trajectory: Trajectory
+    trajectory: Trajectory = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,12 @@ class Model:
     Args:
         decoder: its network, tokenizer and special tokens.
         decoding: how it decodes unless it is told otherwise.
+        bf16: whether it computes in bf16 (autocast), as a run may have done.
     """
 
     decoder: Decoder
     decoding: Decoding
+    bf16: bool
 
     def generate(
         self,
@@ -82,7 +84,8 @@ class Model:
         require_layers(self.decoder.model, "cache", how.cache, "none")
         cli.check_lengths(self.decoder, prompts, how.gen_length)
         seeds = mix_seeds(seed, torch.arange(len(prompts)))
-        rollouts = self.decoder.once([{"prompt": text} for text in prompts], how, seeds, on_rows=on_rows)
+        with torch.autocast(self.decoder.model.device.type, torch.bfloat16, enabled=self.bf16):
+            rollouts = self.decoder.once([{"prompt": text} for text in prompts], how, seeds, on_rows=on_rows)
         return [Sample(rollout.response, rollout.trajectory) for rollout in rollouts]
 
 
@@ -126,4 +129,4 @@ def load(source: str, **options: Any) -> Model:
         rollouts = parse_train(model=args.model)[2]
     mask_id, eos_id = network.config.mask_token_id, tokenizer.eos_token_id
     decoder = Decoder(network.eval(), tokenizer, Ungraded(), mask_id, eos_id, rollouts.sequences_per_forward)
-    return Model(decoder, rollouts.decoding())
+    return Model(decoder, rollouts.decoding(), said is not None and bool(said.training.get("bf16")))
