@@ -1,1 +1,101 @@
-"""d-OPSD: on-policy self-distillation of diffusion language models from their own future tokens."""
+"""d-OPSD: on-policy self-distillation of diffusion language models from their own future tokens.
+
+    run = dopsd.train(recipe="tiny", output_dir="runs/a")
+    model = dopsd.load("runs/a")
+    results = dopsd.evaluate("runs/a", eval_problems=64)
+
+Options are the command line's, by the same names, and checked alike: a wrong one is a
+:class:`~dopsd.errors.UsageError`, what else ends a run a :class:`~dopsd.errors.RunError`. Nothing is printed unless
+``progress`` asks for it; the sentences are also in the log named ``dopsd``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dopsd.evaluation.command import Results
+    from dopsd.generate import Model
+    from dopsd.run import Run
+
+__all__ = ["__version__", "evaluate", "load", "train"]
+
+__version__ = "0.1.0"
+
+logging.getLogger("dopsd").addHandler(logging.NullHandler())  # a library's warnings are its user's to print
+
+
+# These import what they need when they are called: torch and transformers take seconds.
+
+
+def train(*, progress: bool = False, **options: Any) -> Run:
+    """Train as ``python -m dopsd.train`` does.
+
+    Args:
+        progress: print and draw what the command would.
+        options: any of the command's by its name, ``recipe`` among them; None, lists and dictionaries are themselves.
+
+    Returns:
+        What is in the run's folder.
+
+    Raises:
+        UsageError: an option that can't be used.
+        RunError: the run can't start or go on.
+        Interrupted: a signal ended it; ``resume_from_checkpoint=True`` goes on.
+    """
+    from dopsd.config import parse_train
+    from dopsd.console import console
+    from dopsd.run import run
+
+    with console(sentences=progress, bars=progress):
+        return run(*parse_train(**options))
+
+
+def evaluate(source: str | Path | Run, *, progress: bool = False, **options: Any) -> Results | None:
+    """Evaluate as ``python -m dopsd.evaluate`` does.
+
+    Args:
+        source: what :func:`load` takes. A run's held-out problems are decoded as the run did, unless ``options`` say
+            otherwise.
+        progress: print and draw what the command would.
+        options: any of the command's by its name, but for ``compare``.
+
+    Returns:
+        the results; None on all processes but the first.
+
+    Raises:
+        UsageError: an option that can't be used.
+        RunError: files that can't, or rows.
+    """
+    from dopsd.console import console
+    from dopsd.evaluation.command import Results
+    from dopsd.evaluation.options import parse_evaluate
+    from dopsd.evaluation.run import evaluate
+    from dopsd.generate import named
+
+    with console(sentences=progress, bars=progress):
+        content = evaluate(parse_evaluate(**named(str(getattr(source, "folder", source))), **options))
+    return None if content is None else Results(content)
+
+
+def load(source: str | Path | Run, **options: Any) -> Model:
+    """A model that is ready to generate.
+
+    Args:
+        source: a run or the folder of one, an adapter's folder, a model's folder, a hub id, or ``tiny``. A run says
+            its base model, its mask token and how it decodes.
+        options: ``dtype``, ``quantize``, ``attn_implementation``, ``mask_token_id`` and ``shift_logits``, as the
+            commands take them.
+
+    Raises:
+        UsageError: an option that can't be used.
+        RunError: files that can't.
+    """
+    from dopsd.console import console
+    from dopsd.generate import load
+
+    with console(sentences=False, bars=False):
+        return load(str(getattr(source, "folder", source)), **options)

@@ -7,6 +7,7 @@ the disk leaves is told from a checkpoint.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 from dopsd.errors import RunError
 from dopsd.files import first_line, read_json, sha256, sync, write_json
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # beside checkpoints; its id names the run
@@ -133,14 +136,14 @@ def newest(output: Path, processes: int) -> Path | None:
         why = fault(folder, run, processes)
         if why is None:
             for name, reason in faults.items():
-                print(f"{name} is skipped: {reason}")
+                log.warning("%s is skipped: %s", name, reason)
             return folder
         faults[folder.name] = why
     said = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
     if any((output / name / MANIFEST).exists() for name in faults):
         raise RunError(f"no checkpoint in {output} is complete any more: {said}. Without them the run begins anew")
     if faults:
-        print(f"{said}: the run begins anew")
+        log.warning("%s: the run begins anew", said)
     return None
 
 

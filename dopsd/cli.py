@@ -1,34 +1,42 @@
-"""What both commands share: exit statuses, quiet libraries, checks of task files."""
+"""What the commands share: exit statuses, what is printed, checks of task files."""
 
 from __future__ import annotations
 
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import transformers
-
-from dopsd.config import TaskArguments
+from dopsd.console import console
 from dopsd.errors import Interrupted, RunError, UsageError, ending
-from dopsd.rollout import Decoder
 from dopsd.tasks import Row, Task, draw, part, without
+
+if TYPE_CHECKING:  # importing these takes seconds
+    from dopsd.config import TaskArguments
+    from dopsd.rollout import Decoder
+
+
+def start(module: str) -> None:
+    """Run ``module``'s ``main``, whose imports take seconds: on a terminal that is said first."""
+    if sys.stderr.isatty():
+        print("importing torch, transformers and peft ...", end="\r", file=sys.stderr, flush=True)
+    run(lambda argv: import_module(module).main(argv))
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Call ``main`` with the command line and exit: 0, 2 for an unusable argument, 128 and the signal's number
     for a signal, 1 for any other failure.
 
-    An error is one sentence on standard error; ``--debug`` shows its traceback as well.
+    What the package says is printed; bars are drawn on a terminal alone. An error is one sentence on standard error;
+    ``--debug`` shows its traceback as well.
     """
     argv = sys.argv[1:]
     debug = "--debug" in argv
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        main([word for word in argv if word != "--debug"])
+        with console(sentences=True, bars=sys.stdout.isatty()):
+            main([word for word in argv if word != "--debug"])
     except (UsageError, RunError, OSError, ValueError) as error:
         if debug:
             traceback.print_exc()

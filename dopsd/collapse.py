@@ -6,17 +6,19 @@ resumed run comes to the same conclusions at the same updates.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from dopsd import checkpoints
 from dopsd.ranks import on_first_process
+
+log = logging.getLogger(__name__)
 
 Log = Sequence[Mapping[str, Any]]
 
@@ -269,6 +271,6 @@ class CollapseGuard(TrainerCallback):
             )
 
     def say(self, text: str) -> None:
-        """Print a sentence, once for all processes."""
+        """Log a sentence, once for all processes."""
         if self.trainer.is_world_process_zero():
-            tqdm.write(text)
+            log.warning(text)

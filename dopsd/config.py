@@ -1,52 +1,31 @@
-"""The command line: dataclasses whose fields are the options, and YAML recipes that set them."""
+"""The options: dataclasses whose fields they are, and what the commands make of a command line."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import json
-import math
 import time
-import warnings
-from argparse import Action
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from importlib.resources import files
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
-import yaml
 from peft import PeftModel
-from transformers import HfArgumentParser
 
 from dopsd import ranks
-from dopsd.cache import Cache, todays
+from dopsd.cache import Cache
 from dopsd.confidence import Confidence
-from dopsd.errors import RunError, UsageError, must_be, must_be_choices, require
+from dopsd.errors import must_be, must_be_choices, require
 from dopsd.models import SHIPPED, add_lora, load_adapter
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective
-from dopsd.recorded import Recorded, recorded
-from dopsd.renamed import todays_word
+from dopsd.parser import Parser, check_numbers
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
-from dopsd.tasks import Grading, Task, load_task
+from dopsd.tasks import Grading
 from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
-
-# Of the numbers that options take; seeds go so far.
-LARGEST = 2**32 - 1
-LONGEST_RECIPE = 1 << 16
-
-RECIPES = files("dopsd") / "recipes"
-EPILOG = (
-    "An error is one sentence and exit status 2 (an option) or 1 (anything else); --debug adds its traceback. "
-    "Ctrl-C and SIGTERM end with 130 and 143."
-)
 
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
@@ -74,17 +53,6 @@ def given_once(group: Any, *names: str) -> None:
     for name in names:
         given = getattr(group, name) or []
         require(len(set(given)) == len(given), name, given, "each value may be given once")
-
-
-def check_numbers(name: str, value: Any) -> None:
-    """Raise UsageError if a number in the option's ``value`` means nothing: inf, nan, or absurdly many."""
-    if isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            check_numbers(name, item)
-    elif isinstance(value, float):
-        must_be(math.isfinite(value), name, value, "finite")
-    elif isinstance(value, int):
-        must_be(abs(value) <= LARGEST, name, value, f"at most {LARGEST}")
 
 
 @dataclass
@@ -129,8 +97,6 @@ class ModelArguments(LoadArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.lora_targets is not None and [name.lower() for name in self.lora_targets] == ["none"]:
-            self.lora_targets = None
         at_least_one(self, "lora_r", "lora_alpha")
         must_be(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
 
@@ -295,7 +261,10 @@ class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name: ClassVar[str] = "training (transformers.TrainingArguments)"
 
     output_dir: str | None = option(None, "Where everything is written; none: runs/DATE-TIME.")
-    disable_tqdm: bool = option(False, "No progress bars.")
+    disable_tqdm: bool = option(False, "No progress bars, also on a terminal.")
+    push_to_hub: bool = option(
+        False, "Publish the adapter and its card, and no checkpoints, as hub_model_id when the run has finished."
+    )
     ddp_timeout: int = option(
         1800,
         "Seconds after which a run on several processes ends if one of them is silent. How long work takes does not "
@@ -388,94 +357,6 @@ def has_bf16(cpu: bool) -> bool:
 
 
 @dataclass
-class EvaluationArguments(LoadArguments, DecodingArguments):
-    """What ``python -m dopsd.evaluate`` measures; the defaults fit the tiny model."""
-
-    _argument_group_name: ClassVar[str] = "evaluation"
-
-    task: list[str] = option(["sudoku"], f"Tasks, each evaluated: {TASK_HELP}")
-    grading: Grading = option("lenient", GRADING_HELP)
-    test_file: str | None = option(None, "Rows of the one task (csv, jsonl, parquet); none: its own held-out problems.")
-    eval_problems: int | None = option(
-        None, "Only so many problems; none: all of test_file, or the number that the task is reported with."
-    )
-    gen_length: list[int] | None = option(None, "Response lengths in tokens, each evaluated; none: the task's own.")
-    block_length: int | None = option(None, "Tokens per block; none: the task's own.")
-    tokens_per_step: list[float] = option([2], "Tokens revealed per denoising step, each evaluated.")
-    pass_k: int = option(1, "Tries at each problem; more than one also reports pass@k.")
-    temperature: float = option(0.9, "Of the second and later tries; the first is greedy.")
-    reveal: list[float] = option(
-        [],
-        "Shares of the model's own correct answer (of pass_k tries) to reveal ahead of decoding; a block's revealed "
-        "tokens are cleared when decoding enters it.",
-    )
-    bf16: bool = option(False, "Compute in bf16 (autocast), as training does where it can.")
-    seed: int = option(0, "Of everything drawn.")
-    output: str | None = option(
-        None,
-        "JSON file with every response, and a Markdown table beside it; the same command goes on where it was stopped. "
-        "None: not written.",
-    )
-    overwrite: bool = option(False, "Start anew where output or an unfinished run of it exists.")
-    compare: list[str] | None = option(
-        None,
-        "Two output files, or a run's folder: what the second, or the run's end, gained and lost, problem by problem. "
-        "No model is loaded.",
-    )
-
-    def __post_init__(self) -> None:
-        self.tokens_per_step = [int(rate) if float(rate).is_integer() else rate for rate in self.tokens_per_step]
-        at_least_one(self, "eval_problems", "pass_k", "sequences_per_forward", "block_length")
-        given_once(self, "task", "gen_length", "tokens_per_step", "reveal")
-        require(
-            self.test_file is None or len(self.task) == 1,
-            "test_file",
-            self.test_file,
-            f"its rows are those of one task, and task names {', '.join(self.task)}",
-        )
-        given = self.compare
-        must_be(
-            given is None or len(given) == 2 or (len(given) == 1 and Path(given[0]).is_dir()),
-            "compare",
-            given,
-            "two files of results, or a run's folder",
-        )
-        must_be(
-            self.pass_k == 1 or self.temperature > 0,
-            "temperature",
-            self.temperature,
-            f"positive when pass_k={self.pass_k} allows for more than one try",
-        )
-        must_be(self.seed >= 0, "seed", self.seed, "at least 0")
-        for share in self.reveal:
-            must_be(0 <= share <= 1, "reveal", share, "in [0, 1]")
-        hint = "with it, tokens are revealed by their probability and not by tokens_per_step: give one rate, or none"
-        require(self.threshold is None or len(self.tokens_per_step) == 1, "threshold", self.threshold, hint)
-        names = {f"{share:g}" for share in self.reveal}
-        require(len(names) == len(self.reveal), "reveal", self.reveal, "each share may be given once, of six digits")
-        for task in [load_task(name, self.grading) for name in self.task]:
-            block = self.block(task)
-            for rate in self.tokens_per_step:
-                accepted = f"between 1 and block_length={block}"
-                must_be(1 <= rate <= block, "tokens_per_step", rate, accepted)
-                for length in self.lengths(task):
-                    self.decoding(task, length, rate)
-
-    def lengths(self, task: Task) -> Sequence[int]:
-        """The response lengths at which a task is evaluated."""
-        return self.gen_length or task.eval_lengths
-
-    def block(self, task: Task) -> int:
-        """The block length that a task is decoded with."""
-        return task.eval_block_length if self.block_length is None else self.block_length
-
-    def decoding(self, task: Task, gen_length: int, tokens_per_step: float) -> Decoding:
-        """Greedy decoding of a task at one length and rate."""
-        steps = math.ceil(gen_length / tokens_per_step - 1e-9)  # 48 / (48 / 20) is to be 20, however it is rounded
-        return Decoding(gen_length, self.block(task), steps, **self.sampling())
-
-
-@dataclass
 class PlanArguments:
     """What ``python -m dopsd.plan`` is asked; the options of training go along."""
 
@@ -490,109 +371,30 @@ class PlanArguments:
         at_least_one(self, "prompt_length")
 
 
-class Parser(HfArgumentParser):
-    """An argument parser whose errors are :class:`~dopsd.errors.UsageError`, and that takes ``none`` for no value."""
+@dataclass
+class SampleArguments(LoadArguments):
+    """What ``python -m dopsd.sample`` completes."""
 
-    def __init__(self, *groups: Any, **kwargs: Any) -> None:
-        super().__init__(groups, allow_abbrev=False, **kwargs)
-        optional = {
-            name
-            for group in groups
-            for owner in group.__mro__
-            if owner.__module__ == __name__  # not those of transformers
-            for name, hint in inspect.get_annotations(owner, eval_str=True).items()
-            if type(None) in get_args(hint)
-        }
-        for action in self._actions:
-            if action.dest in optional and action.nargs in (None, "?"):
-                action.type = none_or(action.type)
-            if action.dest == "cache":
-                action.type = todays_cache
+    _argument_group_name: ClassVar[str] = "sample"
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+    model: str = option("tiny", "'tiny', a run's folder, a model's folder in Hugging Face layout, or a hub id.")
+    prompt: list[str] = option([], "Prompts, each completed; a user's turn where the model has a chat template.")
+    prompt_file: str | None = option(None, "Text file with a prompt a line.")
+    temperature: float = option(0.0, "Gumbel temperature; 0 is greedy.")
+    seed: int = option(0, "Of what is drawn.")
+    gen_length: int | None = option(None, "Response length in tokens; none: the run's, or that of the model's recipe.")
+    block_length: int | None = option(None, "Tokens per block; none: likewise.")
+    steps: int | None = option(None, "Denoising steps; none: as many tokens a step, likewise.")
+    show: bool = option(False, "Draw the decoding step by step: a dot is a masked token, and new ones are marked.")
 
-    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """The dataclasses of ``argv``; an unknown option is an error with the nearest known one."""
-        try:
-            *parsed, unknown = self.parse_args_into_dataclasses(
-                [todays_word(word) for word in argv], look_for_args_file=False, return_remaining_strings=True
-            )
-        except (ValueError, ImportError, OverflowError, RecursionError) as error:  # transformers' own checks
-            raise error if isinstance(error, UsageError) else UsageError(str(error)) from error
-        for group in parsed:
-            for name, value in vars(group).items():
-                check_numbers(name, value)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            raise UsageError(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}")
-        return tuple(parsed)
+    def __post_init__(self) -> None:
+        must_be(self.seed >= 0, "seed", self.seed, "at least 0")
+        require(bool(self.prompt or self.prompt_file), "prompt", self.prompt, "give some, or a prompt_file")
 
-    def tokens(self, options: dict[str, Any], source: str) -> list[str]:
-        """``options`` of a recipe as command-line tokens, so that both are checked alike."""
-        out: list[str] = []
-        for given, value in options.items():
-            name = todays_word(f"--{given}").removeprefix("--")
-            action: Action | None = self._option_string_actions.get(f"--{name}")
-            if action is None:
-                known = [key.removeprefix("--") for key in self._option_string_actions]
-                raise UsageError(f"{source}: unknown option {name!r}{did_you_mean(str(name), known)}")
-            if value is False and "none" in (action.choices or ()):
-                value = "off"  # which YAML takes for false
-            if name == "task" and ".py:" in str(value):
-                hint = "the code in that file would run, so it is named on the command line alone: --task"
-                raise UsageError(f"{source}: task={value!r} can't be used: {hint}")
-            values = value if isinstance(value, list) else ["none" if value is None else value]
-            out += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in values)]
-        return out
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause with the known option nearest to ``name``; empty if none is near."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def todays_cache(word: str) -> str:
-    """The name of a kind of cache; with a warning for the name that it had in an earlier release."""
-    name = todays(word)
-    if name != word:
-        warnings.warn(f"cache={word} is called cache={name} now; the next release forgets {word}", FutureWarning, 2)
-    return name
-
-
-def none_or(kind: Any) -> Any:
-    """A converter to ``kind`` that reads ``none`` as no value."""
-
-    def convert(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
-
-    convert.__name__ = kind.__name__
-    return convert
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML without aliases, a few lines of which can stand for gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
-        return super().compose_node(parent, index)
-
-
-def read_recipe(recipe: str) -> dict[str, Any]:
-    """The options of a shipped recipe or of a YAML file."""
-    shipped = sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
-    path = RECIPES / f"{recipe}.yaml" if recipe in shipped else Path(recipe)
-    must_be(path.is_file(), "recipe", recipe, f"one of {', '.join(shipped)}, or a YAML file")
-    try:
-        text = path.read_text()
-        must_be(len(text) <= LONGEST_RECIPE, "recipe", recipe, f"a file of at most {LONGEST_RECIPE} characters")
-        options = yaml.load(text, RecipeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"recipe={recipe!r}: not valid YAML: {' '.join(str(error).split())}") from error
-    must_be(isinstance(options, dict), "recipe", recipe, "a YAML file with one option a line")
-    return options
+    def decoding(self) -> dict[str, Any]:
+        """What :meth:`dopsd.generate.Model.generate` is told about lengths."""
+        given = {name: getattr(self, name) for name in ("gen_length", "block_length", "steps")}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 # The options of a training run, in the order of its groups.
@@ -600,18 +402,23 @@ TRAINING = (ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, 
 
 
 def parse_train(
-    argv: Sequence[str],
+    argv: Sequence[str] = (), **options: Any
 ) -> tuple[ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
-    """The options of a training run: a recipe's, overridden by those in ``argv``."""
+    """The options of a training run: a recipe's, overridden by those in ``argv`` and by ``options``."""
     parser = Parser(
         *TRAINING,
         prog="python -m dopsd.train",
         description="d-OPSD: a diffusion language model learns from its own future tokens.",
-        epilog=EPILOG,
     )
-    known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
-    name = ("tiny" if known.model in SHIPPED else "paper") if known.recipe is None else known.recipe
-    return parser.parse([*parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
+    words = [*argv, *parser.tokens(options)]
+    known, _ = Parser(ModelArguments, add_help=False).parse_known_args(words)
+    name = default_recipe(known.model) if known.recipe is None else known.recipe
+    return parser.parse([*parser.recipe(name), f"--recipe={name}", *words])
+
+
+def default_recipe(model: str) -> str:
+    """The recipe that a model is trained with unless one is named."""
+    return "tiny" if model in SHIPPED else "paper"
 
 
 def parse_plan(
@@ -626,54 +433,21 @@ def parse_plan(
         *TRAINING,
         prog="python -m dopsd.plan",
         description="Which sizes of a training run fit on a GPU, from a config.json alone.",
-        epilog=EPILOG,
     )
     known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
     name = "paper" if known.recipe is None else known.recipe
-    return parser.parse(["--bf16", "true", *parser.tokens(read_recipe(name), name), "--recipe", name, *argv])
+    return parser.parse(["--bf16", "true", *parser.recipe(name), f"--recipe={name}", *argv])
 
 
-def parse_evaluate(argv: Sequence[str]) -> EvaluationArguments:
-    """The options of an evaluation."""
-    parser = Parser(
-        EvaluationArguments,
-        prog="python -m dopsd.evaluate",
-        description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
-        epilog=EPILOG,
-    )
-    probe = Parser(EvaluationArguments, add_help=False)
-    probe.set_defaults(model=None, task=None)
-    given, _ = probe.parse_known_args(list(argv))
-    found = None if given.adapter is None else recorded(Path(given.adapter))
-    options = {} if found is None else evaluation_options(found, given.model, given.task)
-    if given.task is not None:
-        options.pop("task", None)  # which may be code in a file, and that is run only where the command line names it
-    (arguments,) = parser.parse([*parser.tokens(options, str(found and found.file)), *argv])
+def parse_sample(argv: Sequence[str]) -> SampleArguments:
+    """The options of ``python -m dopsd.sample``."""
+    description = "Completions of prompts, by a run, an adapter or a model."
+    (arguments,) = Parser(SampleArguments, prog="python -m dopsd.sample", description=description).parse(argv)
     return arguments
 
 
-def evaluation_options(found: Recorded, model: str | None = None, task: list[str] | None = None) -> dict[str, Any]:
-    """The options of an evaluation that go on as a folder's run decoded its own held-out problems.
-
-    Args:
-        found: what the folder says.
-        model, task: as they are named otherwise. What is said of another model or other tasks is left out.
-    """
-    options: dict[str, Any] = {}
-    if model in (None, found.model.get("model")):
-        options |= some(found.model, *(f.name for f in fields(LoadArguments) if f.name != "adapter"))
-    if "task" in found.task and task in (None, [found.task["task"]]):
-        try:
-            own = RolloutArguments(**some(found.rollout, "gen_length", "block_length", "steps")).decoding()
-        except TypeError as error:
-            raise RunError(f"{found.file} is damaged: its lengths are no numbers ({error})") from error
-        options |= {"task": [found.task["task"]]} | some(found.task, "grading", "test_file", "eval_problems")
-        options |= {"gen_length": [own.gen_length], "block_length": own.block_length}
-        options |= {"tokens_per_step": [own.gen_length / own.total_steps]}
-    options |= some(found.rollout, *(f.name for f in fields(DecodingArguments)), "temperature")
-    return options | some(found.training, "bf16", "seed")
-
-
-def some(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Those of ``options`` that have one of these ``names``."""
-    return {name: options[name] for name in names if name in options}
+def parse_load(**options: Any) -> LoadArguments:
+    """How a model is loaded."""
+    parser = Parser(LoadArguments)
+    (arguments,) = parser.parse(parser.tokens(options))
+    return arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from dopsd.models.checkpoint import read_config
 from dopsd.step_batch import Reuse
 from dopsd.tables import show
 from dopsd.units import gib, read_bytes
+
+log = logging.getLogger(__name__)
 
 
 def read_architecture(path: str) -> Any:
@@ -80,8 +83,8 @@ def main(argv: Sequence[str]) -> None:
         raise too_little("gpu", arguments.gpu, planner.least(), remedies(model, rollouts, teaching, args, "cuda"))
     base = sum(p.numel() for name, p in run.network.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
-    print(f"{base:,} parameters, and {trained:,} that are trained; {run.states()} states an update")
-    print(f"predicted, not measured: {plan}")
+    log.info(f"{base:,} parameters, and {trained:,} that are trained; {run.states()} states an update")
+    log.info(f"predicted, not measured: {plan}")
     plan.show()
     rows = options(run, limit, rollouts.sequences_per_forward)
     show(rows, f"what fits in {gib(limit)} GiB: predicted, not measured")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,8 @@ def run_options(file: Path) -> dict[str, Options]:
     if "cache" in groups["rollout"]:
         groups["rollout"]["cache"] = todays(groups["rollout"]["cache"])
     return groups
+
+
+def some(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Those of ``options`` that have one of these ``names``."""
+    return {name: options[name] for name in names if name in options}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from dopsd import collapse
 from dopsd.checkpoints import number
 from dopsd.evaluation.accuracy import difference, summary
 from dopsd.files import write_json, write_text
+from dopsd.model_card import write_card
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.ranks import on_first_process
 from dopsd.rollout import Rollout, Row
@@ -27,6 +29,9 @@ from dopsd.trainer import Trainer
 from dopsd.units import gib
 from dopsd.versions import versions
 
+log = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.csv"
 PICTURES = ("curves.png", "trajectory.png")
 
 
@@ -46,7 +51,7 @@ class Metrics(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_metrics(state.log_history, self.output / "metrics.csv")
+            write_metrics(state.log_history, self.output / METRICS_FILE)
 
 
 def write_metrics(log: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -61,21 +66,21 @@ def write_metrics(log: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
-    """Say what is about to run."""
+    """Log what is about to run."""
     if trainer.is_world_process_zero():
         total = sum(p.numel() for p in trainer.student.parameters())
         trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
-        print(
+        log.info(
             f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters, {trained:,} trained, "
             f"on {trainer.args.device}; {trainer.args.max_steps} updates of "
             f"{trainer.args.train_batch_size * trainer.args.world_size} prompts; {problems} held-out problems; "
             f"writing to {trainer.args.output_dir}"
         )
         if trainer.memory.plan is not None:
-            print(f"{trainer.memory.plan}")
+            log.info(str(trainer.memory.plan))
             trainer.memory.plan.show()
         if (reason := why_no_picture()) is not None:
-            print(f"{' and '.join(PICTURES)} are left out: {reason}")
+            log.info(f"{' and '.join(PICTURES)} are left out: {reason}")
 
 
 def held_out(
@@ -151,7 +156,7 @@ def finish(
     after: Mapping[str, list[float]],
     seconds: float,
 ) -> dict[str, Any]:
-    """Write ``metrics.csv``, ``curves.png`` and, last, ``report.json``, with which the run is finished; returns that.
+    """Write ``metrics.csv``, ``curves.png``, the model card and, last, ``report.json``: returned.
 
     Pictures that can't be drawn here are left out; the report says which and why.
     """
@@ -186,7 +191,7 @@ def finish(
         "config": config,
     }
     if trainer.is_world_process_zero():
-        write_metrics(trainer.state.log_history, output / "metrics.csv")
+        write_metrics(trainer.state.log_history, output / METRICS_FILE)
         if reason is None:
             plot_curves(
                 trainer.state.log_history,
@@ -196,12 +201,13 @@ def finish(
                 before_error=own["standard_error_before"],
                 after_error=own["standard_error_after"],
             )
+        write_card(output, result, trainer.distillation.decoder.mask_id)
         write_json(output / REPORT_FILE, result)
     return result
 
 
 def show_result(result: Mapping[str, Any], output: Path) -> None:
-    """Print what a report says."""
+    """Show what a report says."""
     rows = [
         {
             "tokens per step": rate,
@@ -220,7 +226,7 @@ def show_result(result: Mapping[str, Any], output: Path) -> None:
     if memory is not None:
         peaks = gib(memory["predicted_peak"]), gib(memory["measured_peak"])
         notes.append(f"memory: {peaks[0]} GiB predicted, {peaks[1]} measured in updates")
-    files = [name for name in (REPORT_FILE, "metrics.csv", *PICTURES) if name not in left_out]
+    files = [name for name in (REPORT_FILE, METRICS_FILE, *PICTURES) if name not in left_out]
     notes += [f"{name} is left out: {why}" for name, why in left_out.items()]
     notes.append(f"{result['seconds']:.0f} s; in {output}: the adapter, {', '.join(files)}")
     show(rows, f"held-out accuracy, {result['eval_problems']} problems", notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from dopsd.errors import RunError, require
 from dopsd.files import plain, sha256, write_json, writing
 from dopsd.recorded import run_options
 
+log = logging.getLogger(__name__)
+
 LOCK_FILE = "run.lock"
 REPORT_FILE = "report.json"
 # What a run that was killed while it took the folder can have left.
@@ -25,6 +28,7 @@ CLAIM = {LOCK_FILE, f"{RUN_FILE}.part"}
 
 # transformers options that may differ between a run and its continuation.
 FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "ddp_timeout"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"}
 
 
 class Start(NamedTuple):
@@ -113,7 +117,7 @@ class RunFolder:
             os.close(descriptor)
             raise RunError(f"output_dir={str(self.path)!r} is in use by {holder}: wait for it, or stop it") from None
         except OSError as error:  # a file system without locks
-            print(f"{self.path} can't be locked ({error}): nothing keeps a second run out of it")
+            log.warning("%s can't be locked (%s): nothing keeps a second run out of it", self.path, error)
         self.lock = descriptor
         with writing(self.path / LOCK_FILE):
             os.ftruncate(descriptor, 0)

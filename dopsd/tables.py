@@ -1,7 +1,8 @@
-"""Rows of cells as a table: on a terminal, or as Markdown."""
+"""Rows of cells as a table: for people to read, or as Markdown."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import JustifyMethod
 
+log = logging.getLogger(__name__)
+
 # Columns that hold words, which stand to the left; all others hold numbers.
 WORDS = ("", "task", "measure", "reuse", "weights", "checkpointing")
 
@@ -17,9 +20,9 @@ FILE_WIDTH = 120  # of tables that no terminal is there to bound
 
 
 def show(rows: Sequence[Mapping[str, str]], title: str, notes: Sequence[str] = ()) -> None:
-    """Print rows of cells, each a value by column, as a table, and notes below it; without rich, it is Markdown."""
+    """Log rows of cells, each a value by column, as a table, and notes below it; without rich, it is Markdown."""
     if find_spec("rich") is None:
-        print(title, markdown_table(rows), *notes, sep="\n")
+        log.info("\n".join([title, markdown_table(rows), *notes]))
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -32,9 +35,11 @@ def show(rows: Sequence[Mapping[str, str]], title: str, notes: Sequence[str] = (
     for row in rows:
         drawn.add_row(*row.values())
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
-    console.print(drawn)
-    for note in notes:
-        console.print(note, highlight=False, markup=False)
+    with console.capture() as text:
+        console.print(drawn)
+        for note in notes:
+            console.print(note, highlight=False, markup=False)
+    log.info(text.get().rstrip("\n"))
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,8 @@ from dopsd.sampler import Decoding
 from dopsd.seeds import DRIFT, EVALUATION, mix_seeds
 from dopsd.step_batch import Example, StepBatch
 from dopsd.teacher import TeacherWeights
+
+log = logging.getLogger(__name__)
 
 
 class Trainer(transformers.Trainer):
@@ -175,7 +178,7 @@ class Trainer(transformers.Trainer):
         far = [limit is not None and drift > limit for drift in drifts.tolist()]
         if any(far) and not self.said_drift:
             self.said_drift = True
-            tqdm.write(
+            log.warning(
                 f"update {self.state.global_step + 1}: reuse={reuse} makes a trajectory drift by "
                 f"{float(drifts.max()):.3g}, more than drift_limit={limit}: such ones are computed without it"
             )
@@ -284,7 +287,7 @@ class Trainer(transformers.Trainer):
         pending = Pending.load(Path(resume_from_checkpoint), self.accelerator.process_index)
         self.accepted_count, self.slices, sizes, self.update_metrics = pending
         if self.memory.plan is not None and sizes != self.distillation.sizes:
-            tqdm.write(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
+            log.warning(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
         self.distillation.resize(sizes)  # the same sums, and so the same bits
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -302,7 +305,7 @@ class Trainer(transformers.Trainer):
             check_saved(self.student, str(best))
             super()._load_best_model()
         else:
-            tqdm.write(f"{best}, the best by validation, can't be used: {why}; the last adapter is what is left")
+            log.warning(f"{best}, the best by validation, can't be used: {why}; the last adapter is what is left")
             self.state.best_model_checkpoint = None
 
     def restore(self, checkpoint: str) -> None:

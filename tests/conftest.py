@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 from transformers import set_seed
 
+from dopsd.console import console
 from dopsd.models import load_model
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 from dopsd.rollout import Decoder
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # Imported once, in the process that those of tests are forked from, and not for seconds in each.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["dopsd.train", "dopsd.evaluate", "matplotlib.backends.backend_agg", "rich.table"]
+    ["dopsd.run", "dopsd.evaluation.command", "matplotlib.backends.backend_agg", "rich.table"]
 )
 
 
@@ -41,6 +42,13 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 def one_thread() -> None:
     """Small tensors: more threads only cost, and results are then the same bits everywhere."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def printed() -> Iterator[None]:
+    """What the package says goes to standard output, as in its commands."""
+    with console(sentences=True, bars=False):
+        yield
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dopsd import evaluate, limits, train
+from dopsd import limits, run
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError
+from dopsd.evaluation import command as evaluate
 from dopsd.models import add_lora, load_adapter, load_model
 from dopsd.tasks import load_task
 from dopsd.trainer import Trainer
@@ -136,7 +137,7 @@ def test_a_bad_model_is_named_and_leaves_no_output_folder(
     """The sentence holds what is wrong; the same output_dir is then free for the corrected command."""
     model, output = broken_model(kind), tmp_path / "output"
     before = contents(tmp_path)
-    code, _, err = command(train.main, *small_run, "--output_dir", str(output), "--model", model)
+    code, _, err = command(run.main, *small_run, "--output_dir", str(output), "--model", model)
     sentence = the_error(err)
     assert code == status, sentence
     for word in said:
@@ -154,7 +155,7 @@ def test_a_hub_name_that_cannot_be_read_is_a_usage_error(
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    code, _, err = command(train.main, *small_run, "--output_dir", str(tmp_path / "output"), "--model", "tyni")
+    code, _, err = command(run.main, *small_run, "--output_dir", str(tmp_path / "output"), "--model", "tyni")
     assert code == 2
     for word in ("model='tyni'", "neither tiny, nor a folder, nor a hub model"):
         assert word in the_error(err)
@@ -197,7 +198,7 @@ def test_absurd_sizes_are_refused_at_once(
 ) -> None:
     """Before memory is asked for, or problems are made up."""
     output, start = tmp_path / "output", time.process_time()
-    code, _, err = command(train.main, *small_run, "--steps", "none", "--output_dir", str(output), *argv)
+    code, _, err = command(run.main, *small_run, "--steps", "none", "--output_dir", str(output), *argv)
     assert code and said in the_error(err)
     assert time.process_time() - start < 10 and not output.exists()
 
@@ -223,8 +224,8 @@ def test_an_adapter_of_another_width_is_refused(
     adapter = tmp_path / "adapter"
     make_trainer("--model", str(random_model)).save_adapter(adapter)
     before = contents(adapter)
-    for main, options in ((train.main, small_run), (evaluate.main, ["--eval_problems", "2"])):
-        output = ["--output_dir", str(tmp_path / "output")] if main is train.main else []
+    for main, options in ((run.main, small_run), (evaluate.main, ["--eval_problems", "2"])):
+        output = ["--output_dir", str(tmp_path / "output")] if main is run.main else []
         code, _, err = command(main, *options, *output, "--model", "tiny", "--adapter", str(adapter))
         assert code == 2
         sentence = the_error(err)
@@ -282,7 +283,7 @@ def test_every_tensor_of_an_adapter_is_checked(
     save_file(change(load_file(weights)), weights, {"format": "pt"})
     output = ["--output_dir", str(tmp_path / "output")]
     options = ["--model", str(random_model), "--adapter", str(small_adapter)]
-    for main, argv in ((train.main, [*small_run, *output]), (evaluate.main, ["--eval_problems", "2"])):
+    for main, argv in ((run.main, [*small_run, *output]), (evaluate.main, ["--eval_problems", "2"])):
         code, out, err = command(main, *argv, *options)
         assert code == 2 and "accuracy" not in out
         for word in (f"adapter='{small_adapter}'", *said):
@@ -377,7 +378,7 @@ def test_bad_rows_name_the_file(
     if text is not None:
         path.write_text(text)
     output = tmp_path / "output"
-    code, _, err = command(train.main, *small_run, "--output_dir", str(output), "--train_file", str(path))
+    code, _, err = command(run.main, *small_run, "--output_dir", str(output), "--train_file", str(path))
     assert code == 1
     for word in (str(path), *said):
         assert word in the_error(err)
@@ -414,7 +415,7 @@ def test_an_unusable_option_exits_with_2(
 ) -> None:
     """Named together with what is accepted; no folder is made."""
     output = tmp_path / "output"
-    code, _, err = command(train.main, *small_run, "--output_dir", str(output), *argv)
+    code, _, err = command(run.main, *small_run, "--output_dir", str(output), *argv)
     assert code == 2
     for word in said:
         assert word in the_error(err)
@@ -433,7 +434,7 @@ def test_a_budget_that_does_not_do_is_said_before_the_run(
 ) -> None:
     """What is needed, what for and what would help; nothing is decoded or written."""
     output = tmp_path / "output"
-    code, out, err = command(train.main, *small_run, "--output_dir", str(output), "--memory_budget", budget)
+    code, out, err = command(run.main, *small_run, "--output_dir", str(output), "--memory_budget", budget)
     assert code == 2 and "held-out" not in out
     for word in said:
         assert word in the_error(err)
@@ -447,7 +448,7 @@ def test_an_optimiser_that_is_not_installed_is_said_before_the_run(
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     output = tmp_path / "output"
-    code, _, err = command(train.main, *small_run, "--output_dir", str(output), "--optim", "adamw_8bit")
+    code, _, err = command(run.main, *small_run, "--output_dir", str(output), "--optim", "adamw_8bit")
     assert code == 2
     for word in ("optim='adamw_8bit'", "dopsd[quant]"):
         assert word in the_error(err)
@@ -473,14 +474,14 @@ def test_folders_of_others_are_left_alone_and_runs_go_on_only_as_they_began(
     options = [*small_run, "--model", str(random_model), "--correct_only", "false", "--save_steps", "1"]
     options += ["--output_dir", str(output)]
     # A failed start is no obstacle to the corrected command.
-    assert command(train.main, *options, "--model", str(tmp_path / "absent"))[0] == 2
-    code, out, _ = command(train.main, *options)
+    assert command(run.main, *options, "--model", str(tmp_path / "absent"))[0] == 2
+    code, out, _ = command(run.main, *options)
     assert code == 0 and "held-out accuracy" in out
     before = contents(output)
     assert "report.json" in before and "checkpoint-2/trainer_state.json" in before
 
     def refused(status: int, *argv: str, said: list[str]) -> None:
-        code, _, err = command(train.main, *options, *argv)
+        code, _, err = command(run.main, *options, *argv)
         assert code == status
         for word in said:
             assert word in the_error(err)
@@ -502,7 +503,7 @@ def test_folders_of_others_are_left_alone_and_runs_go_on_only_as_they_began(
     file = tmp_path / "file"
     file.write_text("also years")
     for taken in (other, file):
-        code, _, err = command(train.main, *options, "--output_dir", str(taken))
+        code, _, err = command(run.main, *options, "--output_dir", str(taken))
         assert code == 2 and f"output_dir='{taken}'" in the_error(err)
     assert contents(other) == {"thesis.txt": b"years of work"} and file.read_text() == "also years"
 
@@ -516,7 +517,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_update(
     """A NaN among the weights: exit status 1, the number of the update, and no adapter that looks like a result."""
     output = tmp_path / "output"
     argv = [*small_run, "--model", broken_model("nan"), "--correct_only", "false", "--output_dir", str(output)]
-    code, _, err = command(train.main, *argv)
+    code, _, err = command(run.main, *argv)
     assert code == 1
     for word in ("the loss is nan", "update 1", str(output)):
         assert word in the_error(err)
@@ -580,7 +581,7 @@ def test_debug_shows_where(command: Command) -> None:
     with pytest.raises(ZeroDivisionError) as raised:
         command(boom, "--debug")
     assert raised.traceback[-1].name == "boom"
-    code, _, err = command(train.main, "--debug", "--pass_k", "0")
+    code, _, err = command(run.main, "--debug", "--pass_k", "0")
     assert code == 2
     assert "Traceback" in err and "UsageError" in err
     assert err.strip().splitlines()[-1].startswith("error: pass_k must be at least 1, but is 0")

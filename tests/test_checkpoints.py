@@ -17,9 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from dopsd import evaluate, models, train
+from dopsd import models, run
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError, UsageError
+from dopsd.evaluation import command as evaluate
 from dopsd.models import add_lora, load_adapter, load_model, quantization
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.models.dream import DreamConfig, DreamModel
@@ -240,7 +241,7 @@ def test_an_int8_or_nf4_base_needs_a_gpu_and_bitsandbytes(
     absent = ("bitsandbytes", "flash_attn")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else find(name, *rest))
     output = tmp_path / "output"
-    for main, argv in ((train.main, [*small_run, "--output_dir", str(output)]), (evaluate.main, [])):
+    for main, argv in ((run.main, [*small_run, "--output_dir", str(output)]), (evaluate.main, [])):
         for option, extra in (
             (("--quantize", "nf4"), "dopsd[quant]"),
             (("--quantize", "int8"), "dopsd[quant]"),
@@ -444,7 +445,7 @@ def test_both_commands_with_every_family(
     output = tmp_path / "run"
     options = [*small_run, "--recipe", "tiny", "--model", str(tmp_path / "model"), "--correct_only", "false"]
     options += ["--gradient_checkpointing", "true", "--lora_targets", "reference", "--output_dir", str(output)]
-    code, _, err = command(train.main, *options)
+    code, _, err = command(run.main, *options)
     assert code == 0, err
     report = json.loads((output / "report.json").read_text())
     assert report["config"]["model"]["quantize"] == "none"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from dopsd import checkpoints, collapse, plots, report, train
+from dopsd import checkpoints, collapse, plots, report, run
 from dopsd.collapse import CollapseGuard, Tally, first_try_fall, fisher, tallies_of, validation_fall
 from dopsd.config import parse_train
 from dopsd.errors import UsageError
@@ -82,8 +82,8 @@ def test_noise_is_no_collapse(monkeypatch: pytest.MonkeyPatch) -> None:
         changed.setattr(collapse, "CHANCE", 1.1)
         assert alarms(0.03, 20) > 10
     rates = torch.tensor([0.5] * 20 + [0.03] * 8).expand(50, 28)
-    for run in torch.binomial(torch.full((50, 28), 32.0), rates).int().tolist():
-        log = [Tally(update, count, 32) for update, count in enumerate(run, 1)]
+    for counts in torch.binomial(torch.full((50, 28), 32.0), rates).int().tolist():
+        log = [Tally(update, count, 32) for update, count in enumerate(counts, 1)]
         fall = first_try_fall(log, 0)
         assert fall is not None and fall.best_update <= 20 and fall.now <= fall.best / 3
         assert first_try_fall(log[:20], 0) is None and first_try_fall(log, 25) is None
@@ -339,7 +339,7 @@ def test_a_run_that_collapses_says_so_and_has_finished(
     argv = [*small_run, "--max_steps", "3", "--eval_steps", "1", "--save_steps", "1", "--learning_rate", "3"]
     argv += ["--load_best_model_at_end", "none", "--validation_problems", "24", "--correct_only", "false"]
     argv += ["--steps", "24", "--eval_tokens_per_step", "8", "--output_dir", str(output)]
-    status, out, _ = command(train.main, *argv)
+    status, out, _ = command(run.main, *argv)
     assert status == 0
     assert " ".join(out.split()).count("collapse at update 1: validation accuracy fell from ") == 2
     assert "the adapter is that of update 0 of 1, the best by validation" in " ".join(out.split())
@@ -357,7 +357,7 @@ def test_a_run_that_collapses_says_so_and_has_finished(
     for name in (*kept, "report.json", "metrics.csv"):
         (output / name).unlink()
     monkeypatch.setattr(Trainer, "training_step", None)
-    status, out, _ = command(train.main, *argv, "--resume_from_checkpoint", "true")
+    status, out, _ = command(run.main, *argv, "--resume_from_checkpoint", "true")
     assert status == 0 and "collapse at update 1" in out
     assert all((output / name).read_bytes() == content for name, content in kept.items())
     assert json.loads((output / "report.json").read_text())["collapse"] == [event]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dopsd import evaluate
+from dopsd.evaluation import command as evaluate
 from dopsd.evaluation.accuracy import difference, mcnemar, summary
 
 Command = Callable[..., tuple[int, str, str]]

@@ -13,8 +13,9 @@ import transformers
 import yaml
 
 from dopsd import config
-from dopsd.config import parse_evaluate, parse_train
+from dopsd.config import parse_train
 from dopsd.errors import UsageError
+from dopsd.evaluation.options import parse_evaluate
 from dopsd.tasks.sudoku import Sudoku
 
 RECIPES = sorted(Path(config.__file__).parent.glob("recipes/*.yaml"))
@@ -120,6 +121,48 @@ def test_a_recipe_and_the_command_line_name_the_cache(tmp_path: Path, word: str,
         assert said == (
             set() if word == kind else {f"cache={word} is called cache={kind} now; the next release forgets {word}"}
         )
+
+
+def test_a_recipe_starts_from_another(tmp_path: Path) -> None:
+    """From one that ships or a file beside it, whose lines its own replace; the command line comes last. One that names
+    none stands for itself."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "base.yaml").write_text("recipe: tiny\nsteps: 12\nclip: 0.5\neval_tokens_per_step: [1, 2]\n")
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: lib/base.yaml\nclip: none\nteacher: fixed\neval_tokens_per_step: []\n")
+    values, tiny = parsed("--recipe", str(path), "--seed", "5"), parsed()
+    changed = {"recipe", "steps", "teacher", "eval_tokens_per_step", "seed", "output_dir", "logging_dir", "run_name"}
+    assert {name for name in values if values[name] != tiny[name]} <= changed
+    assert (values["steps"], values["clip"], values["teacher"], values["seed"]) == (12, None, "fixed", 5)
+    assert (values["recipe"], values["eval_tokens_per_step"]) == (str(path), [])
+    path.write_text("steps: 128\n")
+    assert parsed("--recipe", str(path))["lora_r"] == 128 != tiny["lora_r"]
+
+
+def test_recipes_in_a_circle_are_refused(tmp_path: Path) -> None:
+    """Also one that starts from itself; and a recipe that is not there is named."""
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    two.write_text("recipe: ./one.yaml\n")
+    for name in ("two.yaml", "one.yaml"):
+        one.write_text(f"recipe: {name}\n")
+        with pytest.raises(UsageError, match="in a circle"):
+            parsed("--recipe", str(one))
+    one.write_text("recipe: three.yaml\n")
+    with pytest.raises(UsageError, match=r"recipe must be one of .*three\.yaml"):
+        parsed("--recipe", str(one))
+
+
+def test_options_of_a_function_are_those_of_a_command_line() -> None:
+    """None, lists, dictionaries, paths and words that begin with a dash; what a recipe may not name, a caller may."""
+    words = "--clip none --eval_tokens_per_step 1 4 --lora_targets none --bf16 false --report_to none --output_dir a"
+    given = {"clip": None, "eval_tokens_per_step": [1, 4], "lora_targets": None, "bf16": False, "report_to": None}
+    for one, two in zip(parse_train(words.split()), parse_train(**given, output_dir=Path("a")), strict=True):
+        assert {f.name for f in fields(one) if f.init and getattr(one, f.name) != getattr(two, f.name)} == set()
+    assert parse_train(lr_scheduler_kwargs={"power": 2.0}, lr_scheduler_type="polynomial")[4].lr_scheduler_kwargs == {
+        "power": 2.0
+    }
+    assert parse_train(output_dir=Path("-there"), task="a.py:Chess")[4].output_dir == "-there"
+    assert parse_evaluate(gen_length=None, reveal=[]).gen_length is None
 
 
 @pytest.mark.parametrize(
@@ -351,6 +394,20 @@ def test_every_option_has_a_help_text(group: type) -> None:
     helps = [f.metadata.get("help", "") for f in own_fields(group)]
     assert helps and all(text.strip().endswith(".") for text in helps)
     assert len(set(helps)) == len(helps)
+
+
+def test_help_is_short_and_help_all_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    """Within 160 lines what is ours and usual; transformers' others, and options' second names, are elsewhere."""
+    text = {}
+    for word in ("-h", "--help-all"):
+        with pytest.raises(SystemExit):
+            parse_train([word])
+        text[word] = capsys.readouterr().out
+    assert text["-h"].count("\n") < 160 and max(map(len, text["-h"].splitlines())) <= 120
+    for name in ("--learning_rate", "--resume_from_checkpoint", "--clip_form", "--help-all"):
+        assert f"  {name}" in text["-h"]
+    assert "--adam_epsilon" in text["--help-all"] and "--adam_epsilon" not in text["-h"]
+    assert "--no_correct_only" not in text["--help-all"] and "SUPPRESS" not in text["--help-all"]
 
 
 @pytest.mark.parametrize("parse", [parse_train, parse_evaluate])

@@ -13,7 +13,7 @@ import torch
 from processes import run_two, two
 from safetensors.torch import load_file
 
-from dopsd import train
+from dopsd import run
 from dopsd.prompt_sampler import PromptSampler
 from dopsd.tasks.sudoku import Sudoku
 
@@ -99,7 +99,7 @@ def test_two_processes_give_the_adapter_of_one(
     words = ["--ddp_backend", "gloo", "--per_device_train_batch_size", "1", "--output_dir", str(two)]
     run_two("dopsd.train", [*argv, *words], tmp_path, RIGHT=right)
     monkeypatch.setenv("RIGHT", right)
-    train.main([*argv, "--output_dir", str(one)])
+    run.main([*argv, "--output_dir", str(one)])
 
     log = metrics(one)
     accepted = [row["accepted"] for row in log if "accepted" in row]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd import evaluate
-from dopsd.config import parse_evaluate
+from dopsd.evaluation import command as evaluate
 from dopsd.evaluation.accuracy import wilson
 from dopsd.evaluation.decoding import own_future
+from dopsd.evaluation.options import parse_evaluate
 from dopsd.rollout import Decoder, Rollout
 from dopsd.seeds import mix_seeds
 from dopsd.tasks.sudoku import Sudoku

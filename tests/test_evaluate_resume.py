@@ -15,8 +15,8 @@ import torch
 from processes import run_two, start
 from safetensors.torch import load_file, save_file
 
-from dopsd import evaluate
 from dopsd.errors import RunError
+from dopsd.evaluation import command as evaluate
 from dopsd.evaluation import journal, run
 from dopsd.evaluation.journal import Journal
 from dopsd.models import add_lora, load_model

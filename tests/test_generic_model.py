@@ -31,9 +31,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from dopsd import evaluate, train
+from dopsd import run
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError, UsageError
+from dopsd.evaluation import command as evaluate
 from dopsd.models import add_lora, generic, load_adapter, load_model
 
 SIZES: dict[str, Any] = {
@@ -234,7 +235,7 @@ def test_reuse_is_refused(save: Save, tmp_path: Path, command: Callable[..., tup
         str(tmp_path / "run"),
     ]
     for name, kind in (("reuse", "block"), ("cache", "block")):
-        status, _, said = command(train.main, *options, "--train_problems", "4", f"--{name}", kind)
+        status, _, said = command(run.main, *options, "--train_problems", "4", f"--{name}", kind)
         assert status == 2 and f"{name}='{kind}'" in said and "LlamaForCausalLM" in said
     assert not (tmp_path / "run").exists()
     status, _, said = command(evaluate.main, "--model", options[1], "--eval_problems", "4", "--cache", "block")

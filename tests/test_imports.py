@@ -86,9 +86,9 @@ except ImportError:
     pass
 else:
     raise AssertionError
-from dopsd import train
+from dopsd import run
 
-train.main(sys.argv[1:])
+run.main(sys.argv[1:])
 assert not tried, tried
 print("done")
 """
@@ -115,13 +115,13 @@ assert collected == 0, collected
 for package in ("dopsd_kernels", "dopsd", "benchmarks"):
     for module in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
         importlib.import_module(module.name)
-from dopsd import cli, train
+from dopsd import cli, run
 
 try:
-    train.main(["--help"])
+    run.main(["--help"])
 except SystemExit as end:
     assert not end.code
-cli.run(train.main)
+cli.run(run.main)
 """
     output = tmp_path / "run"
     argv = [*small_run, "--max_steps", "1", "--steps", "6", "--eval_problems", "1", "--output_dir", str(output)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from processes import start
 
-from dopsd import checkpoints, train
+from dopsd import checkpoints, run
 from dopsd.errors import Interrupted
 from dopsd.interruption import Interruption
 from dopsd.trainer import Trainer
@@ -72,8 +72,8 @@ def test_an_interrupted_run_loses_nothing(
     assert last_line(printed) == (
         f"stopped by SIGTERM behind update {update} of 12; the same command with --resume_from_checkpoint true goes on"
     )
-    assert command(train.main, *argv, str(whole))[0] == 0
-    assert command(train.main, *argv, str(stopped), "--resume_from_checkpoint", "true")[0] == 0
+    assert command(run.main, *argv, str(whole))[0] == 0
+    assert command(run.main, *argv, str(stopped), "--resume_from_checkpoint", "true")[0] == 0
     for name in ("adapter_model.safetensors", "held_out_after.json"):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes()
     rows = [len((folder / "metrics.csv").read_text().splitlines()) for folder in (whole, stopped)]
@@ -95,7 +95,7 @@ def test_a_second_signal_stops_at_once_and_a_dead_process_has_no_folder(
     argv += ["--output_dir", str(output)]
     process = start("dopsd.train", argv, printed, GRADED=str(graded), SLOW="8")  # 4 at 2 rates come before training
     wait_for(process, printed, lambda: graded.is_file() and graded.stat().st_size > 8)
-    status, _, err = command(train.main, *argv, "--resume_from_checkpoint", "true")
+    status, _, err = command(run.main, *argv, "--resume_from_checkpoint", "true")
     assert status == 1 and f"output_dir='{output}' is in use by process {process.pid} on " in err
     os.kill(process.pid or 0, signal.SIGINT)
     wait_for(process, printed, lambda: "once more stops at once" in printed.read_text())
@@ -106,7 +106,7 @@ def test_a_second_signal_stops_at_once_and_a_dead_process_has_no_folder(
     assert "SIGINT: the update under way ends" in last_line(printed)
     monkeypatch.setenv("GRADED", str(graded))
     monkeypatch.setenv("SLOW", "1000")
-    assert command(train.main, *argv, "--resume_from_checkpoint", "true")[0] == 0
+    assert command(run.main, *argv, "--resume_from_checkpoint", "true")[0] == 0
 
 
 @pytest.mark.parametrize("moment", ["evaluate", "save_adapter"])
@@ -127,7 +127,7 @@ def test_a_signal_before_or_after_training_stops_there(
     argv += ["--eval_strategy", "no"]
     if moment != "evaluate":
         monkeypatch.setattr("dopsd.report.held_out", lambda *_: {})
-    status, _, err = command(train.main, *argv)
+    status, _, err = command(run.main, *argv)
     assert status == 143 and err.strip().splitlines()[-1] == (
         "stopped by SIGTERM; the same command with --resume_from_checkpoint true goes on"
     )

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dopsd import files, rollout, train
+from dopsd import files, rollout, run
 from dopsd.distillation import Distillation, Sizes
 from dopsd.errors import RunError, UsageError
 from dopsd.memory import meter, planner
@@ -31,7 +31,7 @@ from dopsd.trainer import Trainer
 from dopsd.units import GIB, read_bytes
 from dopsd_kernels.step_kl import api as step_kl
 
-ROOT = Path(train.__file__).parents[1]
+ROOT = Path(run.__file__).parents[1]
 Make = Callable[..., Trainer]
 
 
@@ -239,7 +239,7 @@ def test_checkpointing_is_as_the_sizes_say(
 PROGRAM = """
 import sys
 
-from dopsd import cli, train
+from dopsd import cli, run
 from dopsd.memory.meter import CUDA_ALLOWANCE, ResidentMeter
 from dopsd.units import GIB
 
@@ -249,7 +249,7 @@ if sys.argv.pop(1) == "cpu":
     meter.take_peak()
     persistent = meter.take_peak()
 sys.argv += ["--memory_budget", f"{persistent / GIB + 0.6:.2f}GiB"]
-cli.run(train.main)
+cli.run(run.main)
 """
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from dopsd import evaluate, report
-from dopsd.config import parse_evaluate, parse_train
+from dopsd import report
+from dopsd.config import parse_train
 from dopsd.errors import RunError, UsageError
+from dopsd.evaluation import command as evaluate
+from dopsd.evaluation.options import parse_evaluate
 from dopsd.files import write_json
 from dopsd.models import add_lora, load_model
 from dopsd.recorded import recorded

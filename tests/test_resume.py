@@ -17,7 +17,7 @@ import torch
 from processes import start
 from torch import Tensor
 
-from dopsd import train
+from dopsd import run
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
 
@@ -122,8 +122,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert process.exitcode == -signal.SIGKILL
     assert not (killed / "adapter_model.safetensors").exists() and not (killed / "report.json").exists()
 
-    train.main([*argv, "--output_dir", str(whole)])
-    train.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
+    run.main([*argv, "--output_dir", str(whole)])
+    run.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
     expected = outcome(whole)
     assert outcome(killed) == expected and len(expected["metrics"]) >= UPDATES
     reports = [json.loads((folder / "report.json").read_text()) for folder in (whole, killed)]
@@ -139,11 +139,11 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     ):
         (killed / name).unlink()
     (killed / f"checkpoint-{UPDATES}" / "optimizer.pt").write_bytes(b"half")
-    train.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
+    run.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
     assert outcome(killed) == expected
 
     def go_on() -> dict[Path, bytes]:
-        train.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
+        run.main([*argv, "--output_dir", str(killed), "--resume_from_checkpoint", "true"])
         return {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
 
     monkeypatch.setattr(Trainer, "training_step", None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dopsd import checkpoints, train
+from dopsd import checkpoints, run
 from dopsd.errors import RunError, UsageError
 from dopsd.run_folder import RunFolder, Start
 
@@ -196,7 +196,7 @@ def test_what_only_the_optimiser_refuses_is_said_before_anything_is_decoded_or_w
     """Exit status 2, and nothing is in the way of the corrected command."""
     output = tmp_path / "output"
     argv = [*small_run, "--model", str(random_model), "--output_dir", str(output)]
-    status, out, err = command(train.main, *argv, f"--{option}", value)
+    status, out, err = command(run.main, *argv, f"--{option}", value)
     assert status == 2 and option in err and value in err and err.count("\n") == 1 and not out
     assert not output.exists() or not list(output.iterdir())
 
@@ -207,7 +207,7 @@ def test_a_tensor_that_the_last_update_spoils_is_seen(
     """A finite loss, and a step beyond fp32: the run ends with a sentence, and leaves no adapter and no checkpoint."""
     argv = [*small_run, "--model", str(random_model), "--correct_only", "false", "--max_steps", "1"]
     argv += ["--learning_rate", "1e39", "--lr_scheduler_type", "constant", "--output_dir", str(tmp_path / "run")]
-    status, _, err = command(train.main, *argv)
+    status, _, err = command(run.main, *argv)
     assert status == 1
     for word in ("tensors of the adapter are not finite behind update 1", "no complete checkpoint", "learning_rate"):
         assert word in err

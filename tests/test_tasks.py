@@ -556,7 +556,8 @@ def test_a_training_file_gives_validation_rows_too(tmp_path: Path, hub: Counter[
 
 def test_the_grading_is_an_option_and_in_the_report() -> None:
     """Both commands have it, and both write down every option."""
-    from dopsd.config import parse_evaluate, parse_train
+    from dopsd.config import parse_train
+    from dopsd.evaluation.options import parse_evaluate
 
     assert parse_evaluate(["--grading", "strict"]).grading == "strict"
     assert parse_train(["--grading", "strict", "--output_dir", "x"])[1].grading == "strict"

@@ -17,12 +17,13 @@ import torch
 from peft import PeftModel
 
 import dopsd.assets
-from dopsd import evaluate, train
+from dopsd import run
+from dopsd.evaluation import command as evaluate
 from dopsd.models import load_adapter
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.tasks.sudoku import Sudoku
 
-ROOT = Path(train.__file__).parents[1]
+ROOT = Path(run.__file__).parents[1]
 TINY = Path(dopsd.assets.__file__).parent / "tiny"
 OPTIONS = (
     "--max_steps 2 --per_device_train_batch_size 2 --train_problems 16 --validation_problems 4 --eval_problems 6 "
@@ -134,8 +135,22 @@ def test_what_is_printed(finished: tuple[Path, subprocess.CompletedProcess[str]]
     for word in ("tiny on sudoku", "2 updates of 2 prompts", "6 held-out problems", "held-out accuracy", "before"):
         assert word in text
     assert str(output) in "".join(done.stdout.split())
-    assert "Traceback" not in done.stderr
+    # No terminal is there: a plain line an update, and no bar.
+    for update in (1, 2):
+        assert f"\nupdate {update} of 2: loss " in done.stdout and f"\nupdate {update} of 2: validation " in done.stdout
+    assert done.stderr == ""
     assert not list(output.glob("*.part"))
+
+
+def test_the_card_says_what_the_report_does(output: Path) -> None:
+    """README.md is this run's; neither it nor the adapter's config says where the model that ships lies here."""
+    text, result = (output / "README.md").read_text(), strict((output / "report.json").read_text())
+    for rate, row in result["tokens_per_step"].items():
+        assert f"| {rate} | {100 * row['accuracy_before']:.1f} (" in text
+    assert "`tiny`, the small model that ships" in text and "![Training curves](curves.png)" in text
+    config = (output / "adapter_config.json").read_text()
+    assert strict(config)["base_model_name_or_path"] == "tiny"
+    assert str(TINY.parent) not in text + config
 
 
 def test_the_adapter_loads_with_evaluate(output: Path, tmp_path: Path) -> None:

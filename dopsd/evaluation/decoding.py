@@ -11,8 +11,9 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dopsd.config import EvaluationArguments
+from dopsd.console import draws_bars
 from dopsd.evaluation.journal import Journal
+from dopsd.evaluation.options import EvaluationArguments
 from dopsd.evaluation.results import label
 from dopsd.evaluation.settings import Setting, plan, revealed, work
 from dopsd.rollout import Decoder, Rollout
@@ -48,7 +49,7 @@ class Progress:
 
     def __init__(self, total: int, show: bool) -> None:
         form = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-        self.bar = tqdm(total=total, disable=not show, bar_format=form, smoothing=0)
+        self.bar = tqdm(total=total, disable=not (show and draws_bars()), bar_format=form, smoothing=0)
         self.reached = self.length = 0
         self.scores: list[float] = []
 

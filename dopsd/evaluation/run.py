@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from accelerate import PartialState
 from torch import nn
 
 from dopsd import cli, files
-from dopsd.config import EvaluationArguments
 from dopsd.errors import must_be, require
 from dopsd.evaluation import compare, journal
 from dopsd.evaluation.accuracy import is_grade
 from dopsd.evaluation.decoding import decode_all
 from dopsd.evaluation.journal import Journal
+from dopsd.evaluation.options import EvaluationArguments
 from dopsd.evaluation.results import markdown, result
 from dopsd.evaluation.settings import Setting, hashed, identity, measures, plan, sentence, taken
 from dopsd.interruption import Interruption
@@ -32,6 +33,8 @@ from dopsd.sampler import Decoding
 from dopsd.tasks import Row, Task, load_task
 from dopsd.trajectory import Trajectory
 from dopsd.versions import versions
+
+log = logging.getLogger(__name__)
 
 # After which a process of several that nothing has been heard of is given up.
 SILENCE = timedelta(minutes=10)
@@ -70,7 +73,7 @@ def decode(args: EvaluationArguments, folder: Path | None, process: PartialState
     """Decode every setting, this process's share of it, into the journal in ``folder``; the first collects results."""
     said = taken(args)
     if said is not None and process.is_main_process:
-        print(said)
+        log.info(said)
     # What takes no time to find out comes before what fetches datasets.
     check_model(args.model)
     if args.adapter is not None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dopsd import files
-from dopsd.config import DecodingArguments, EvaluationArguments, evaluation_options
+from dopsd.config import DecodingArguments
+from dopsd.evaluation.options import EvaluationArguments, evaluation_options
 from dopsd.models import adapter_files
 from dopsd.recorded import recorded
 from dopsd.rollout import Decoder

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
-
-from tqdm.auto import tqdm
 
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.distillation import Distillation
@@ -20,6 +19,8 @@ from dopsd.tasks import Row
 from dopsd.units import GIB, read_bytes
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class MemoryKeeper:
@@ -108,7 +109,7 @@ class MemoryKeeper:
                 change = "activations are checkpointed from now on"
             else:
                 raise RunError(f"out of memory at update {update} with one state at a time; {self.remedies}")
-            tqdm.write(f"update {update}: out of memory in training; {change}")
+            log.warning(f"update {update}: out of memory in training; {change}")
             self.forget_peak()
         return done
 
@@ -126,5 +127,5 @@ class MemoryKeeper:
             if size == 1:
                 raise RunError(f"out of memory in decoding with one sequence at a time; {self.remedies}")
             self.distillation.resize(replace(sizes, sequences_per_forward=size // 2))
-            tqdm.write(f"out of memory in decoding; sequences_per_forward is {size // 2} from now on")
+            log.warning(f"out of memory in decoding; sequences_per_forward is {size // 2} from now on")
         return done

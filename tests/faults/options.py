@@ -6,7 +6,9 @@ import os
 from functools import partial
 from pathlib import Path
 
-from dopsd.config import TRAINING, EvaluationArguments, Parser, PlanArguments
+from dopsd.config import TRAINING, PlanArguments
+from dopsd.evaluation.options import EvaluationArguments
+from dopsd.parser import Parser
 
 from .harness import Bench, Case, require, run
 

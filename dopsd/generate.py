@@ -1,0 +1,132 @@
+"""A model that is ready to generate: its weights, its tokenizer, and how it decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dopsd import cli
+from dopsd.config import LoadArguments, RolloutArguments, parse_load, parse_train
+from dopsd.errors import UsageError, require
+from dopsd.models import load_adapter, load_model, require_layers
+from dopsd.parser import did_you_mean
+from dopsd.recorded import recorded, some
+from dopsd.rollout import Decoder
+from dopsd.sampler import Decoding
+from dopsd.seeds import mix_seeds
+from dopsd.tasks import Row, Task
+from dopsd.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion.
+
+    Args:
+        text: up to the first end-of-text token.
+        trajectory: its tokens and the step at which each was revealed.
+    """
+
+    text: str
+    trajectory: Trajectory = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as it generates.
+
+    Args:
+        decoder: its network, tokenizer and special tokens.
+        decoding: how it decodes unless it is told otherwise.
+        bf16: whether it computes in bf16 (autocast), as a run may have done.
+    """
+
+    decoder: Decoder
+    decoding: Decoding
+    bf16: bool
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_rows: Callable[[int], object] | None = None,
+        **decoding: Any,
+    ) -> list[Sample]:
+        """A completion of each prompt; what is drawn depends on the seed and the prompt's place alone.
+
+        Args:
+            prompts: texts; each is a user's turn if the tokenizer has a chat template.
+            temperature: of the Gumbel-max sample; 0 is greedy.
+            seed: at least 0.
+            on_rows: is told of each finished batch how many prompts it had.
+            decoding: other fields of :class:`~dopsd.sampler.Decoding`. Another ``gen_length`` without ``steps`` keeps
+                the tokens a step.
+
+        Raises:
+            UsageError: a field that there is not, or a value that can't be used.
+            RunError: a prompt that does not fit the model's context.
+        """
+        require(not isinstance(prompts, str), "prompts", prompts, "it is one text: give a list")
+        known = [f.name for f in fields(Decoding)]
+        for name in decoding:
+            if name not in known:
+                raise UsageError(f"unknown option {name!r}{did_you_mean(name, known)}")
+        if "gen_length" in decoding and "steps" not in decoding:
+            rate = self.decoding.gen_length / self.decoding.total_steps
+            decoding["steps"] = max(1, round(decoding["gen_length"] / rate))
+        how = replace(self.decoding, **decoding, temperature=temperature)
+        require_layers(self.decoder.model, "cache", how.cache, "none")
+        cli.check_lengths(self.decoder, prompts, how.gen_length)
+        seeds = mix_seeds(seed, torch.arange(len(prompts)))
+        with torch.autocast(self.decoder.model.device.type, torch.bfloat16, enabled=self.bf16):
+            rollouts = self.decoder.once([{"prompt": text} for text in prompts], how, seeds, on_rows=on_rows)
+        return [Sample(rollout.response, rollout.trajectory) for rollout in rollouts]
+
+
+class Ungraded(Task):
+    """Prompts as they are."""
+
+    def problems(self, split: str, count: int, seed: int = 0) -> list[Row]:
+        return []
+
+    def read(self, path: Path) -> list[Row]:
+        return []
+
+    def prompt(self, row: Row) -> str:
+        return row["prompt"]
+
+    def reference_prompt(self, row: Row) -> str:
+        return row["prompt"]
+
+    def score(self, row: Row, response: str) -> float:
+        return 0.0
+
+
+def named(source: str) -> dict[str, Any]:
+    """A model's folder or hub id as the option ``model``, and an adapter's folder, such as a run's, as ``adapter``."""
+    return {"model" if recorded(Path(source)) is None else "adapter": source}
+
+
+def load(source: str, **options: Any) -> Model:
+    """The model that :func:`dopsd.load` gives."""
+    said = recorded(Path(source))
+    about = {} if said is None else some(said.model, *(f.name for f in fields(LoadArguments)))
+    args = parse_load(**{**about, **named(source), **options})
+    network, tokenizer = load_model(**args.loading())
+    if args.adapter is not None:
+        load_adapter(network, args.adapter, trainable=False)
+    if torch.accelerator.is_available() and args.quantize == "none":
+        torch.nn.Module.to(network, torch.accelerator.current_accelerator())
+    if said is not None and said.rollout:
+        rollouts = RolloutArguments(**some(said.rollout, *(f.name for f in fields(RolloutArguments))))
+    else:
+        rollouts = parse_train(model=args.model)[2]
+    mask_id, eos_id = network.config.mask_token_id, tokenizer.eos_token_id
+    decoder = Decoder(network.eval(), tokenizer, Ungraded(), mask_id, eos_id, rollouts.sequences_per_forward)
+    return Model(decoder, rollouts.decoding(), said is not None and bool(said.training.get("bf16")))
