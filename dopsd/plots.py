@@ -32,7 +32,7 @@ Array = NDArray[np.float64]
 
 def why_no_picture() -> str | None:
     """Why no figure can be drawn here; None if one can. Nothing else of a run needs what draws."""
-    return None if find_spec("matplotlib") else "matplotlib is not installed (pip install matplotlib)"
+    return None if find_spec("matplotlib") else "matplotlib is not installed: pip install 'dopsd[train]'"
 
 
 # Training curves. One panel per group of series that share a unit; shares are drawn as percentages. The two series of
