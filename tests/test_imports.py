@@ -51,7 +51,7 @@ print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
 
 
 def test_the_ops_run_where_torch_alone_is_installed(bare_path: str) -> None:
-    """Without all that the extra train brings, an op computes; what needs it says so in one line that names the extra."""
+    """Without all that the extra train brings an op computes, and what needs it says so in a line that names it."""
     bare = {"PYTHONPATH": bare_path, "ALSO_ABSENT": TRAIN}
     program = """
 import torch

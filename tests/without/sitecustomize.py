@@ -1,7 +1,7 @@
 """Python in which packages that nothing needs to start are not installed: put this folder on PYTHONPATH.
 
-Neither importing nor looking for them finds them, nor those that ALSO_ABSENT names, in this process and in those that it
-starts.
+Neither importing nor looking for them finds them, nor those that ALSO_ABSENT names, in this process and in those that
+it starts.
 """
 
 import os
