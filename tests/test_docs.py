@@ -129,6 +129,36 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 check(words)
 
 
+@cache
+def options() -> set[str]:
+    """Every option of the package's commands, and of any command that a block shows."""
+    found: set[str] = set()
+
+    def note(parser: config.Parser, argv: Any) -> None:
+        found.update(parser._option_string_actions)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        patch.setattr(config.Parser, "parse", note)
+        patch.setattr(sys, "argv", ["command"])
+        for module in ("train", "evaluate", "plan"):
+            with pytest.raises(Parsed):
+                runpy.run_module(f"dopsd.{module}", run_name="__main__")
+    shown = (
+        word for page in PAGES for block in blocks(page) if block.language == "bash" for word in block.text.split()
+    )
+    return found | {"--debug"} | {word for word in shown if word.startswith("--")}
+
+
+@pages
+def test_options_in_the_text_are_options(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if "--" in span]
+    unknown = {word for span in spans for word in re.findall(r"(?<!\S)--[\w-]+", span)} - options()
+    assert not unknown
+
+
 @pytest.mark.parametrize(
     "command",
     [
