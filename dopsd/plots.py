@@ -457,6 +457,7 @@ def _trajectory_legend(
 ) -> None:
     """Put the legend above the panels, its lower left corner at (x, y) of the figure, and the title above it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -468,6 +469,8 @@ def _trajectory_legend(
     ]
     if bool(trace.reveal.any()):
         entries.insert(3, (Patch(facecolor=SHOWN), "shown to the teacher (self-future)"))
+    if bool((trace.trajectory.commits(trace.steps) & trace.reveal).any()):
+        entries.insert(4, ((Patch(facecolor=COMMITTED), Patch(facecolor=SHOWN)), "both: upper and lower half"))
     if trace.trajectory.block_length < len(trace.labels):
         entries.append((Line2D([], [], color=BLACK, linewidth=0.7), "end of a block"))
     if bool((trace.trajectory.reveal_step == NEVER).any()):
@@ -479,6 +482,7 @@ def _trajectory_legend(
         loc="lower left",
         bbox_to_anchor=(x, y),
         ncols=columns,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
         handlelength=1.2,
         handleheight=1.0,
         columnspacing=1.5,

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dopsd.objective import Objective
 from dopsd.tasks import check_golds, draw, load_task
 from dopsd.trainer import Trainer
 from dopsd_kernels import fused_step_kl
-from dopsd_kernels.step_kl import divergence_kernels, divergences
+from dopsd_kernels.step_kl import divergences
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 # Pages whose Python has tests of its own: here, and in kernels/test_trainers_page.py.
@@ -237,8 +238,12 @@ def extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     page = ROOT / "docs" / "extending.md"
     monkeypatch.chdir(tmp_path)
     write_files(page, tmp_path)
-    for table, name in ((MODELS, "small"), *((m.DIVERGENCES, "jeffreys") for m in (divergences, divergence_kernels))):
-        monkeypatch.setitem(table, name, None)
+    monkeypatch.setitem(MODELS, "small", None)
+    if find_spec("triton"):
+        from dopsd_kernels.step_kl import divergence_kernels
+
+        for module in (divergences, divergence_kernels):
+            monkeypatch.setitem(module.DIVERGENCES, "jeffreys", None)
     return run_python(page, tmp_path)
 
 
@@ -293,8 +298,7 @@ def test_the_variant_chooses_otherwise(extended: dict[str, Any], make_trainer: C
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("clip", [None, 0.05])
 def test_the_divergence(extended: dict[str, Any], backend: Any, clip: float | None) -> None:
-    if backend == "triton":
-        pytest.importorskip("triton")
+    pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(0)
     x, y, weight = (torch.randn(*shape, generator=generator) for shape in ((5, 8), (5, 8), (19, 8)))
     x.requires_grad_()

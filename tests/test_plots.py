@@ -146,6 +146,19 @@ def test_cells_have_the_colours_of_their_state(tmp_path: Path) -> None:
         assert area(image, color) == pytest.approx(count * per_cell, rel=0.05, abs=3 * per_cell)
 
 
+@pytest.mark.parametrize("scope", ["future_blocks", "masked"])
+def test_the_legend_names_what_is_there(scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of two colours and positions that were never decoded have an entry where there are any."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("dopsd.plots._save", lambda figure, *_, **__: drawn.append(figure))
+    trace = make_trace(decoded=32 if scope == "masked" else None, scope=scope)
+    assert bool((trace.trajectory.commits(trace.steps) & trace.reveal).any()) == (scope == "masked")
+    plot_trajectory(trace, tmp_path / "a.png")
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert ("both: upper and lower half" in names) == ("never decoded" in names) == (scope == "masked")
+    assert len(names) == 6 + 2 * (scope == "masked")
+
+
 def test_moving_one_reveal_moves_one_cell(tmp_path: Path) -> None:
     trace = make_trace()
     shown, hidden = trace.reveal[0].nonzero()[0], (~trace.reveal[0, 8:]).nonzero()[0] + 8
