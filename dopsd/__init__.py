@@ -12,6 +12,7 @@ Options are the command line's, by the same names, and checked alike: a wrong on
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from dopsd.evaluation.command import Results
     from dopsd.generate import Model
     from dopsd.run import Run
+
+_missing = [name for name in ("transformers", "peft", "accelerate") if find_spec(name) is None]
+if _missing:
+    # With this package's name, `python -m dopsd.train` prints the sentence without a traceback.
+    raise ImportError(f"dopsd needs {', '.join(_missing)}: pip install 'dopsd[train]'", name=__name__)
 
 __all__ = ["__version__", "evaluate", "load", "train"]
 

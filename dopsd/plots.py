@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,17 +23,30 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours, which stay apart under the common colour-vision deficiencies. Every figure is laid out at
-# its print size, so FONT is what a reader sees.
+# its print size, as wide as a page's text or one of its two columns, so FONT is what a reader sees.
 BLUE, VERMILLION, ORANGE, GREEN, GRAY, BLACK = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#767676", "#000000"
 FONT, TITLE_FONT, DPI = 8.0, 9.0, 300
 LEGEND: dict[str, Any] = {"fontsize": FONT, "frameon": False, "borderaxespad": 0.2, "handletextpad": 0.5}
+
+Width = Literal["page", "column"]
+INCHES: dict[Width, float] = {"page": 6.75, "column": 3.25}
 
 Array = NDArray[np.float64]
 
 
 def why_no_picture() -> str | None:
     """Why no figure can be drawn here; None if one can. Nothing else of a run needs what draws."""
-    return None if find_spec("matplotlib") else "matplotlib is not installed (pip install matplotlib)"
+    return None if find_spec("matplotlib") else "matplotlib is not installed: pip install 'dopsd[train]'"
+
+
+def _save(figure: Figure, path: Path, **options: Any) -> None:
+    """Write ``path``, and the same as a PDF beside it, whose text is text; the same figure gives the same bytes."""
+    import matplotlib
+
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        for file, more in ((path, {}), (path.with_suffix(".pdf"), {"metadata": {"CreationDate": None}})):
+            with writing(file):
+                figure.savefig(file, **more, **options)
 
 
 # Training curves. One panel per group of series that share a unit; shares are drawn as percentages. The two series of
@@ -81,21 +94,23 @@ def plot_curves(
     after: float | None = None,
     before_error: float | None = None,
     after_error: float | None = None,
+    width: Width = "page",
 ) -> None:
     """Draw the training curves of a run as small multiples.
 
     A panel appears for whatever the history has: loss and unclipped KL, accuracy, solved prompts and rollouts that
-    were trained on, tries, overlap and clip fraction, completion length. Series of more than 15 points are drawn
-    faint under their centred running mean. Values that are not finite are left
-    out: a gap in the line, nothing in the mean. A dotted line marks a collapse.
+    were trained on, tries, overlap and clip fraction (if anything was clipped), completion length. Series of more than
+    15 points are drawn faint under their centred running mean. Values that are not finite are left out: a gap in the
+    line, nothing in the mean. A dotted line marks a collapse.
 
     Args:
         history: rows as in ``TrainerState.log_history``, each with ``step``; accuracies and shares lie in [0, 1].
-        path: file to write; its suffix is the format.
+        path: PNG file to write, with a PDF beside it.
         before: accuracy on the held-out problems before training, in [0, 1].
         after: the same after training.
         before_error: standard error of ``before``.
         after_error: standard error of ``after``.
+        width: of the figure on paper.
 
     Raises:
         ValueError: if no row has a finite value that could be drawn.
@@ -109,6 +124,8 @@ def plot_curves(
 
     keys = [key for panel in _PANELS for key, _ in panel.series]
     curves = {key: curve for key in keys if (curve := _curve(history, key)) is not None}
+    if "clip_fraction" in curves and not np.nan_to_num(curves["clip_fraction"][1]).any():
+        del curves["clip_fraction"]  # nothing was clipped
     if not curves:
         raise ValueError(f"history has nothing to draw: it needs rows with step and any of {', '.join(keys)}")
     held_out = [
@@ -120,7 +137,7 @@ def plot_curves(
         if value is not None
     ]
     panels = [p for p in _PANELS if any(key in curves for key, _ in p.series) or (p is _ACCURACY and held_out)]
-    columns = len(panels) if len(panels) < 4 else -(-len(panels) // 2)
+    columns = 1 if width == "column" else len(panels) if len(panels) < 4 else -(-len(panels) // 2)
     rows = -(-len(panels) // columns)
     # One running mean for all, so that one note says what the strong lines are.
     longest = max(len(values) for _, values in curves.values())
@@ -131,13 +148,12 @@ def plot_curves(
     collapses = [row["step"] for row in history if "collapse" in row]
 
     layout = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.05, wspace=0.04, hspace=0.02)
-    figure = Figure(figsize=(2.4 * columns, 2.3 * rows), dpi=DPI, layout=layout)
+    figure = Figure(figsize=(INCHES[width], (2.3 if width == "page" else 1.7) * rows), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_xlim(first - margin, last + margin)
-        for step in collapses:
-            axes.axvline(step, color=BLACK, linestyle=":", linewidth=1.0)
+        lines = [axes.axvline(step, color=BLACK, linestyle=":", linewidth=1.0) for step in collapses]
         drawn = [(key, name) for key, name in panel.series if key in curves]
         right = axes.twinx() if panel.may_split and _apart([curves[key][1] for key, _ in drawn]) else None
         handles: list[Any] = []
@@ -159,16 +175,24 @@ def plot_curves(
                 host = right if right is not None and aside else axes
                 handles.append(_line(host, steps, panel.scale * values, color, window))
                 names.append(f"{name} (right axis)" if aside else name)
+        if lines and index == 0:
+            handles.append(lines[0])
+            names.append("collapse")
         axes.set_ylabel(panel.unit, fontsize=FONT)
         for host in [axes] if right is None else [axes, right]:
             host.tick_params(labelsize=FONT, width=0.6, length=2.5)
             host.yaxis.set_major_locator(MaxNLocator(5, steps=_NICE, integer=panel.integers))
+            host.yaxis.set_major_formatter("{x:g}")  # whole numbers at every tick, and no factor above the axis
+            if panel.scale == 100:
+                low, high = host.get_ylim()
+                host.set_ylim(max(low, 0), min(high, 100))
             host.spines[["top"] if host is right else ["top", "right"]].set_visible(False)
         if right is not None:
             axes.tick_params(axis="y", labelcolor=BLUE)
             right.tick_params(axis="y", labelcolor=VERMILLION)
             axes.spines["right"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=_NICE, integer=True))
+        axes.xaxis.set_major_formatter("{x:.0f}")
         if index + columns < len(panels):
             axes.tick_params(axis="x", labelbottom=False)
         else:
@@ -183,13 +207,11 @@ def plot_curves(
             handler_map={tuple: HandlerTuple(ndivide=1)},
             **LEGEND,
         )
-    notes = ["dotted: collapse"] if collapses else []
     if any(key != "eval_accuracy" and _smoothed(values) for key, (_, values) in curves.items()):
         notes.append(f"faint: as logged; strong: running mean of {window}")
     if notes:
         figure.supxlabel("; ".join(notes), fontsize=FONT, color=GRAY, x=0.99, horizontalalignment="right")
-    with writing(path):
-        figure.savefig(path)
+    _save(figure, path)
 
 
 def _smoothed(values: Array) -> bool:
@@ -253,8 +275,8 @@ def _validation(axes: Axes, history: Sequence[Mapping[str, float]], curve: tuple
 
 MASKED, KNOWN, COMMITTED, SHOWN, BAR = "#F1F1F1", "#BCD5EA", BLUE, ORANGE, "#595959"
 NEVER_STYLE: dict[str, Any] = {"facecolor": "white", "edgecolor": "#C8C8C8", "hatch": "/////", "linewidth": 0.0}
-# Longest response whose tokens are written out below it, and the longest text written for one.
-_LABELLED_UP_TO, _LABEL_LENGTH = 64, 10
+# Narrowest cells whose tokens are written out below them, in points, and the longest text written for one.
+_LABELLED_FROM, _LABEL_LENGTH = 6.5, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +323,7 @@ class TrajectoryTrace:
             raise ValueError(f"labels has {len(self.labels)} texts for {length} positions")
 
 
-def plot_trajectory(trace: TrajectoryTrace, path: Path) -> None:
+def plot_trajectory(trace: TrajectoryTrace, path: Path, width: Width = "page") -> None:
     """Draw one trajectory: response positions from left to right, denoising steps from top to bottom.
 
     A position that is committed at a step and shown to the teacher at the same step is half and half. Positions that
@@ -309,23 +331,27 @@ def plot_trajectory(trace: TrajectoryTrace, path: Path) -> None:
 
     Args:
         trace: what to draw.
-        path: file to write; its suffix is the format.
+        path: PNG file to write, with a PDF beside it.
+        width: of the figure on paper.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+    from matplotlib.transforms import Bbox
 
     trajectory, steps = trace.trajectory, trace.steps.tolist()
     length, count, block = len(trajectory.tokens), len(steps), trajectory.block_length
-    labelled = length <= _LABELLED_UP_TO
 
-    # Sizes in inches. Cells with a token below them are as wide as its line of text; others share a page's width.
-    cell_width = round((max(8.7 / 72, 3.2 / length) if labelled else max(6.0 / length, 6 / DPI)) * DPI) / DPI
+    # Sizes in inches. What the axes leave of the width is shared among the cells, of whole pixels each.
+    left, gap, right = 0.55, 0.1, 0.12
+    side, space = (1.0, " ") if width == "page" else (0.55, "\n")
+    cell_width = max(int((INCHES[width] - left - gap - side - right) / length * DPI), 1) / DPI
     cell_height = round(min(max(4.6 / count, 4 / DPI), 8.7 / 72) * DPI) / DPI
-    width, height = cell_width * length, max(cell_height * count, 0.8)
-    side, gap, left, bottom, top = 1.0, 0.1, 0.6, 1.2, 1.0
-    figure = Figure(figsize=(left + width + gap + side + 0.2, bottom + height + top), dpi=DPI)
-    FigureCanvasAgg(figure)
+    labelled = 72 * cell_width >= _LABELLED_FROM
+    cells, height = cell_width * length, max(cell_height * count, 0.8)
+    bottom, top = 1.2, 1.0  # cut where nothing is drawn
+    figure = Figure(figsize=(max(INCHES[width], left + cells + gap + side + right), bottom + height + top), dpi=DPI)
+    canvas = FigureCanvasAgg(figure)
     total_width, total_height = figure.get_size_inches()
 
     def place(x: float, w: float, **options: Any) -> Axes:
@@ -333,8 +359,8 @@ def plot_trajectory(trace: TrajectoryTrace, path: Path) -> None:
             (x / total_width, bottom / total_height, w / total_width, height / total_height), **options
         )
 
-    axes = place(left, width)
-    bars = place(left + width + gap, side, sharey=axes)
+    axes = place(left, cells)
+    bars = place(left + cells + gap, side, sharey=axes)
 
     _cells(axes, trace, grid=min(cell_width, cell_height) > 4 / 72)
     ring = _ring(min(cell_width, cell_height) * 72)
@@ -352,24 +378,28 @@ def plot_trajectory(trace: TrajectoryTrace, path: Path) -> None:
         texts = [_label(text) for text in trace.labels]
         upright = max(map(len, texts)) <= 1
         axes.set_xticks(range(length), texts, rotation=0 if upright else 90, parse_math=False)
-        axes.tick_params(axis="x", length=0, pad=2)
-        axes.set_xlabel(f"token at each response position (blocks of {block})", fontsize=FONT)
+        axes.tick_params(axis="x", length=0, pad=2, labelsize=min(FONT, 72 * cell_width))
+        position = "token at each response position"
     else:
-        every = block * max(1, -(-(length // block) // 16))
+        every = block * max(1, -(-length // (block * int(4 * cells))))  # at most four numbers an inch
         axes.set_xticks(range(0, length, every))
-        axes.set_xlabel(f"response position (blocks of {block})", fontsize=FONT)
+        position = "response position"
+    axes.set_xlabel(f"{position}{space}(blocks of {block})", fontsize=FONT)
 
     kl = trace.step_kl.detach().double().cpu().numpy()
     bars.barh(np.arange(count), np.where(np.isfinite(kl), kl, 0.0), height=0.8, color=BAR, linewidth=0)
-    bars.set_xlabel("mean KL over K\n(nats)", fontsize=FONT)
+    bars.set_xlabel(f"mean KL{space}over K\n(nats)", fontsize=FONT)
     bars.tick_params(labelsize=FONT, width=0.6, length=2.5)
     bars.tick_params(axis="y", labelleft=False, length=0)
-    bars.xaxis.set_major_locator(MaxNLocator(3, steps=_NICE))
+    bars.xaxis.set_major_locator(MaxNLocator(3 if width == "page" else 2, steps=_NICE))
+    bars.xaxis.set_major_formatter("{x:g}")
     bars.spines[["top", "right"]].set_visible(False)
 
-    _trajectory_legend(figure, trace, ring, x=left / total_width, y=(bottom + height + 0.06) / total_height)
-    with writing(path):
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+    columns = 3 if width == "page" else 1
+    _trajectory_legend(figure, trace, ring, columns, left / total_width, (bottom + height + 0.06) / total_height)
+    drawn = figure.get_tightbbox(canvas.get_renderer())
+    low, high = (round(edge * DPI) / DPI for edge in (drawn.y0 - 0.05, drawn.y1 + 0.05))
+    _save(figure, path, bbox_inches=Bbox.from_extents(0, low, total_width, high))
 
 
 def _cells(axes: Axes, trace: TrajectoryTrace, grid: bool) -> None:
@@ -393,7 +423,7 @@ def _cells(axes: Axes, trace: TrajectoryTrace, grid: bool) -> None:
     axes.imshow(
         np.stack([upper, lower], axis=1).reshape(2 * count, length, 4),
         extent=(-0.5, length - 0.5, count - 0.5, -0.5),
-        interpolation="none",
+        interpolation="nearest",  # with "none", some readers of PDF files blur the cells
         aspect="auto",
         zorder=2,
     )
@@ -425,9 +455,12 @@ def _label(text: str) -> str:
     return text if len(text) <= _LABEL_LENGTH else text[: _LABEL_LENGTH - 1] + "\u2026"
 
 
-def _trajectory_legend(figure: Figure, trace: TrajectoryTrace, ring: dict[str, Any], x: float, y: float) -> None:
+def _trajectory_legend(
+    figure: Figure, trace: TrajectoryTrace, ring: dict[str, Any], columns: int, x: float, y: float
+) -> None:
     """Put the legend above the panels, its lower left corner at (x, y) of the figure, and the title above it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -439,6 +472,10 @@ def _trajectory_legend(figure: Figure, trace: TrajectoryTrace, ring: dict[str, A
     ]
     if bool(trace.reveal.any()):
         entries.insert(3, (Patch(facecolor=SHOWN), "shown to the teacher (self-future)"))
+    if bool((trace.trajectory.commits(trace.steps) & trace.reveal).any()):
+        entries.insert(4, ((Patch(facecolor=COMMITTED), Patch(facecolor=SHOWN)), "both: upper and lower half"))
+    if trace.trajectory.block_length < len(trace.labels):
+        entries.append((Line2D([], [], color=BLACK, linewidth=0.7), "end of a block"))
     if bool((trace.trajectory.reveal_step == NEVER).any()):
         entries.append((Patch(**{**NEVER_STYLE, "linewidth": 0.5}), "never decoded"))
     handles, names = zip(*entries, strict=True)
@@ -447,7 +484,8 @@ def _trajectory_legend(figure: Figure, trace: TrajectoryTrace, ring: dict[str, A
         names,
         loc="lower left",
         bbox_to_anchor=(x, y),
-        ncols=3,
+        ncols=columns,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
         handlelength=1.2,
         handleheight=1.0,
         columnspacing=1.5,

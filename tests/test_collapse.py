@@ -333,7 +333,8 @@ def test_a_run_that_collapses_says_so_and_has_finished(
     if plots.why_no_picture() is None:
         from matplotlib.axes import Axes
 
-        monkeypatch.setattr(Axes, "axvline", lambda self, x, **_: lines.append(x))
+        draw = Axes.axvline
+        monkeypatch.setattr(Axes, "axvline", lambda self, x, **options: lines.append(x) or draw(self, x, **options))
     monkeypatch.setattr(report, "draw_trajectory", lambda *_: None)
     output = tmp_path / "run"
     argv = [*small_run, "--max_steps", "3", "--eval_steps", "1", "--save_steps", "1", "--learning_rate", "3"]

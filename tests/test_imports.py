@@ -35,12 +35,21 @@ def test_no_room_imports_what_imports_it() -> None:
     assert order.index("dopsd.distillation") < order.index("dopsd.memory") < order.index("dopsd.trainer")
 
 
-def python(program: str, *argv: str, **changes: str) -> str:
-    """Standard output of a fresh interpreter, with ``changes`` of its environment."""
+# What the extra train brings and the ops do without; torch alone does without numpy too.
+TRAIN = "transformers peft accelerate safetensors tokenizers yaml tqdm numpy huggingface_hub"
+
+
+def start(*argv: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """What became of a fresh interpreter, with ``changes`` of its environment."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
     environment.pop("HF_HUB_OFFLINE", None)
-    command = [sys.executable, "-c", program, *argv]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, *argv]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def python(program: str, *argv: str, **changes: str) -> str:
+    """Standard output of a program in a fresh interpreter."""
+    done = start("-c", program, *argv, **changes)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -61,6 +70,25 @@ print(sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     assert "'dopsd_kernels'" in loaded
     for package in ("triton", "transformers", "peft", "accelerate", "datasets", "numpy", "'dopsd'"):
         assert package not in loaded
+
+
+def test_the_ops_run_where_torch_alone_is_installed(bare_path: str) -> None:
+    """Without all that the extra train brings an op computes, and what needs it says so in a line that names it."""
+    bare = {"PYTHONPATH": bare_path, "ALSO_ABSENT": TRAIN}
+    program = """
+import torch
+from dopsd_kernels import fused_step_kl, prefix_attention
+
+x = torch.randn(3, 8, requires_grad=True)
+fused_step_kl(x, torch.randn(3, 8), torch.randn(11, 8)).loss.backward()
+print(float(x.grad.abs().sum()) > 0)
+"""
+    assert python(program, **bare).endswith("True\n")
+    for module in ("train", "evaluate", "plan"):
+        done = start("-m", f"dopsd.{module}", "--help", **bare)
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+        assert "dopsd needs transformers, peft, accelerate: pip install 'dopsd[train]'" in done.stderr
 
 
 def test_a_run_needs_neither_network_nor_triton(small_run: list[str], tmp_path: Path) -> None:
@@ -128,7 +156,9 @@ cli.run(run.main)
     printed = python(program, *argv, PYTHONPATH=bare_path)
     assert "tests/test_memory.py::" in printed and "tests/kernels/test_step_kl_gpu.py::" in printed
     assert "--lora_targets" in printed  # the help
-    assert "curves.png and trajectory.png are left out: matplotlib is not installed (pip install matplotlib)" in printed
+    assert (
+        "curves.png and trajectory.png are left out: matplotlib is not installed: pip install 'dopsd[train]'" in printed
+    )
     assert "| tokens per step | before | after | gain |" in printed
     report = json.loads((output / "report.json").read_text())
     assert list(report["left_out"]) == ["curves.png", "trajectory.png"]

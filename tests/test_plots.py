@@ -6,6 +6,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,19 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from dopsd.plots import BAR, COMMITTED, KNOWN, SHOWN, TrajectoryTrace, plot_curves, plot_trajectory, running_mean
+from dopsd.plots import (
+    BAR,
+    COMMITTED,
+    DPI,
+    INCHES,
+    KNOWN,
+    SHOWN,
+    TrajectoryTrace,
+    Width,
+    plot_curves,
+    plot_trajectory,
+    running_mean,
+)
 from dopsd.trajectory import NEVER, Trajectory
 
 
@@ -46,12 +59,17 @@ def make_trace(
     )
 
 
-def draw(trace: TrajectoryTrace, path: Path) -> np.ndarray:
+def draw(trace: TrajectoryTrace, path: Path, width: Width = "page") -> np.ndarray:
     """(height, width, 3) pixels of the figure; anything matplotlib warns about is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_trajectory(trace, path)
+        plot_trajectory(trace, path, width)
     return np.asarray(imread(path))[..., :3]
+
+
+def inside(image: np.ndarray) -> bool:
+    """Whether the picture's edges are white: nothing reaches beyond them."""
+    return all(bool((edge == 1).all()) for edge in (image[0], image[-1], image[:, 0], image[:, -1]))
 
 
 def area(image: np.ndarray, color: str) -> int:
@@ -84,10 +102,10 @@ def make_history(updates: int) -> list[dict[str, float]]:
     return history
 
 
-def curves(history: list[dict[str, float]], path: Path, **held_out: float) -> np.ndarray:
+def curves(history: list[dict[str, float]], path: Path, *, width: Width = "page", **held_out: float) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot_curves(history, path, **held_out)
+        plot_curves(history, path, width=width, **held_out)
     return np.asarray(imread(path))[..., :3]
 
 
@@ -103,11 +121,13 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_trajectory_is_drawn_at_every_size(size: dict, tmp_path: Path) -> None:
     path = tmp_path / "trajectory.png"
-    image = draw(make_trace(**size), path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert image.shape[1] > 1000 and image.shape[0] > 400
-    assert image.shape[1] < 3000 and image.shape[0] < 2400, "a figure has to fit on a page"
-    assert area(image, COMMITTED) > 0
+    for width, inches in INCHES.items():
+        image = draw(make_trace(**size), path, width)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+        assert image.shape[1] == int(inches * DPI) and 400 < image.shape[0] < 2400, "a figure has to fit on a page"
+        assert area(image, COMMITTED) > 0
+        assert inside(image), "something is cut off"
 
 
 def test_cells_have_the_colours_of_their_state(tmp_path: Path) -> None:
@@ -126,6 +146,19 @@ def test_cells_have_the_colours_of_their_state(tmp_path: Path) -> None:
         assert area(image, color) == pytest.approx(count * per_cell, rel=0.05, abs=3 * per_cell)
 
 
+@pytest.mark.parametrize("scope", ["future_blocks", "masked"])
+def test_the_legend_names_what_is_there(scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cells of two colours and positions that were never decoded have an entry where there are any."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("dopsd.plots._save", lambda figure, *_, **__: drawn.append(figure))
+    trace = make_trace(decoded=32 if scope == "masked" else None, scope=scope)
+    assert bool((trace.trajectory.commits(trace.steps) & trace.reveal).any()) == (scope == "masked")
+    plot_trajectory(trace, tmp_path / "a.png")
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert ("both: upper and lower half" in names) == ("never decoded" in names) == (scope == "masked")
+    assert len(names) == 6 + 2 * (scope == "masked")
+
+
 def test_moving_one_reveal_moves_one_cell(tmp_path: Path) -> None:
     trace = make_trace()
     shown, hidden = trace.reveal[0].nonzero()[0], (~trace.reveal[0, 8:]).nonzero()[0] + 8
@@ -138,11 +171,12 @@ def test_moving_one_reveal_moves_one_cell(tmp_path: Path) -> None:
     assert np.array_equal(before, again)
     assert before.shape == after.shape
     rows, columns = np.nonzero((before != after).any(-1))
-    cell = 8.7 / 72 * 300
-    assert len(rows) == pytest.approx(2 * cell**2, rel=0.2)
-    assert np.ptp(rows) <= cell
+    high = round(8.7 / 72 * DPI)
     distance = abs(int(shown) - int(hidden))
-    assert np.ptp(columns) == pytest.approx((distance + 1) * cell, abs=4)
+    wide = (np.ptp(columns) + 1) / (distance + 1)
+    assert wide == pytest.approx(round(wide), abs=4 / (distance + 1))  # whole pixels, but for the lines between cells
+    assert len(rows) == pytest.approx(2 * high * wide, rel=0.2)
+    assert np.ptp(rows) <= high
 
 
 @pytest.mark.parametrize("length, block", [(48, 8), (256, 32)])
@@ -217,26 +251,55 @@ def test_trace_refuses_parts_that_do_not_fit() -> None:
 @pytest.mark.parametrize("updates", [1, 15, 200])
 def test_curves_are_drawn_at_every_length(updates: int, tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
-    image = curves(make_history(updates), path, before=0.5, after=0.6, before_error=0.02, after_error=0.02)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert image.shape[1] > 2000 and image.shape[0] > 1000
-    assert area(image, "#0072B2") > 300
+    for width, inches in INCHES.items():
+        held_out = {"before": 0.5, "after": 0.6, "before_error": 0.02, "after_error": 0.02}
+        image = curves(make_history(updates), path, width=width, **held_out)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+        assert image.shape[1] == int(inches * DPI) and 1000 < image.shape[0] < 3200
+        assert area(image, "#0072B2") > 300 and inside(image)
 
 
 def test_curves_show_their_values(tmp_path: Path) -> None:
     history = make_history(40)
     image = curves(history, tmp_path / "a.png")
     assert np.array_equal(image, curves(history, tmp_path / "b.png"))
+    assert (tmp_path / "a.pdf").read_bytes() == (tmp_path / "b.pdf").read_bytes()
     history[20]["tries"] += 0.5
     assert not np.array_equal(image, curves(history, tmp_path / "c.png"))
 
 
 def test_missing_series_lose_their_panel(tmp_path: Path) -> None:
-    rows = [{"step": i, "loss": 1.0 / i, "tries": math.nan} for i in range(1, 10)]
-    alone = curves(rows, tmp_path / "a.png")
-    assert alone.shape == curves([{"step": 1, "loss": 1.0}], tmp_path / "b.png").shape
-    assert curves(rows, tmp_path / "c.png", before=0.5).shape[1] == 2 * alone.shape[1]
-    assert curves(make_history(30), tmp_path / "d.png").shape[1] == 3 * alone.shape[1]
+    rows = [{"step": i, "loss": 1.0 / i, "tries": math.nan, "clip_fraction": 0.0} for i in range(1, 10)]
+    assert panels(rows, tmp_path) == ["nats"]
+    assert panels(rows, tmp_path, before=0.5) == ["nats", "accuracy (%)"]
+    assert len(panels(make_history(30), tmp_path)) == 6
+
+
+def panels(history: list[dict[str, float]], folder: Path, **held_out: float) -> list[str]:
+    """The units of the panels that are drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        drawn: list[Any] = []
+        patch.setattr("dopsd.plots._save", lambda figure, *_, **__: drawn.append(figure))
+        plot_curves(history, folder / "a.png", **held_out)
+    return [axes.get_ylabel() for axes in drawn[0].axes if axes.get_ylabel()]
+
+
+def test_axes_say_all_that_they_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No factor stands above an axis, shares stay within 0 and 100, and what marks a collapse has its legend."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("dopsd.plots._save", lambda figure, *_, **__: drawn.append(figure))
+    rows: list[dict[str, Any]] = [{"step": i, "loss": 1e-7 * i, "kl": 1e6 + i, "pass_rate": 1.0} for i in range(1, 9)]
+    rows.append({"step": 5, "collapse": "validation accuracy"})
+    plot_curves(rows, tmp_path / "a.png", before=0.01, before_error=0.05, after=0.99, after_error=0.05)
+    (figure,) = drawn
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert not axes.yaxis.get_offset_text().get_text() and not axes.xaxis.get_offset_text().get_text()
+        if "%" in axes.get_ylabel():
+            assert 0 <= axes.get_ylim()[0] < axes.get_ylim()[1] <= 100
+    legends = [text.get_text() for axes in figure.axes if axes.get_legend() for text in axes.get_legend().get_texts()]
+    assert legends == ["loss", "raw KL (right axis)", "collapse", *legends[3:]] and "collapse" not in legends[3:]
 
 
 def test_gaps_are_survived(tmp_path: Path) -> None:

@@ -388,10 +388,10 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     """In a sentence that says how to have it, and for the hub what else would do."""
     monkeypatch.setattr("dopsd.tasks.rows.find_spec", lambda name: None)
     (tmp_path / "rows.parquet").touch()
-    with pytest.raises(RunError, match=r"rows\.parquet: .* not installed: pip install pyarrow$"):
+    with pytest.raises(RunError, match=r"rows\.parquet: .* not installed: pip install 'dopsd\[train\]'$"):
         read_rows(tmp_path / "rows.parquet", ())
     with pytest.raises(
-        RunError, match=r"^openai/gsm8k, split test, .*: pip install datasets; local files .*--test_file"
+        RunError, match=r"^openai/gsm8k, split test, .*: pip install 'dopsd\[train\]'; local files .*--test_file"
     ):
         load_task("gsm8k").problems("test", 1)
 

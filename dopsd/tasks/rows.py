@@ -46,7 +46,9 @@ def json_rows(path: Path) -> list[Mapping[str, Any]]:
 def parquet_rows(path: Path) -> list[Mapping[str, Any]]:
     """Rows of a table."""
     if find_spec("pyarrow") is None:
-        raise RunError(f"{path}: parquet files are read with pyarrow, which is not installed: pip install pyarrow")
+        raise RunError(
+            f"{path}: parquet files are read with pyarrow, which is not installed: pip install 'dopsd[train]'"
+        )
     import pyarrow.parquet
 
     with path.open("rb") as file:  # by its path, the folders it lies in could be read as columns
@@ -117,7 +119,7 @@ def hub_rows(dataset: str, name: str | None, split: str, columns: Sequence[str])
     """
     instead = "local files are given by --train_file, --validation_file and --test_file"
     if find_spec("datasets") is None:
-        missing = "is read with the datasets package, which is not installed: pip install datasets"
+        missing = "is read with the datasets package, which is not installed: pip install 'dopsd[train]'"
         raise RunError(f"{dataset}, split {split}, on the hub, {missing}; {instead}")
     import datasets
 

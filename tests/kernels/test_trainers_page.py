@@ -1,30 +1,25 @@
 """The examples of docs/trainers.md run, and compute what they say."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import ROOT, run_python
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-PAGE = Path(__file__).parents[2] / "docs" / "trainers.md"
 
-
-@pytest.fixture
-def examples() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the page's blocks define."""
-    names: dict[str, Any] = {}
-    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE):
-        exec(compile(block, str(PAGE), "exec"), names)
-    return names
+    return run_python(ROOT / "docs" / "trainers.md", tmp_path_factory.mktemp("page"))
 
 
-def model(seed: int) -> LlamaForCausalLM:
+def model(seed: int, vocab: int = 97) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=32,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
@@ -77,6 +72,49 @@ def test_the_trainer(examples: dict[str, Any], batch: dict[str, Tensor], tmp_pat
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(jsd, rel=1e-3)  # logged with four digits
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # what TRL warns of
+def test_trl(examples: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subclass trains; with TRL's divergence, its loss, gradients, and count of tokens are TRL's own."""
+    trl = pytest.importorskip("trl", "1.16")
+    datasets = pytest.importorskip("datasets")
+    from dopsd.assets.pretrain import character_tokenizer
+
+    tokenizer = character_tokenizer()
+    tokenizer.padding_side = "left"
+    arguments = trl.DistillationConfig(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, max_completion_length=6, beta=0.3, temperature=0.8,
+        learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True,
+        bf16=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    student, teacher = model(0, len(tokenizer)), model(1, len(tokenizer))
+    rows = datasets.Dataset.from_list([{"prompt": text} for text in ("12=", "3=", "0413=", "4=")])
+    trainer = examples["StepKLTrainer"](
+        student, teacher, args=arguments, train_dataset=rows, processing_class=tokenizer
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2 and all(entry["loss"] > 0 and entry["entropy"] > 0 for entry in logged)
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        f"{part}_ids": torch.randint(2, len(tokenizer), (2, length), generator=generator)
+        for part, length in (("prompt", 4), ("completion", 5))
+    }
+    inputs["prompt_mask"] = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    inputs["completion_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    monkeypatch.setattr(type(trainer), "options", {"divergence": "jsd", "beta": 0.3})
+    for count in (None, torch.tensor(11.0)):
+        found = []
+        for kind in (type(trainer), trl.DistillationTrainer):
+            student.zero_grad()
+            loss, entropy, rows = kind._compute_loss(trainer, student, inputs, count)
+            loss.backward()
+            found.append((loss.detach(), rows, student.model.embed_tokens.weight.grad.clone(), entropy))
+        for ours, theirs in zip(found[0][:3], found[1][:3], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        assert found[0][3] > 0
 
 
 def test_from_logits(examples: dict[str, Any], batch: dict[str, Tensor]) -> None:

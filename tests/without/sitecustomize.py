@@ -1,8 +1,10 @@
 """Python in which packages that nothing needs to start are not installed: put this folder on PYTHONPATH.
 
-Neither importing nor looking for them finds them, in this process and in those that it starts.
+Neither importing nor looking for them finds them, nor those that ALSO_ABSENT names, in this process and in those that
+it starts.
 """
 
+import os
 import sys
 from importlib.machinery import PathFinder
 
@@ -19,6 +21,7 @@ ABSENT = {
     "pyarrow",
     "rich",
     "trl",
+    *os.environ.get("ALSO_ABSENT", "").split(),
 }
 
 
