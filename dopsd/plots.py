@@ -208,9 +208,8 @@ def plot_curves(
             **LEGEND,
         )
     if any(key != "eval_accuracy" and _smoothed(values) for key, (_, values) in curves.items()):
-        notes.append(f"faint: as logged; strong: running mean of {window}")
-    if notes:
-        figure.supxlabel("; ".join(notes), fontsize=FONT, color=GRAY, x=0.99, horizontalalignment="right")
+        note = f"faint: as logged; strong: running mean of {window}"
+        figure.supxlabel(note, fontsize=FONT, color=GRAY, x=0.99, horizontalalignment="right")
     _save(figure, path)
 
 
