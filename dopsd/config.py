@@ -32,6 +32,7 @@ from dopsd.recorded import Recorded, recorded
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
+from dopsd.teacher import RevealScope, TeacherKind
 from dopsd_kernels.step_kl import Divergence
 
 # Of the numbers that options take; seeds go so far.
@@ -210,13 +211,13 @@ class TeachingArguments:
 
     _argument_group_name: ClassVar[str] = "teacher and objective"
 
-    teacher: Literal["fixed", "ema", "live"] = option("fixed", "The teacher's weights: as at the start, averaged, own.")
+    teacher: TeacherKind = option("fixed", "The teacher's weights: as at the start, averaged, own.")
     ema_decay: float = option(0.99, "Share of an ema teacher kept at each update.")
     teacher_context: Literal["self_future", "reference"] = option(
         "self_future", "Shown to the teacher: its own future tokens, or a reference solution in the prompt."
     )
     retain_ratio: float = option(0.25, "rho: share of the candidate tokens revealed to the teacher.")
-    reveal_scope: Literal["future_blocks", "masked"] = option("future_blocks", "Where candidates lie.")
+    reveal_scope: RevealScope = option("future_blocks", "Where candidates lie.")
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Confidence = option("probability", "By what K is chosen.")
