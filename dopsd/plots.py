@@ -43,10 +43,9 @@ def _save(figure: Figure, path: Path, **options: Any) -> None:
     """Write ``path``, and the same as a PDF beside it, whose text is text; the same figure gives the same bytes."""
     import matplotlib
 
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
-        for file, more in ((path, {}), (path.with_suffix(".pdf"), {"metadata": {"CreationDate": None}})):
-            with writing(file):
-                figure.savefig(file, **more, **options)
+    with matplotlib.rc_context({"pdf.fonttype": 42}), writing(path):
+        figure.savefig(path, **options)
+        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, **options)
 
 
 # Training curves. One panel per group of series that share a unit; shares are drawn as percentages. The two series of

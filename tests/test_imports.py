@@ -1,38 +1,29 @@
-"""What importing and running needs, and what it does not: Triton, transformers for the ops, the network, optionals."""
+"""What imports what, and what importing and running needs and does not: Triton, transformers for the ops, the network,
+optionals."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import json
 import os
 import subprocess
 import sys
-from graphlib import TopologicalSorter
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 import dopsd_kernels
 
 ROOT = Path(dopsd_kernels.__file__).parents[1]
+LONGEST = 520  # lines of a module
 
 
 def room_of(name: str) -> str:
-    """The folder or file of ``dopsd`` that a module is in; the command that makes an asset is one by itself."""
+    """The folder or file of a package that a module is in; the command that makes an asset is one by itself."""
     return name if name == "dopsd.assets.pretrain" else ".".join(name.split(".")[:2])
-
-
-def test_no_room_imports_what_imports_it() -> None:
-    """Not even for types."""
-    files = {path: path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / "dopsd").rglob("*.py")}
-    names = {".".join(parts).removesuffix(".__init__"): path for path, parts in files.items()}
-    imports: dict[str, set[str]] = {}
-    for name, path in names.items():
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "dopsd":
-                full = {f"{node.module}.{alias.name}" for alias in node.names}
-                found = {room_of(one if one in names else str(node.module)) for one in full}
-                imports.setdefault(room_of(name), set()).update(found - {room_of(name)})
-    order = list(TopologicalSorter(imports).static_order())  # raises CycleError, which names the circle
-    assert order.index("dopsd.distillation") < order.index("dopsd.memory") < order.index("dopsd.trainer")
 
 
 # What the extra train brings and the ops do without; torch alone does without numpy too.
@@ -52,6 +43,74 @@ def python(program: str, *argv: str, **changes: str) -> str:
     done = start("-c", program, *argv, **changes)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """The file of each module of both packages."""
+    files = [file for package in ("dopsd", "dopsd_kernels") for file in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+@functools.cache
+def imported() -> dict[str, frozenset[str]]:
+    """What each module's file imports, inside functions and for types alone too: modules of ours, or names of others'.
+
+    That a package is imported along with what is in it is no import of the file's.
+    """
+    known = modules()
+    found = {}
+    for name, file in known.items():
+        package = name if file.stem == "__init__" else name.rpartition(".")[0]
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
+                source = ".".join(part for part in (base, node.module) if part)
+                inner = {alias.name: f"{source}.{alias.name}" for alias in node.names}
+                names |= {whole if whole in known else source for whole in inner.values()}
+        found[name] = frozenset(names - {name})
+    return found
+
+
+def reached(start: str) -> set[str]:
+    """All that a module imports, directly or not."""
+    seen, left = set(), [start]
+    while left:
+        for name in imported().get(left.pop(), ()):
+            if name not in seen:
+                seen.add(name)
+                left.append(name)
+    return seen
+
+
+@pytest.mark.parametrize("place", [str, room_of], ids=["files", "rooms"])
+def test_no_import_leads_back(place: Callable[[str], str]) -> None:
+    """No circle among files, nor among folders with the files beside them; not even for types."""
+    graph: dict[str, set[str]] = {}
+    for name, names in imported().items():
+        graph.setdefault(place(name), set()).update(
+            {place(other) for other in names & modules().keys()} - {place(name)}
+        )
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names one
+
+
+def test_what_a_package_knows_nothing_of() -> None:
+    """The ops of the driver; evaluation of training, reports and pictures."""
+    for name in modules():
+        others = {other.partition(".")[0] for other in imported()[name]}
+        if name.partition(".")[0] == "dopsd_kernels":
+            assert "dopsd" not in others, name
+        elif name == "dopsd.evaluate" or name.startswith("dopsd.evaluation"):
+            assert not reached(name) & {"dopsd.trainer", "dopsd.train", "dopsd.report", "dopsd.plots"}, name
+            assert not any(other.startswith("matplotlib") for other in reached(name)), name
+
+
+def test_no_module_is_long() -> None:
+    """What is longer is more than one thing."""
+    assert not {name for name, file in modules().items() if len(file.read_text().splitlines()) > LONGEST}
 
 
 def test_the_ops_need_torch_only() -> None:
