@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dopsd.config import parse_evaluate
+from dopsd import report
+from dopsd.config import parse_evaluate, parse_train
 from dopsd.errors import RunError, UsageError
 from dopsd.evaluation import command as evaluate
+from dopsd.files import write_json
 from dopsd.models import add_lora, load_model
 from dopsd.recorded import recorded
 from dopsd.tasks.sudoku import Sudoku
+from dopsd.trainer import Trainer
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -45,28 +49,33 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_an_evaluation_without_options_finds_what_the_run_found(
-    command: Command, small_run: list[str], tmp_path: Path
+    command: Command, make_trainer: Callable[..., Trainer], small_run: list[str], tmp_path: Path
 ) -> None:
     """Model, lengths, steps, what is drawn at random and in which precision: the held-out responses after training to
     the character, from the run's folder alone. It says in a line whose options these are."""
     run, output = tmp_path / "run", tmp_path / "out.json"
-    argv = [*small_run, "--eval_problems", "12", "--steps", "20", "--remasking", "random", "--stop_at_eos", "false"]
-    argv += ["--sampling_dtype", "float64", "--cache", "prefix", "--seed", "7"]
-    argv += ["--bf16", "true", "--correct_only", "false", "--max_steps", "1", "--output_dir", str(run)]
-    assert command(run.main, *argv)[0] == 0
-    held_out = {
-        moment: json.loads((run / f"held_out_{moment}.json").read_text())["tokens_per_step"]["2.4"]
-        for moment in ("before", "after")
-    }
+    argv = ["--output_dir", str(run), "--eval_problems", "12", "--steps", "20", "--remasking", "random", "--seed", "7"]
+    argv += ["--stop_at_eos", "false", "--sampling_dtype", "float64", "--cache", "prefix", "--bf16", "true"]
+    argv += ["--eval_tokens_per_step", "8"]
+    config = report.configuration(*parse_train([*small_run, *argv]))
+    trainer = make_trainer(*argv)
+    for name, parameter in trainer.student.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.02)  # as if it had been trained
+    trainer.save_adapter(run)
+    write_json(run / "run.json", config)
+    report.held_out(trainer, Sudoku().problems("test", 12), "after", run)
+    held_out = json.loads((run / "held_out_after.json").read_text())["tokens_per_step"]["2.4"]
+
     code, out, err = command(evaluate.main, "--adapter", str(run), "--output", str(output))
     assert code == 0, err
     (result,) = json.loads(output.read_text())["results"]
-    assert result["responses"] == held_out["after"] != held_out["before"]
+    assert result["responses"] == held_out
     (line,) = [line for line in out.splitlines() if line.startswith(f"as in {run / 'run.json'}: ")]
     for word in ("model=tiny", "task=['sudoku']", "remasking=random", "tokens_per_step=[2.4]", "bf16=True"):
         assert word in line
-    code, _, err = command(evaluate.main, "--compare", str(run / "held_out_after.json"), str(output))
-    assert code == 0, err
+    code, out, _ = command(evaluate.main, "--compare", str(run / "held_out_after.json"), str(output))
+    assert code == 0 and "+0.0 ± 0.0" in out
 
 
 def test_what_a_run_says_is_taken_and_what_is_given_overrides_it(folder: Path) -> None:

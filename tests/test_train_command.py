@@ -154,11 +154,12 @@ def test_the_card_says_what_the_report_does(output: Path) -> None:
 
 
 def test_the_adapter_loads_with_evaluate(output: Path, tmp_path: Path) -> None:
-    """dopsd.evaluate with and without --adapter gives the report's responses before and after, to the character."""
-    for moment, adapter in (("before", []), ("after", ["--adapter", str(output)])):
+    """dopsd.evaluate with and without --adapter gives the report's responses before and after, to the character. With
+    it, no more needs to be said."""
+    options = {"before": ["--eval_problems", "6", "--tokens_per_step", "2"], "after": ["--adapter", str(output)]}
+    for moment, argv in options.items():
         path = tmp_path / f"{moment}.json"
-        argv = ["--eval_problems", "6", "--tokens_per_step", "2", "--output", str(path), *adapter]
-        evaluate.main(argv)
+        evaluate.main([*argv, "--output", str(path)])
         (result,) = strict(path.read_text())["results"]
         held_out = strict((output / f"held_out_{moment}.json").read_text())
         assert result["responses"] == held_out["tokens_per_step"]["2"]
