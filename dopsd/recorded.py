@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def recorded(folder: Path) -> Recorded | None:
     places = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
     for file in (place / RUN_FILE for place in places):
         if file.is_file():
-            return Recorded(file, **run_options(file))
+            groups = run_options(file)
+            return Recorded(file, *(groups.get(f.name, {}) for f in fields(Recorded)[1:]))
     if not (folder / CONFIG).is_file():
         return None
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
@@ -49,11 +50,10 @@ def recorded(folder: Path) -> Recorded | None:
 
 
 def run_options(file: Path) -> dict[str, Options]:
-    """The groups of a run's file, in the words of this release; RunError if it is damaged."""
-    content = read_json(file)
-    groups = {name: content.get(name, {}) for name in ("model", "task", "rollout", "teaching", "training")}
+    """A run's options by group, in the words of this release; RunError if the file is damaged."""
+    groups = {name: options for name, options in read_json(file).items() if name != "id"}
     if not all(isinstance(options, dict) for options in groups.values()):
         raise RunError(f"{file} is damaged: its groups of options are no JSON objects")
-    if "cache" in groups["rollout"]:
+    if "cache" in groups.get("rollout", {}):
         groups["rollout"]["cache"] = todays(groups["rollout"]["cache"])
     return groups

@@ -73,7 +73,7 @@ class RunFolder:
         self.hold()
         run = checkpoints.run_id(self.path)
         for group, options in run_options(self.path / RUN_FILE).items():
-            for name, value in options.items():
+            for name, value in options.items() if group in self.config else ():
                 if name not in FREE:
                     given = plain(self.config[group].get(name))
                     require(given == value, name, given, f"the run in {self.path} has {name}={value!r}")

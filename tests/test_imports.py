@@ -1,7 +1,11 @@
-"""What importing and running needs, and what it does not: Triton, transformers for the ops, the network, optionals."""
+"""What imports what, and what importing and running needs and does not: Triton, transformers for the ops, the network,
+optionals."""
 
 from __future__ import annotations
 
+import ast
+import functools
+import graphlib
 import json
 import os
 import subprocess
@@ -11,6 +15,14 @@ from pathlib import Path
 import dopsd_kernels
 
 ROOT = Path(dopsd_kernels.__file__).parents[1]
+LONGEST = 520  # lines of a module
+
+# Expected for now: imports that go back up, and modules that are too long.
+BACK = {
+    ("dopsd.collapse", "dopsd.trainer"),  # a type of its argument
+    ("dopsd.memory.probe", "dopsd.trainer"),  # the same
+}
+LONG = {"dopsd.config"}
 
 
 def python(program: str, *argv: str, **changes: str) -> str:
@@ -21,6 +33,72 @@ def python(program: str, *argv: str, **changes: str) -> str:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """The file of each module of both packages."""
+    files = [file for package in ("dopsd", "dopsd_kernels") for file in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+@functools.cache
+def imported() -> dict[str, frozenset[str]]:
+    """What each module's file imports, inside functions and for types alone too: modules of ours, or names of others'.
+
+    That a package is imported along with what is in it is no import of the file's.
+    """
+    known = modules()
+    found = {}
+    for name, file in known.items():
+        package = name if file.stem == "__init__" else name.rpartition(".")[0]
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
+                source = ".".join(part for part in (base, node.module) if part)
+                inner = {alias.name: f"{source}.{alias.name}" for alias in node.names}
+                names |= {whole if whole in known else source for whole in inner.values()}
+        found[name] = frozenset(names - {name})
+    return found
+
+
+def reached(start: str) -> set[str]:
+    """All that a module imports, directly or not."""
+    seen, left = set(), [start]
+    while left:
+        for name in imported().get(left.pop(), ()):
+            if name not in seen:
+                seen.add(name)
+                left.append(name)
+    return seen
+
+
+def test_no_import_leads_back() -> None:
+    """No circle among the files, but for what is expected; what is expected is there, and makes a circle."""
+    graph = {name: imported()[name] - {to for start, to in BACK if start == name} for name in modules()}
+    order = graphlib.TopologicalSorter({name: names & graph.keys() for name, names in graph.items()})
+    order.prepare()  # raises CycleError, which names one
+    for start, to in BACK:
+        assert to in imported()[start] and start in reached(to), f"{start} no longer imports {to}, or not in a circle"
+
+
+def test_what_a_package_knows_nothing_of() -> None:
+    """The ops of the driver; evaluation of training, reports and pictures."""
+    for name in modules():
+        others = {other.partition(".")[0] for other in imported()[name]}
+        if name.partition(".")[0] == "dopsd_kernels":
+            assert "dopsd" not in others, name
+        elif name == "dopsd.evaluate" or name.startswith("dopsd.evaluation"):
+            assert not reached(name) & {"dopsd.trainer", "dopsd.train", "dopsd.report", "dopsd.plots"}, name
+            assert not any(other.startswith("matplotlib") for other in reached(name)), name
+
+
+def test_no_module_is_long() -> None:
+    """Nor is one expected to be that no longer is."""
+    assert {name for name, file in modules().items() if len(file.read_text().splitlines()) > LONGEST} == LONG
 
 
 def test_the_ops_need_torch_only() -> None:

@@ -74,6 +74,16 @@ def test_which_checkpoint_a_run_goes_on_from(output: Path, tmp_path: Path, capsy
         opened(output, str(folders[0]), processes=2)
 
 
+@pytest.mark.parametrize(("word", "kind"), [("off", "none"), ("dual", "block")])
+def test_a_run_goes_on_whose_cache_an_earlier_release_named(tmp_path: Path, word: str, kind: str) -> None:
+    """Its folder says what that kind was called then; another kind is another option."""
+    with RunFolder(tmp_path, {**CONFIG, "rollout": {"cache": word}}, 1) as folder:
+        folder.claim()
+    assert opened(tmp_path, rollout={"cache": kind}) == Start(None, None)
+    with pytest.raises(UsageError, match=f"cache='prefix' can't be used: the run in .* has cache='{kind}'"):
+        opened(tmp_path, rollout={"cache": "prefix"})
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
