@@ -118,16 +118,17 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
-def test_trajectory_is_drawn_at_every_size(size: dict, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "size, width", [*((size, "page") for size in SIZES), ("masked scope, stopped early", "column"), ("long", "column")]
+)
+def test_trajectory_is_drawn_at_every_size(size: str, width: Width, tmp_path: Path) -> None:
     path = tmp_path / "trajectory.png"
-    for width, inches in INCHES.items():
-        image = draw(make_trace(**size), path, width)
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
-        assert image.shape[1] == int(inches * DPI) and 400 < image.shape[0] < 2400, "a figure has to fit on a page"
-        assert area(image, COMMITTED) > 0
-        assert inside(image), "something is cut off"
+    image = draw(make_trace(**SIZES[size]), path, width)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    assert image.shape[1] == int(INCHES[width] * DPI) and 400 < image.shape[0] < 2400, "a figure has to fit on a page"
+    assert area(image, COMMITTED) > 0
+    assert inside(image), "something is cut off"
 
 
 def test_cells_have_the_colours_of_their_state(tmp_path: Path) -> None:
@@ -248,16 +249,15 @@ def test_trace_refuses_parts_that_do_not_fit() -> None:
             replace(trace, **change)
 
 
-@pytest.mark.parametrize("updates", [1, 15, 200])
-def test_curves_are_drawn_at_every_length(updates: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("updates, width", [(1, "page"), (15, "column"), (200, "page")])
+def test_curves_are_drawn_at_every_length(updates: int, width: Width, tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
-    for width, inches in INCHES.items():
-        held_out = {"before": 0.5, "after": 0.6, "before_error": 0.02, "after_error": 0.02}
-        image = curves(make_history(updates), path, width=width, **held_out)
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
-        assert image.shape[1] == int(inches * DPI) and 1000 < image.shape[0] < 3200
-        assert area(image, "#0072B2") > 300 and inside(image)
+    held_out = {"before": 0.5, "after": 0.6, "before_error": 0.02, "after_error": 0.02}
+    image = curves(make_history(updates), path, width=width, **held_out)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    assert image.shape[1] == int(INCHES[width] * DPI) and 1000 < image.shape[0] < 3200
+    assert area(image, "#0072B2") > 300 and inside(image)
 
 
 def test_curves_show_their_values(tmp_path: Path) -> None:
