@@ -20,6 +20,7 @@ import torch
 from dopsd.files import write_text
 from dopsd.tables import markdown_table
 
+from .collapsing import collapses
 from .harness import Bench, Case, Wrong
 from .hostile import hostile
 from .interrupted import kills, two_starts
@@ -37,7 +38,7 @@ class Row(NamedTuple):
     cases: Callable[[Bench], list[Case]]
 
 
-# A new kind of fault is one more row: "collapse" is to come here.
+# A new kind of fault is one more row.
 ROWS = {
     "killed training": Row(
         "SIGKILL at any time, ahead of an operation on a file, or amid writing one; then resumed",
@@ -55,6 +56,10 @@ ROWS = {
     ),
     "damaged adapters": Row("a file of an adapter likewise; evaluated, and trained from", damaged_adapters),
     "hostile files": Row("files that run code, or take all time or memory; 10 seconds and 1 GiB are allowed", hostile),
+    "collapse": Row(
+        "an update ruins the model: stop, go back or ignore that; half of them killed too; the best adapter is left",
+        lambda bench: collapses(bench, 12),
+    ),
     "command lines": Row("options drawn at random with values that make no sense", lambda bench: absurd(bench, 100)),
 }
 
