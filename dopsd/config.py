@@ -6,8 +6,8 @@ import difflib
 import inspect
 import json
 import math
+import sys
 import time
-import warnings
 from argparse import Action
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -545,7 +545,7 @@ def todays_cache(word: str) -> str:
     """The name of a kind of cache; with a warning for the name that it had in an earlier release."""
     name = todays(word)
     if name != word:
-        warnings.warn(f"cache={word} is called cache={name} now; the next release forgets {word}", FutureWarning, 2)
+        print(f"cache={word} is called cache={name} now; the next release forgets {word}", file=sys.stderr)
     return name
 
 
@@ -620,21 +620,24 @@ def parse_plan(
 
 
 def parse_evaluate(argv: Sequence[str]) -> EvaluationArguments:
-    """The options of an evaluation."""
+    """The options of an evaluation: those that the adapter's folder says, overridden by those in ``argv``."""
     parser = Parser(
         EvaluationArguments,
         prog="python -m dopsd.evaluate",
         description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
         epilog=EPILOG,
     )
-    probe = Parser(EvaluationArguments, add_help=False)
-    probe.set_defaults(model=None, task=None)
+    probe = Parser(LoadArguments, add_help=False)
+    probe.add_argument("--task", nargs="+")
+    probe.set_defaults(model=None)
     given, _ = probe.parse_known_args(list(argv))
-    found = None if given.adapter is None else recorded(Path(given.adapter))
-    options = {} if found is None else evaluation_options(found, given.model, given.task)
-    if given.task is not None:
-        options.pop("task", None)  # which may be code in a file, and that is run only where the command line names it
-    (arguments,) = parser.parse([*parser.tokens(options, str(found and found.file)), *argv])
+    said: list[str] = []
+    if given.adapter is not None and (found := recorded(Path(given.adapter))) is not None:
+        options = evaluation_options(found, given.model, given.task)
+        if given.task is not None:
+            options.pop("task", None)  # a file's code, it may be, which only the command line names
+        said = parser.tokens(options, str(found.file))
+    (arguments,) = parser.parse([*said, *argv])
     return arguments
 
 

@@ -126,7 +126,7 @@ class Share:
                 revealed(share),
                 chosen,
                 1,
-                lambda hints=hints: decoder.once(rows, decoding, seeds, hints=hints, on_step=on_step),  # type: ignore[misc]
+                lambda hints=hints: decoder.once(rows, decoding, own, hints=hints, on_step=on_step),  # type: ignore[misc]
             )
 
     def measure(
