@@ -25,6 +25,7 @@ from dopsd.recorded import Recorded, recorded
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Task, load_task
+from dopsd.teacher import RevealScope, TeacherKind
 from dopsd_kernels.step_kl import Divergence
 
 TASK_HELP = (
@@ -181,13 +182,13 @@ class TeachingArguments:
 
     _argument_group_name: ClassVar[str] = "teacher and objective"
 
-    teacher: Literal["fixed", "ema", "live"] = option("fixed", "The teacher's weights: as at the start, averaged, own.")
+    teacher: TeacherKind = option("fixed", "The teacher's weights: as at the start, averaged, own.")
     ema_decay: float = option(0.99, "Share of an ema teacher kept at each update.")
     teacher_context: Literal["self_future", "reference"] = option(
         "self_future", "Shown to the teacher: its own future tokens, or a reference solution in the prompt."
     )
     retain_ratio: float = option(0.25, "rho: share of the candidate tokens revealed to the teacher.")
-    reveal_scope: Literal["future_blocks", "masked"] = option("future_blocks", "Where candidates lie.")
+    reveal_scope: RevealScope = option("future_blocks", "Where candidates lie.")
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Confidence = option("probability", "By what K is chosen.")
@@ -521,21 +522,24 @@ def parse_plan(
 
 
 def parse_evaluate(argv: Sequence[str] = (), **options: Any) -> EvaluationArguments:
-    """The options of an evaluation, in ``argv`` and ``options``."""
+    """The options of an evaluation: those that the adapter's folder says, overridden by ``argv`` and ``options``."""
     parser = Parser(
         EvaluationArguments,
         prog="python -m dopsd.evaluate",
         description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
     )
     words = [*argv, *parser.tokens(options)]
-    probe = Parser(EvaluationArguments, add_help=False)
-    probe.set_defaults(model=None, task=None)
+    probe = Parser(LoadArguments, add_help=False)
+    probe.add_argument("--task", nargs="+")
+    probe.set_defaults(model=None)
     given, _ = probe.parse_known_args(words)
-    found = None if given.adapter is None else recorded(Path(given.adapter))
-    said = {} if found is None else evaluation_options(found, given.model, given.task)
-    if given.task is not None:
-        said.pop("task", None)  # which may be code in a file, and that is run only where the command line names it
-    (arguments,) = parser.parse([*parser.tokens(said, str(found and found.file)), *words])
+    said: list[str] = []
+    if given.adapter is not None and (found := recorded(Path(given.adapter))) is not None:
+        recalled = evaluation_options(found, given.model, given.task)
+        if given.task is not None:
+            recalled.pop("task", None)  # a file's code, it may be, which only the command line names
+        said = parser.tokens(recalled, str(found.file))
+    (arguments,) = parser.parse([*said, *words])
     return arguments
 
 

@@ -141,19 +141,23 @@ def test_a_run_is_compared_with_its_beginning(command: Command, tmp_path: Path) 
     options = {"task": {"task": "gsm8k"}, "rollout": {"gen_length": 256, "cache": "off"}}
     (run / "run.json").write_text(json.dumps({"id": "0", **options}))
     for moment, scores in (("before", BEFORE), ("after", AFTER)):
-        responses = {"2": entry(scores)["responses"], "2.4": entry(scores[::-1])["responses"]}
+        responses = {"2": entry(scores)["responses"], "2.66667": entry(scores[::-1])["responses"]}
         (run / f"held_out_{moment}.json").write_text(json.dumps({"adapter_sha256": None, "tokens_per_step": responses}))
     output, results = tmp_path / "out.json", tmp_path / "results.json"
     code, _, err = command(evaluate.main, "--compare", str(run), "--output", str(output))
     assert code == 0, err
     one, other = json.loads(output.read_text())["comparisons"]
     assert (one["gained"], one["lost"], one["problems"], one["tokens_per_step"]) == ([1, 2], [3], 6, 2)
-    assert (other["gained"], other["lost"], other["tokens_per_step"]) == ([3, 4], [2], 2.4)
+    assert (other["gained"], other["lost"], other["tokens_per_step"]) == ([3, 4], [2], 2.66667)
     assert one.items() >= difference(BEFORE, AFTER).items()
-    results.write_text(json.dumps({"results": [entry(AFTER)], "config": {"evaluation": {"cache": "none"}}}))
+    results.write_text(
+        json.dumps(
+            {"results": [entry(BEFORE[::-1], tokens_per_step=64 / 24)], "config": {"evaluation": {"cache": "none"}}}
+        )
+    )
     code, out, err = command(evaluate.main, "--compare", str(run / "held_out_after.json"), str(results))
-    assert code == 0 and "Different" not in out and "+0.0" in out, err
-    assert f"Only in {run / 'held_out_after.json'}: gsm8k@256, 2.4 tokens a step, greedy." in "".join(out.split("\n"))
+    assert code == 0 and "Different" not in out and "-25.0" in out, err
+    assert f"Only in {run / 'held_out_after.json'}: gsm8k@256, 2 tokens a step, greedy." in "".join(out.split("\n"))
     (run / "held_out_after.json").unlink()
     code, _, err = command(evaluate.main, "--compare", str(run))
     assert code == 2 and "held_out_after.json" in err and "No such file" in err

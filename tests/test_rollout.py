@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from dopsd.models.llada import LLaDAModelLM
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding, decode
 from dopsd.seeds import mix_seeds
-from dopsd.trajectory import Trajectory
+from dopsd.trajectory import NEVER, Trajectory
 
 EOS, MASK, VOCAB = 0, 36, 37
 DECODING = Decoding(gen_length=8, block_length=4, steps=8)
@@ -209,3 +211,15 @@ def test_hints_follow_their_rows(model: LLaDAModelLM, batch_size: int) -> None:
         (without,) = decode(model, [prompt], DECODING, **one)
         differing += not torch.equal(rollout.trajectory.tokens, without.tokens)
     assert differing > 0
+
+
+def test_a_rollout_is_written_and_read() -> None:
+    """JSON and back: equal in all; what files of results say of it are its row's columns and what became of it."""
+    tokens, steps = torch.tensor([5, 0, 7, 0]), torch.tensor([1, 0, NEVER, NEVER])
+    rollout = Rollout({"question": "?"}, Trajectory(torch.tensor([3]), tokens, steps, 2), "five", 0.25, 3)
+    again = Rollout.from_json(json.loads(json.dumps({**rollout.to_json(), "index": 4})))
+    for name in ("prompt_ids", "tokens", "reveal_step"):
+        assert torch.equal(getattr(again.trajectory, name), getattr(rollout.trajectory, name))
+    assert replace(again, trajectory=rollout.trajectory) == rollout
+    said = {"question": "?", "response": "five", "score": 0.25, "tokens": 1, "steps": 2, "tries": 3}
+    assert again.outcome(0) == said

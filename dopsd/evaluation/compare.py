@@ -83,7 +83,8 @@ def held_out(responses: Mapping[str, list[Any]], folder: Path) -> dict[str, Any]
 
 def is_result(one: object) -> bool:
     """Whether a file's entry has a setting and graded responses."""
-    if not isinstance(one, dict) or not all(isinstance(one.get(name), str | int | float) for name in SETTING):
+    kinds = {"task": str, "gen_length": int, "tokens_per_step": int | float, "measure": str}
+    if not isinstance(one, dict) or not all(isinstance(one.get(name), kind) for name, kind in kinds.items()):
         return False
     responses = one.get("responses")
     return isinstance(responses, list) and all(
@@ -92,8 +93,11 @@ def is_result(one: object) -> bool:
 
 
 def by_setting(content: Mapping[str, Any]) -> dict[tuple[Any, ...], Result]:
-    """Results by task, length, rate and measure."""
-    return {tuple(one[name] for name in SETTING): one for one in content["results"]}
+    """Results by task, length, rate (to the six digits that a run's files give it with) and measure."""
+    return {
+        (one["task"], one["gen_length"], f"{one['tokens_per_step']:g}", one["measure"]): one
+        for one in content["results"]
+    }
 
 
 def problem(response: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,14 +185,14 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
 def describe(result: Mapping[str, Any]) -> str:
     """A setting in words."""
-    return f"{label(result)}, {result['tokens_per_step']} tokens a step, {result['measure']}"
+    return f"{label(result)}, {result['tokens_per_step']:g} tokens a step, {result['measure']}"
 
 
 def cells(compared: Mapping[str, Any]) -> dict[str, str]:
     """What tables say of a comparison, by column."""
     return {
         "task": label(compared),
-        "tokens a step": str(compared["tokens_per_step"]),
+        "tokens a step": f"{compared['tokens_per_step']:g}",
         "measure": compared["measure"],
         "problems": str(compared["problems"]),
         "first (%)": percent(compared["accuracy_before"], compared["standard_error_before"]),

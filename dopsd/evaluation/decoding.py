@@ -38,7 +38,7 @@ def decode_all(
     with Progress(total, process.is_main_process) as progress, autocast:
         for setting, decoding in settings:
             share = Share(setting, decoding, decoders[setting.task], rows[setting.task], args, kept, progress)
-            progress.begin(f"{label(setting._asdict())}, {setting.tokens_per_step} a step", setting.gen_length)
+            progress.begin(f"{label(setting._asdict())}, {setting.tokens_per_step:g} a step", setting.gen_length)
             size = args.sequences_per_forward
             for start in range(0, len(shares[setting.task]), size):
                 share.batch(list(shares[setting.task][start : start + size]))
@@ -127,7 +127,7 @@ class Share:
                 revealed(share),
                 chosen,
                 1,
-                lambda hints=hints: decoder.once(rows, decoding, seeds, hints=hints, on_step=on_step),  # type: ignore[misc]
+                lambda hints=hints: decoder.once(rows, decoding, own, hints=hints, on_step=on_step),  # type: ignore[misc]
             )
 
     def measure(

@@ -80,7 +80,7 @@ def cells(result: Mapping[str, Any]) -> dict[str, str]:
     """What tables say of a result, by column."""
     return {
         "task": label(result),
-        "tokens a step": str(result["tokens_per_step"]),
+        "tokens a step": f"{result['tokens_per_step']:g}",
         "measure": result["measure"],
         "accuracy (%)": percent(result["accuracy"], result["standard_error"]),
         "95% interval": interval(result),
