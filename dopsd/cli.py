@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing these takes seconds
 def start(module: str) -> None:
     """Run ``module``'s ``main``, whose imports take seconds: on a terminal that is said first."""
     if sys.stderr.isatty():
-        print("importing torch, transformers and peft ...", end="\r", file=sys.stderr, flush=True)
+        print("importing torch, transformers and peft ...", file=sys.stderr, flush=True)
     run(lambda argv: import_module(module).main(argv))
 
 

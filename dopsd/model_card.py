@@ -59,7 +59,7 @@ Recipe `{recipe}`, {updates} updates, in {seconds:.0f} s on {device} ({versions}
 
 ## How to load it
 
-With [d-OPSD](https://pypi.org/project/dopsd), from this folder:
+With d-OPSD (the Python package `dopsd`), beside this folder:
 
 ```python
 import dopsd

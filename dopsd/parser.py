@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import math
-import warnings
 from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -20,6 +20,8 @@ from transformers import HfArgumentParser
 from dopsd.cache import todays
 from dopsd.errors import UsageError, must_be, require
 from dopsd.renamed import todays_word
+
+log = logging.getLogger(__name__)
 
 # Of the numbers that options take; seeds go so far.
 LARGEST = 2**32 - 1
@@ -200,7 +202,7 @@ def todays_cache(word: str) -> str:
     """The name of a kind of cache; with a warning for the name that it had in an earlier release."""
     name = todays(word)
     if name != word:
-        warnings.warn(f"cache={word} is called cache={name} now; the next release forgets {word}", FutureWarning, 2)
+        log.warning("cache=%s is called cache=%s now; the next release forgets %s", word, name, word)
     return name
 
 

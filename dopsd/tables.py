@@ -38,7 +38,7 @@ def show(rows: Sequence[Mapping[str, str]], title: str, notes: Sequence[str] = (
     with console.capture() as text:
         console.print(drawn)
         for note in notes:
-            console.print(note, highlight=False, markup=False)
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
     log.info(text.get().rstrip("\n"))
 
 

@@ -71,7 +71,7 @@ class Progress:
     def end(self, amount: int, skipped: bool) -> None:
         """A batch of ``amount`` positions is done: not all were computed, and none if it was ``skipped``."""
         self.reached += amount
-        if skipped:
+        if skipped and not self.bar.disable:
             self.bar.initial += amount  # not to be counted as fast work
         self.bar.update(self.reached - self.bar.n)
 
@@ -127,7 +127,7 @@ class Share:
                 revealed(share),
                 chosen,
                 1,
-                lambda hints=hints: decoder.once(rows, decoding, seeds, hints=hints, on_step=on_step),  # type: ignore[misc]
+                lambda hints=hints: decoder.once(rows, decoding, own, hints=hints, on_step=on_step),  # type: ignore[misc]
             )
 
     def measure(

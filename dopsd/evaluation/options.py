@@ -114,21 +114,24 @@ class EvaluationArguments(LoadArguments, DecodingArguments):
 
 
 def parse_evaluate(argv: Sequence[str] = (), **options: Any) -> EvaluationArguments:
-    """The options of an evaluation, in ``argv`` and ``options``."""
+    """The options of an evaluation: those that the adapter's folder says, overridden by ``argv`` and ``options``."""
     parser = Parser(
         EvaluationArguments,
         prog="python -m dopsd.evaluate",
         description="Accuracy of a model or adapter on a task, and how much its own future would help it.",
     )
     words = [*argv, *parser.tokens(options)]
-    probe = Parser(EvaluationArguments, add_help=False)
-    probe.set_defaults(model=None, task=None)
+    probe = Parser(LoadArguments, add_help=False)
+    probe.add_argument("--task", nargs="+")
+    probe.set_defaults(model=None)
     given, _ = probe.parse_known_args(words)
-    found = None if given.adapter is None else recorded(Path(given.adapter))
-    said = {} if found is None else evaluation_options(found, given.model, given.task)
-    if given.task is not None:
-        said.pop("task", None)  # which may be code in a file, and that is run only where the command line names it
-    (arguments,) = parser.parse([*parser.tokens(said, str(found and found.file)), *words])
+    said: list[str] = []
+    if given.adapter is not None and (found := recorded(Path(given.adapter))) is not None:
+        recalled = evaluation_options(found, given.model, given.task)
+        if given.task is not None:
+            recalled.pop("task", None)  # a file's code, it may be, which only the command line names
+        said = parser.tokens(recalled, str(found.file))
+    (arguments,) = parser.parse([*said, *words])
     return arguments
 
 
