@@ -14,7 +14,7 @@ from dopsd import collapse
 from dopsd.checkpoints import ADAPTER_FILE
 from dopsd.config import TrainingArguments
 from dopsd.errors import RunError, one_line
-from dopsd.files import read_json, write_json, write_text
+from dopsd.files import write_text
 from dopsd.models import SHIPPED
 from dopsd.models.adapter import CONFIG
 
@@ -89,10 +89,8 @@ Luo et al., *Learning from the Self-future: On-policy Self-distillation for dLLM
 
 
 def write_card(folder: Path, result: Mapping[str, Any], mask_id: int) -> None:
-    """The card, beside the adapter, whose config then has the base model's name and not where that lies here."""
+    """The card, beside the adapter."""
     write_text(folder / CARD_FILE, card(folder, result, mask_id))
-    name = result["config"]["model"]["model"]
-    write_json(folder / CONFIG, {**read_json(folder / CONFIG), "base_model_name_or_path": name})
 
 
 def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:

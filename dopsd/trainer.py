@@ -29,7 +29,7 @@ from dopsd.errors import RunError, require
 from dopsd.evaluation.accuracy import mean, standard_error
 from dopsd.memory.keeper import MemoryKeeper
 from dopsd.metrics import Figures, combined, of_rollouts
-from dopsd.models import STUDENT, check_saved, require_layers
+from dopsd.models import check_saved, require_layers, save_adapter
 from dopsd.objective import StepOutput, mean_metrics
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.pending import Pending
@@ -76,6 +76,7 @@ class Trainer(transformers.Trainer):
         require_layers(decoder.model, "cache", rollouts.cache, "none")
         require_installed(OptimizerNames(args.optim).value)
         self.rollouts, self.teaching, self.student = rollouts, teaching, model
+        self.base = model_arguments.model
         from_adapter = model_arguments.adapter is not None
         teacher = TeacherWeights(model, teaching.teacher, teaching.ema_decay, from_adapter)
         self.slices: list[list[Example]] = []  # of the current batch, those that are still to be trained on
@@ -323,14 +324,7 @@ class Trainer(transformers.Trainer):
 
     def save_adapter(self, folder: Path) -> str:
         """The student's adapter alone, ready for ``--adapter``; returns the hash of its tensors' file."""
-
-        def save() -> str:
-            with files.replacing(folder) as part:
-                self.student.save_pretrained(str(part), selected_adapters=[STUDENT])
-                checkpoints.seal(part)
-            return files.sha256(folder / checkpoints.ADAPTER_FILE)
-
-        return ranks.on_first_process(save)
+        return ranks.on_first_process(lambda: save_adapter(self.student, folder, self.base))
 
 
 class TeacherFollows(TrainerCallback):

@@ -14,7 +14,7 @@ import yaml
 from dopsd import config
 from dopsd.config import parse_train
 from dopsd.errors import UsageError
-from dopsd.evaluation.options import parse_evaluate
+from dopsd.evaluation.options import EvaluationArguments, parse_evaluate
 from dopsd.tasks.sudoku import Sudoku
 
 RECIPES = sorted(Path(config.__file__).parent.glob("recipes/*.yaml"))
@@ -24,7 +24,7 @@ GROUPS = (
     config.RolloutArguments,
     config.TeachingArguments,
     config.TrainingArguments,
-    config.EvaluationArguments,
+    EvaluationArguments,
 )
 
 

@@ -32,7 +32,7 @@ from dopsd_kernels.step_kl import divergences
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 # Pages whose Python has tests of its own: here, and in kernels/test_trainers_page.py.
-TESTED = {"extending", "trainers"}
+TESTED = {"extending", "python", "trainers"}
 # Programs of other projects, whose options are theirs to check.
 OTHERS = {"ruff", "mypy"}
 
@@ -143,7 +143,7 @@ def options() -> set[str]:
         warnings.simplefilter("ignore", RuntimeWarning)
         patch.setattr(config.Parser, "parse", note)
         patch.setattr(sys, "argv", ["command"])
-        for module in ("train", "evaluate", "plan"):
+        for module in ("train", "evaluate", "plan", "sample"):
             with pytest.raises(Parsed):
                 runpy.run_module(f"dopsd.{module}", run_name="__main__")
     shown = (
@@ -266,7 +266,7 @@ def test_the_model_trains(extended: dict[str, Any], make_trainer: Callable[..., 
     model.save_pretrained("small")
     tokenizer.save_pretrained("small")
     trainer = make_trainer("--model", "small", "--max_steps", "1", "--correct_only", "false", "--eval_strategy", "no")
-    network = trainer.decoder.model
+    network = trainer.distillation.decoder.model
     ids = torch.randint(2, 25, (1, 9))
     padded = torch.cat([ids[:, :3], ids], dim=1)
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_the_variant_chooses_otherwise(extended: dict[str, Any], make_trainer: C
             return chosen
 
     trainer = make_trainer("--max_steps", "1", "--correct_only", "false", "--eval_strategy", "no")
-    trainer.objective = Watched(**vars(trainer.objective))
+    trainer.distillation.objective = Watched(**vars(trainer.distillation.objective))
     trainer.train()
     assert any(differ)
 

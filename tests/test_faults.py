@@ -16,7 +16,7 @@ from faults.interrupted import kills, two_starts
 from faults.options import absurd
 from faults.storage import damaged_adapters, damaged_checkpoints, full_disk
 
-from dopsd import train
+from dopsd import run
 from dopsd.trainer import Trainer
 
 Command = Callable[..., tuple[int, str, str]]
@@ -99,7 +99,7 @@ def test_the_tensors_of_a_checkpoint_are_checked_as_an_adapters_are(
         save_file({**tensors, key: value.contiguous()}, weights, {"format": "pt"})
         reseal(checkpoint)
         argv = [*bench.train(tmp_path / "run"), "--resume_from_checkpoint", "true"]
-        status, _, err = command(train.main, *argv)
+        status, _, err = command(run.main, *argv)
         assert status == 2 and key in err and said in err and "resume_from_checkpoint=" in err
 
 
@@ -109,7 +109,7 @@ def test_a_rate_that_is_the_runs_own_is_decoded_and_reported_once(
     """The run's own decoding, here by a threshold, is what its own rate is about."""
     argv = [*bench.train(tmp_path / "run"), "--eval_tokens_per_step", "2", "4", "--threshold", "0.0001"]
     argv += ["--max_steps", "1"]
-    assert command(train.main, *argv)[0] == 0
+    assert command(run.main, *argv)[0] == 0
     scores = json.loads((tmp_path / "run" / "held_out_before.json").read_text())["tokens_per_step"]
     assert list(scores) == ["4", "2"]
     assert {one["steps"] for one in scores["4"]} == {2}  # a block each, and not 4 tokens

@@ -13,7 +13,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 import dopsd.assets
 from dopsd.errors import RunError, UsageError, require
 from dopsd.files import first_line
-from dopsd.models.adapter import STUDENT, adapter_files, add_lora, check_saved, load_adapter
+from dopsd.models.adapter import STUDENT, adapter_files, add_lora, check_saved, load_adapter, save_adapter
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.models.checkpoint import check_layers, check_loaded, load_tokenizer, read_config, tensors_of
 from dopsd.models.dream import DreamModel
@@ -35,6 +35,7 @@ __all__ = [
     "load_model",
     "quantization",
     "require_layers",
+    "save_adapter",
 ]
 
 # model_type in a checkpoint's config.json -> the class that reads it. All others are transformers' own.

@@ -17,7 +17,7 @@ from torch import nn
 
 from dopsd import checkpoints
 from dopsd.errors import RunError, must_be, require
-from dopsd.files import first_line, read_json
+from dopsd.files import first_line, read_json, replacing, sha256, write_json
 from dopsd.limits import limited
 from dopsd.models.bidirectional import DiffusionModel
 
@@ -58,6 +58,18 @@ def add_lora(model: DiffusionModel, targets: Sequence[str] | None, r: int, alpha
     return get_peft_model(
         model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
     )
+
+
+def save_adapter(student: PeftModel, folder: Path, base: str) -> str:
+    """Write the adapter of ``student`` to ``folder``, with a manifest; return the hash of its tensors' file.
+
+    Its config names the ``base`` model as it was named, and not where that lies on this disk.
+    """
+    with replacing(folder) as part:
+        student.save_pretrained(str(part), selected_adapters=[STUDENT])
+        write_json(part / CONFIG, {**read_json(part / CONFIG), "base_model_name_or_path": base})
+        checkpoints.seal(part)
+    return sha256(folder / WEIGHTS)
 
 
 def load_adapter(model: DiffusionModel, adapter: str, trainable: bool) -> PeftModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import SUPPRESS
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ VALUES = (
     *("/dev/null", "/dev/zero", "folder", "file", "absent", "absent/file.json", "file/file.json", "folder/a.json"),
 )
 # Options that take more than a few bytes from elsewhere, or leave these processes.
-LEFT_ALONE = {"help", "push_to_hub", "deepspeed", "fsdp", "ddp_backend", "report_to", "local_rank", "debug"}
+LEFT_ALONE = {"help", SUPPRESS, "push_to_hub", "deepspeed", "fsdp", "ddp_backend", "report_to", "local_rank", "debug"}
 
 
 def absurd(bench: Bench, count: int) -> list[Case]:

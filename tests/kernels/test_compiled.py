@@ -91,7 +91,7 @@ def test_no_row_is_at_fault(table: list[dict[str, Any]]) -> None:
     for row in table:
         assert not row["faults"]
         assert row["registers"] > 0 and 0 <= row["shared_bytes"] <= row["shared_limit"]
-        assert row["spill_bytes"] <= row["spill_budget"] <= 832
+        assert row["spill_bytes"] <= row["spill_budget"] <= 832 + 64
         assert row["instruction"] != "-" or not row["tensor_cores"]
         if row["kernel"] in ("confidence._confidence", "step_kl._hidden_gradient"):
             assert row["tensor_cores"] == (row["variant"].split(",")[0] in ("bf16", "fp16", "bf16 x bf16"))

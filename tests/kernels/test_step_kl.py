@@ -155,7 +155,7 @@ def test_gradients_match_finite_differences(divergence, form, top_k, tail, reduc
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    st.integers(0, 9), st.integers(1, 5), st.sampled_from([1, 2, 3, 13, 31]), st.sampled_from(DIVERGENCES),
+    st.integers(0, 9), st.integers(1, 5), st.sampled_from([1, 2, 3, 13, 31]), st.sampled_from(list(DIVERGENCES)),
     st.sampled_from(FORMS), st.sampled_from([None, 0.0, 0.03]), st.sampled_from([None, 1, 2, 13]),
     st.sampled_from(["renormalize", "bucket"]), st.sampled_from(["mean", "sum", "none"]), st.integers(1, 6),
     st.booleans(),
