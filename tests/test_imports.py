@@ -22,8 +22,8 @@ LONGEST = 520  # lines of a module
 
 
 def room_of(name: str) -> str:
-    """The folder or file of a package that a module is in; the command that makes an asset is one by itself."""
-    return name if name == "dopsd.assets.pretrain" else ".".join(name.split(".")[:2])
+    """The folder or file of a package that a module is in."""
+    return ".".join(name.split(".")[:2])
 
 
 # What the extra train brings and the ops do without; torch alone does without numpy too.

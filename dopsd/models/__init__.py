@@ -10,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig
 
-import dopsd.assets
 from dopsd.errors import RunError, UsageError, require
 from dopsd.files import first_line
 from dopsd.models.adapter import STUDENT, adapter_files, add_lora, check_saved, load_adapter, save_adapter
@@ -42,7 +41,7 @@ __all__ = [
 MODELS: dict[str, type[DiffusionModel]] = {"llada": LLaDAModelLM, "Dream": DreamModel}
 
 # Models that ship with the package, by the name ``--model`` takes.
-SHIPPED = {"tiny": Path(dopsd.assets.__file__).parent / "tiny"}
+SHIPPED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
 
 
 def check_model(model: str) -> tuple[dict[str, Any], type[DiffusionModel]]:
