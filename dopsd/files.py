@@ -72,10 +72,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As :func:`write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write atomically, so that a killed run leaves the old file or the new one, and so does a power cut."""
     part = path.with_suffix(path.suffix + ".part")
     with writing(path):
-        part.write_text(text)
+        part.write_bytes(content)
         sync(part)
         part.replace(path)
         sync(path.parent)

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dopsd.files import writing
+from dopsd.files import write_bytes
 from dopsd.trajectory import NEVER, Trajectory
 
 if TYPE_CHECKING:
@@ -43,9 +44,12 @@ def _save(figure: Figure, path: Path, **options: Any) -> None:
     """Write ``path``, and the same as a PDF beside it, whose text is text; the same figure gives the same bytes."""
     import matplotlib
 
-    with matplotlib.rc_context({"pdf.fonttype": 42}), writing(path):
-        figure.savefig(path, **options)
-        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, **options)
+    drawn = BytesIO(), BytesIO()  # what can't be written is then said by us, and not by what draws
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(drawn[0], format=path.suffix[1:], **options)
+        figure.savefig(drawn[1], format="pdf", metadata={"CreationDate": None}, **options)
+    for file, content in zip((path, path.with_suffix(".pdf")), drawn, strict=True):
+        write_bytes(file, content.getbuffer())
 
 
 # Training curves. One panel per group of series that share a unit; shares are drawn as percentages. The two series of
