@@ -127,6 +127,5 @@ def load(source: str, **options: Any) -> Model:
         rollouts = RolloutArguments(**some(said.rollout, *(f.name for f in fields(RolloutArguments))))
     else:
         rollouts = parse_train(model=args.model)[2]
-    mask_id, eos_id = network.config.mask_token_id, tokenizer.eos_token_id
-    decoder = Decoder(network.eval(), tokenizer, Ungraded(), mask_id, eos_id, rollouts.sequences_per_forward)
+    decoder = Decoder.of(network.eval(), tokenizer, Ungraded(), rollouts.sequences_per_forward)
     return Model(decoder, rollouts.decoding(), said is not None and bool(said.training.get("bf16")))

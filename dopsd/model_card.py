@@ -14,9 +14,11 @@ from dopsd import collapse
 from dopsd.checkpoints import ADAPTER_FILE
 from dopsd.config import TrainingArguments
 from dopsd.errors import RunError, one_line
+from dopsd.evaluation.results import interval
 from dopsd.files import write_text
 from dopsd.models import SHIPPED
 from dopsd.models.adapter import CONFIG
+from dopsd.tables import markdown_table
 
 CARD_FILE, CURVES_FILE = "README.md", "curves.png"
 PUBLISHED = (CARD_FILE, CONFIG, ADAPTER_FILE, CURVES_FILE)
@@ -142,17 +144,18 @@ def short(name: str) -> str:
 
 def table(rates: Mapping[str, Mapping[str, Any]]) -> str:
     """Accuracies by tokens per step, as Markdown."""
-    lines = ["| tokens per step | before | after | gain |", "| --- | --- | --- | --- |"]
-    for rate, row in rates.items():
-        cells = [percent(row, "before", ""), percent(row, "after", ""), percent(row, "gain", "+")]
-        lines.append(f"| {rate} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    signs = {"before": "", "after": "", "gain": "+"}
+    lines = [
+        {"tokens per step": rate, **{moment: percent(row, moment, sign) for moment, sign in signs.items()}}
+        for rate, row in rates.items()
+    ]
+    return markdown_table(lines).rstrip("\n")
 
 
 def percent(row: Mapping[str, Any], moment: str, sign: str) -> str:
     """An accuracy with its interval, in percent."""
-    low, high = row[f"interval_{moment}"]
-    return f"{100 * row[f'accuracy_{moment}']:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+    bounds = interval({"interval": row[f"interval_{moment}"]}, sign)
+    return f"{100 * row[f'accuracy_{moment}']:{sign}.1f} ({bounds})"
 
 
 # ---- on the hub ----

@@ -86,6 +86,11 @@ class Decoder:
     eos_id: int
     batch_size: int
 
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any, task: Task, batch_size: int) -> Decoder:
+        """With the special tokens of a model and a tokenizer as :func:`~dopsd.models.load_model` gives them."""
+        return cls(model, tokenizer, task, model.config.mask_token_id, tokenizer.eos_token_id, batch_size)
+
     def encode(self, text: str) -> Tensor:
         """(P,) token ids of a prompt, on the model's device; as a user's turn if the tokenizer has a chat template."""
         if getattr(self.tokenizer, "chat_template", None):

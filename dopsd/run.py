@@ -139,9 +139,7 @@ def build(
         adapter_files(model_arguments.adapter)
     rows = cli.splits(task, task_arguments)
     base, tokenizer = load_model(**model_arguments.loading())
-    decoder = Decoder(
-        base, tokenizer, task, base.config.mask_token_id, tokenizer.eos_token_id, rollouts.sequences_per_forward
-    )
+    decoder = Decoder.of(base, tokenizer, task, rollouts.sequences_per_forward)
     for part in rows.values():
         cli.check_lengths(decoder, [task.prompt(row) for row in part], rollouts.gen_length)
     if teaching.teacher_context == "reference":

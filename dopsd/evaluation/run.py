@@ -85,12 +85,7 @@ def decode(args: EvaluationArguments, folder: Path | None, process: PartialState
     if args.adapter is not None:
         load_adapter(model, args.adapter, trainable=False)
     nn.Module.to(model, process.device)
-    decoders = {
-        name: Decoder(
-            model, tokenizer, task, model.config.mask_token_id, tokenizer.eos_token_id, args.sequences_per_forward
-        )
-        for name, task in tasks.items()
-    }
+    decoders = {name: Decoder.of(model, tokenizer, task, args.sequences_per_forward) for name, task in tasks.items()}
     for name, task in tasks.items():
         cli.check_lengths(decoders[name], [task.prompt(row) for row in rows[name]], max(args.lengths(task)))
 

@@ -74,7 +74,8 @@ class MemoryKeeper:
     @property
     def predicted_peak(self) -> int:
         """What the meter is predicted to show, in bytes; 0 without a budget."""
-        return 0 if self.plan is None or self.meter is None else self.plan.peak - self.meter.allowance
+        plan = self.plan
+        return 0 if plan is None or self.meter is None else plan.peak - self.meter.allowance
 
     def forget_peak(self) -> None:
         """What was until now, such as pictures, is not what was planned."""

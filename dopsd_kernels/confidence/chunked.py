@@ -123,13 +123,14 @@ def _add(
         tile_entropy = total.log() - exponentials.mul_(z).nan_to_num_(nan=0.0).sum(-1) / total
     logsumexp = total.log_().add_(shift)
     if best is not None:
-        both = torch.stack([best.logsumexp, logsumexp])
-        logsumexp = torch.logaddexp(best.logsumexp, logsumexp)
+        merged = torch.logaddexp(best.logsumexp, logsumexp)
         if entropy:
             # That of what falls into either part, and of which part it is. A part without mass adds nothing to it.
-            log_p = both - logsumexp
+            both = torch.stack([best.logsumexp, logsumexp])
+            log_p = both - merged
             of_parts = torch.stack([best.entropy, tile_entropy]) - log_p
             tile_entropy = torch.where(both == -math.inf, 0, log_p.exp() * of_parts).sum(0)
+        logsumexp = merged
     return _Best(max_logit, argmax, logsumexp, score, token, logit, top_values, top_indices, tile_entropy)
 
 
