@@ -69,7 +69,7 @@ def draw_reuse(rows: Sequence[Row], folder: Path) -> None:
             seconds,
             "seconds per update to distil",
             statistics.median,
-            lambda row: row["update_means"]["distill_seconds"],
+            lambda row: row["update_means"]["learn_seconds"],
         ),
     ):
         means = [middle(quantity(row) for row in rows if row["reuse"] == kind) for kind in kinds]

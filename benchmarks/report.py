@@ -282,7 +282,7 @@ def reuse() -> str:
                 "mean": f"{mean(after):.1f} ± {standard_error(after):.1f}",
                 "against none": f"{mean(against):+.1f} ± {standard_error(against):.1f}" if kind != "none" else "",
                 "tokens": f"{update('tokens') / 1000:.1f}k",
-                "distil (s)": f"{update('distill_seconds', median):.1f}",
+                "distil (s)": f"{update('learn_seconds', median):.1f}",
                 "roll out (s)": f"{update('rollout_seconds', median):.1f}",
                 "run (s)": f"{median(row['seconds'] for row in of_kind):.0f}",
                 "KL taught": f"{update('kl'):.3f}",

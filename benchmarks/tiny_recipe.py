@@ -25,7 +25,7 @@ _ERRORS = ("standard_error_before", "standard_error_after", "standard_error_gain
 KEPT = (*_OF_EVALUATION, *_ERRORS, "tokens_per_step", "eval_problems", "updates")
 KEPT += ("seconds", "threads", "device", "versions")
 # Of the log: means over updates.
-LOGGED = ("kl", "drift", "states", "tokens", "rollout_seconds", "distill_seconds")
+LOGGED = ("kl", "drift", "states", "tokens", "rollout_seconds", "learn_seconds")
 
 
 def run(seed: int, options: list[str], timeout: float | None = None) -> Row:

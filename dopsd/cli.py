@@ -15,7 +15,6 @@ from dopsd.tasks import Row, Task, draw, part, without
 
 if TYPE_CHECKING:  # importing these takes seconds
     from dopsd.config import TaskArguments
-    from dopsd.rollout import Decoder
 
 
 def start(module: str) -> None:
@@ -80,16 +79,3 @@ def splits(task: Task, files: TaskArguments) -> dict[str, list[Row]]:
         if not train or not validation:
             raise RunError(f"{files.train_file}: {len(rows)} rows are too few to set some aside: give validation_file")
     return {"train": train, "validation": validation, "test": test[: files.eval_problems]}
-
-
-def check_lengths(decoder: Decoder, prompts: Sequence[str], gen_length: int) -> None:
-    """Raise :class:`~dopsd.errors.RunError` if a prompt and its response don't fit the model's context."""
-    context = decoder.model.config.max_position_embeddings
-    lengths = [len(decoder.encode(prompt)) for prompt in prompts]
-    long = [number for number, length in enumerate(lengths) if length + gen_length > context]
-    if long:
-        raise RunError(
-            f"{len(long)} of {len(prompts)} prompts don't fit: row {long[0]} has {lengths[long[0]]} tokens, and with "
-            f"gen_length={gen_length} the model's context of {context} leaves room for {context - gen_length}; prompts "
-            "are never cut"
-        )

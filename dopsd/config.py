@@ -27,6 +27,16 @@ from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
+MethodName = Literal["d_opsd"]
+
+# Which methods an option is for, if not for all.
+OF_METHODS: dict[str, tuple[MethodName, ...]] = {
+    **dict.fromkeys([f.name for f in fields(Objective) if f.name != "workspace_bytes"], ("d_opsd",)),
+    **dict.fromkeys(["teacher", "ema_decay", "drift_samples", "drift_limit"], ("d_opsd",)),
+    **dict.fromkeys(["correct_only", "score_threshold"], ("d_opsd",)),
+    **dict.fromkeys(["pass_k", "temperature"], ("d_opsd",)),
+}
+
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
     "path/to/file.py:ClassName, whose code then runs (so a recipe can't name a file)."
@@ -183,10 +193,11 @@ class RolloutArguments(DecodingArguments):
 
 @dataclass
 class TeachingArguments:
-    """What the teacher sees and what is taught."""
+    """By which method the student learns; for d-OPSD, what the teacher sees and what is taught."""
 
-    _argument_group_name: ClassVar[str] = "teacher and objective"
+    _argument_group_name: ClassVar[str] = "method"
 
+    method: MethodName = option("d_opsd", "How the student learns.")
     teacher: TeacherKind = option("fixed", "The teacher's weights: as at the start, averaged, own.")
     ema_decay: float = option(0.99, "Share of an ema teacher kept at each update.")
     teacher_context: TeacherContext = option(
@@ -248,6 +259,10 @@ class TeachingArguments:
         if self.memory_budget is not None:
             read_bytes("memory_budget", self.memory_budget, 1 << 62)  # the device is not known yet
         self.objective()
+
+    def accepts(self, score: float) -> bool:
+        """Whether a response with this grade is trained on."""
+        return score >= (self.score_threshold if self.correct_only else 0.0)
 
     def objective(self) -> Objective:
         """The fields that define the loss."""
@@ -413,7 +428,26 @@ def parse_train(
     words = [*argv, *parser.tokens(options)]
     known, _ = Parser(ModelArguments, add_help=False).parse_known_args(words)
     name = default_recipe(known.model) if known.recipe is None else known.recipe
-    return parser.parse([*parser.recipe(name), f"--recipe={name}", *words])
+    groups = parser.parse([*parser.recipe(name), f"--recipe={name}", *words])
+    for_method(groups, words)
+    return groups
+
+
+def for_method(groups: Sequence[Any], words: Sequence[str]) -> None:
+    """Put options of other methods than the one chosen back to their defaults: a recipe may have them.
+
+    Raises:
+        UsageError: one of ``words``, a command line, is such an option.
+    """
+    method = next(group.method for group in groups if isinstance(group, TeachingArguments))
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    for group in groups:
+        for f in fields(group):
+            owners = OF_METHODS.get(f.name, (method,))
+            if method not in owners:
+                hint = f"it goes with method={' or '.join(owners)}, and not with {method}"
+                require(f.name not in given, f.name, getattr(group, f.name), hint)
+                setattr(group, f.name, f.default)
 
 
 def default_recipe(model: str) -> str:

@@ -1,82 +1,51 @@
-"""What an update computes, in sizes that can change: examples, batches of their states, forward and backward."""
+"""d-OPSD: a student learns from itself where it was shown tokens of its own future."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from peft import PeftModel
 from torch import Tensor
 
 from dopsd.drift import mean_drifts
-from dopsd.models import checkpoint_activations, device_of
-from dopsd.objective import Objective, StepOutput
+from dopsd.method import BatchLoss, Method, Note, Sizes
 from dopsd.rollout import Decoder, Rollout
-from dopsd.seeds import REVEAL, mix_seeds
-from dopsd.step_batch import Example, StepBatch, step_batches
-from dopsd.teacher import TeacherWeights
+from dopsd.seeds import DRIFT, REVEAL, mix_seeds
+from dopsd.step_batch import Example, StepBatch, collate, step_batches
+from dopsd.tasks import Row
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a run can change without changing what it computes, but for rounding and for which inputs dropout drops.
+class Distillation(Method[Example, StepBatch]):
+    """The step-level objective (Eq. 12) on the student's own responses; arguments as of :class:`Method`."""
 
-    Args:
-        states_per_forward: states of a micro-batch.
-        checkpointing: whether activations inside a layer are computed again in the backward pass.
-        sequences_per_forward: sequences decoded at a time.
-        workspace_bytes: of the ops; None for their own default.
-    """
+    example_type = Example
 
-    states_per_forward: int
-    checkpointing: bool
-    sequences_per_forward: int
-    workspace_bytes: int | None = None
-
-
-class Distillation:
-    """A student and its teacher on one network, what is taught, and the sizes in which that is computed.
-
-    Args:
-        student: the network with its adapter.
-        teacher: whose weights the teacher's passes have.
-        objective: what is taught.
-        decoder: the network unwrapped, its tokenizer and task.
-        sizes: to begin with.
-        accelerator: in whose precision passes are computed, and by which gradients are.
-    """
-
-    def __init__(
-        self,
-        student: PeftModel,
-        teacher: TeacherWeights,
-        objective: Objective,
-        decoder: Decoder,
-        sizes: Sizes,
-        accelerator: Accelerator,
-    ) -> None:
-        self.student, self.teacher, self.accelerator = student, teacher, accelerator
-        self.objective, self.decoder, self.sizes = objective, decoder, sizes
-        if sizes.checkpointing:
-            checkpoint_activations(decoder.model, True)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.objective = replace(self.teaching.objective(), workspace_bytes=self.sizes.workspace_bytes)
+        self.shows_references = self.objective.teacher_context == "reference"
+        self.said_drift = False  # that some trajectory was computed without reuse
 
     def resize(self, sizes: Sizes) -> None:
-        """Compute with these sizes from now on."""
-        network = self.decoder.model
-        if sizes.checkpointing != self.sizes.checkpointing and network.supports_gradient_checkpointing:
-            checkpoint_activations(network, sizes.checkpointing)
-        self.sizes = sizes
-        self.decoder = replace(self.decoder, batch_size=sizes.sequences_per_forward)
+        super().resize(sizes)
         self.objective = replace(self.objective, workspace_bytes=sizes.workspace_bytes)
 
-    def collation(self) -> dict[str, Any]:
-        """Options of :func:`~dopsd.step_batch.collate`, but for reuse."""
-        decoder = self.decoder
-        return {"mask_id": decoder.mask_id, "pad_id": decoder.eos_id, "device": device_of(decoder.model)}
+    def check(self, rows: Sequence[Row]) -> None:
+        if self.shows_references:
+            prompts = [self.decoder.task.reference_prompt(row) for row in rows]
+            self.decoder.check_lengths(prompts, self.decoding.gen_length)
+
+    def rollouts(
+        self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
+    ) -> list[Rollout]:
+        """The first correct response of at most ``pass_k`` tries at each row, else the best."""
+        tries = self.decoding.pass_k, self.decoding.temperature
+        return decoder.pass_at_k(rows, self.decoding.decoding(), seeds, *tries, on_rows=on_rows)
 
     def example(self, rollout: Rollout, seed: int) -> Example:
         """What is trained on of a rollout; drawn from ``seed`` alone."""
@@ -85,12 +54,46 @@ class Distillation:
             prompt_ids = decoder.encode(decoder.task.reference_prompt(rollout.row)).cpu()
         return self.objective.example(rollout.trajectory, prompt_ids, eos_id=decoder.eos_id, seed=seed)
 
-    def examples(self, rollouts: Sequence[Rollout], seeds: Sequence[int]) -> list[Example]:
-        """Those of ``rollouts``, leaving out the ones with no step to train on."""
+    def examples(self, rows: Sequence[Row], rollouts: Sequence[Rollout], seeds: Tensor) -> list[Example]:
+        """Those of the accepted ``rollouts``, leaving out the ones with no step to train on."""
         examples = [
-            self.example(rollout, int(mix_seeds(seed, REVEAL))) for rollout, seed in zip(rollouts, seeds, strict=True)
+            self.example(rollout, int(mix_seeds(seed, REVEAL)))
+            for rollout, seed in zip(rollouts, seeds, strict=True)
+            if self.teaching.accepts(rollout.score)
         ]
         return [example for example in examples if len(example.steps)]
+
+    def slices(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Each update has a run of every example's states."""
+        count = self.teaching.updates_per_batch
+        return [
+            [part for example in examples if len((part := example.slice(number, count)).steps)]
+            for number in range(count)
+        ]
+
+    def states(self, example: Example) -> int:
+        return len(example.steps)
+
+    def batches(self, examples: Sequence[Example], seed: Tensor, note: Note) -> Iterator[StepBatch]:
+        """Every state of ``examples``, with reuse, or without for those that drift by more than ``drift_limit``."""
+        samples, limit = self.teaching.drift_samples, self.teaching.drift_limit
+        size, options = self.sizes.states_per_forward, self.collation()
+        if not examples or self.objective.reuse == "none" or not samples:
+            return step_batches(examples, size, reuse=self.objective.reuse, **options)
+        drifts = self.drifts(examples, samples, int(mix_seeds(seed, DRIFT)))
+        note(len(drifts), drift=float(drifts.mean()))
+        far = [limit is not None and drift > limit for drift in drifts.tolist()]
+        if any(far) and not self.said_drift:
+            self.said_drift = True
+            log.warning(
+                f"reuse={self.objective.reuse} makes a trajectory drift by {float(drifts.max()):.3g}, more than "
+                f"drift_limit={limit}: such ones are computed without it"
+            )
+        exact = [example for example, is_far in zip(examples, far, strict=True) if is_far]
+        reused = [example for example, is_far in zip(examples, far, strict=True) if not is_far]
+        return chain(
+            step_batches(reused, size, reuse=self.objective.reuse, **options), step_batches(exact, size, **options)
+        )
 
     def drifts(self, examples: Sequence[Example], samples: int, seed: int) -> Tensor:
         """(len(examples),) fp32 on the CPU: see :func:`~dopsd.drift.mean_drifts`; there is at least one example."""
@@ -106,33 +109,27 @@ class Distillation:
                 **self.collation(),
             )
 
-    @property
-    def states_without_gradient(self) -> int:
-        """States of a batch of which no gradient is taken: whole ones take what decoding does."""
-        return min(self.sizes.states_per_forward, self.sizes.sequences_per_forward)
+    def loss(self, batch: StepBatch) -> BatchLoss:
+        output = self.objective.forward(self.decoder.model, self.teacher, batch, self.decoder.mask_id)
+        figures = {"kl": output.divergence, "clip_fraction": output.clip_fraction, "overlap_top20": output.overlap}
+        return BatchLoss(output.loss, figures)
 
-    def batches(self, examples: Sequence[Example], exact: Sequence[Example] = ()) -> Iterator[StepBatch]:
-        """Every state of ``examples``, with the objective's reuse, and of ``exact`` without, in micro-batches."""
-        size, options = self.sizes.states_per_forward, self.collation()
-        reused = step_batches(examples, size, reuse=self.objective.reuse, **options)
-        return chain(reused, step_batches(exact, size, **options))
+    def most_states(self, rollout: Rollout) -> int:
+        return self.states(self.example(rollout, seed=0))
 
-    def distil(
-        self, batches: Iterable[StepBatch], count: int, *, on_batch: Callable[[int], object] | None = None
-    ) -> tuple[list[StepOutput], Tensor, int]:  # per batch; loss; tokens of the student
-        """Forward and backward over ``batches``; ``count`` examples share the update.
+    def costliest(self, short: Rollout, long: Rollout, states: int) -> StepBatch:
+        """The last state of one example, and then the first ones of others.
 
-        ``on_batch`` is told of each finished batch's states.
+        No other batch has its states in more blocks, and prompts of two lengths need a mask.
         """
-        self.student.train()
-        outputs, loss, tokens = [], torch.zeros((), device=self.accelerator.device), 0
-        for batch in batches:
-            with self.accelerator.autocast():
-                output = self.objective.forward(self.decoder.model, self.teacher, batch, self.decoder.mask_id)
-            self.accelerator.backward(output.loss / count)
-            loss = loss + output.loss.detach() / count
-            outputs.append(replace(output, loss=output.loss.detach()))  # the graph is not kept
-            tokens += batch.student.tokens
-            if on_batch is not None:
-                on_batch(len(batch))
-        return outputs, loss, tokens
+        # Trajectories that drift too far are computed without reuse, and all of them may.
+        reuse = self.objective.reuse if self.teaching.drift_limit is None else "none"
+        few, many = self.example(short, seed=0), self.example(long, seed=0)
+        return costliest_batch(few, many, states, reuse=reuse, **self.collation())
+
+
+def costliest_batch(short: Example, long: Example, states: int, **options: Any) -> StepBatch:
+    """As :meth:`Distillation.costliest`, of two examples; ``options`` are :func:`~dopsd.step_batch.collate`'s."""
+    index = [(0, len(short.steps) - 1)]
+    index += [(1 + state // len(long.steps), state % len(long.steps)) for state in range(states - 1)]
+    return collate([short, *[long] * index[-1][0]], index, **options)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from dopsd import cli
 from dopsd.config import LoadArguments, RolloutArguments, parse_load, parse_train
 from dopsd.errors import UsageError, require
 from dopsd.models import load_adapter, load_model, require_layers
@@ -82,7 +81,7 @@ class Model:
             decoding["steps"] = max(1, round(decoding["gen_length"] / rate))
         how = replace(self.decoding, **decoding, temperature=temperature)
         require_layers(self.decoder.model, "cache", how.cache, "none")
-        cli.check_lengths(self.decoder, prompts, how.gen_length)
+        self.decoder.check_lengths(prompts, how.gen_length)
         seeds = mix_seeds(seed, torch.arange(len(prompts)))
         with torch.autocast(self.decoder.model.device.type, torch.bfloat16, enabled=self.bf16):
             rollouts = self.decoder.once([{"prompt": text} for text in prompts], how, seeds, on_rows=on_rows)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dopsd.evaluation.accuracy import mean
 from dopsd.rollout import Rollout
@@ -13,8 +17,11 @@ from dopsd.rollout import Rollout
 OF_AN_UPDATE: dict[str, Callable[[Iterable[float]], float]] = {
     "states": sum,
     "tokens": sum,
+    "forward_tokens": sum,
+    "rollouts": sum,
+    "decode_tokens": sum,
     "rollout_seconds": max,
-    "distill_seconds": max,
+    "learn_seconds": max,
 }
 # Of peaks the highest. Any other metric is a mean, which weighs as much as it is a mean of.
 PEAKS = {"peak_gib", "predicted_peak_gib"}
@@ -65,3 +72,30 @@ def one_number(name: str, found: Iterable[tuple[int, int, float]]) -> float:
     # What is a mean of nothing is nan, and weighs nothing.
     weighed = [(over, over * value) for _, over, value in found if over]
     return sum(total for _, total in weighed) / sum(over for over, _ in weighed) if weighed else math.nan
+
+
+def means(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[int, float]]:
+    """Of figures of several batches, (R,) each, over how many rows each is in all, and its mean; nan of no row."""
+    rows = {name: torch.cat([figures[name] for figures in batches]) for name in batches[0]}
+    return {name: (len(values), float(values.mean())) for name, values in rows.items()}
+
+
+class TokenCount:
+    """Counts the tokens that a network computes, padding included."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        self.with_gradient = self.without = 0
+        network.get_input_embeddings().register_forward_pre_hook(self.add)
+
+    def add(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+        """A pass begins."""
+        if torch.is_grad_enabled():
+            self.with_gradient += inputs[0].numel()
+        else:
+            self.without += inputs[0].numel()
+
+    def take(self) -> tuple[int, int]:
+        """Those with a gradient and those without, since they were last asked for."""
+        counts = self.with_gradient, self.without
+        self.with_gradient = self.without = 0
+        return counts

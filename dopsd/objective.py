@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -184,11 +183,3 @@ def top_k_overlap(student_hidden: Tensor, teacher_hidden: Tensor, weight: Tensor
     mine = fused_confidence(student_hidden, weight, top_k=k).top_indices
     theirs = fused_confidence(teacher_hidden, weight, top_k=k).top_indices
     return (mine[:, :, None] == theirs[:, None, :]).any(-1).float().mean(-1)
-
-
-def mean_metrics(outputs: Sequence[StepOutput]) -> dict[str, float]:
-    """Means over all rows of K of several batches; nan where there are none."""
-    return {
-        name: float(torch.cat([getattr(output, field) for output in outputs]).mean())
-        for name, field in (("kl", "divergence"), ("clip_fraction", "clip_fraction"), ("overlap_top20", "overlap"))
-    }

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from dopsd import collapse
 from dopsd.checkpoints import number
+from dopsd.distillation import Distillation
 from dopsd.evaluation.accuracy import difference, summary
 from dopsd.files import write_json, write_text
 from dopsd.model_card import write_card
@@ -105,9 +106,10 @@ def held_out(
         for rate, decoding in decodings.items()
     }
     if trainer.is_world_process_zero():
-        if moment == "before" and why_no_picture() is None:
+        drawn = isinstance(trainer.method, Distillation) and why_no_picture() is None
+        if moment == "before" and drawn:
             draw_trajectory(trainer, next(iter(results.values())), output / "trajectory.png")
-        eos_id = trainer.distillation.decoder.eos_id
+        eos_id = trainer.method.decoder.eos_id
         responses = {rate: [one.outcome(eos_id) for one in ones] for rate, ones in results.items()}
         write_json(path, {"adapter_sha256": adapter, "tokens_per_step": responses})
     return {rate: [one.score for one in ones] for rate, ones in results.items()}
@@ -126,7 +128,8 @@ def kept_scores(path: Path, adapter: str | None) -> dict[str, list[float]] | Non
 def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -> None:
     """Picture the first correct rollout: when tokens were revealed, what the teacher saw, where K was, KL per step."""
     rollout = next((one for one in rollouts if one.score >= 1), rollouts[0])
-    distillation = trainer.distillation
+    distillation = trainer.method
+    assert isinstance(distillation, Distillation)
     decoder, objective = distillation.decoder, distillation.objective
     example = distillation.example(rollout, trainer.args.seed)
     trajectory = rollout.trajectory
@@ -201,7 +204,7 @@ def finish(
                 before_error=own["standard_error_before"],
                 after_error=own["standard_error_after"],
             )
-        write_card(output, result, trainer.distillation.decoder.mask_id)
+        write_card(output, result, trainer.method.decoder.mask_id)
         write_json(output / REPORT_FILE, result)
     return result
 

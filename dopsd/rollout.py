@@ -31,6 +31,7 @@ class Rollout:
         response: its text up to the first end-of-text token.
         score: its grade in [0, 1].
         tries: tries until the first correct one; all of them if there was none.
+        decoded: tries that were decoded, some of them beside that one.
     """
 
     row: Row
@@ -38,6 +39,7 @@ class Rollout:
     response: str
     score: float
     tries: int
+    decoded: int = 1
 
     def outcome(self, eos_id: int) -> dict[str, Any]:
         """What files of results say: the row's columns and what became of it, with its length in tokens."""
@@ -110,6 +112,18 @@ class Decoder:
             raise RunError(f"the tokenizer fails: {error}") from error  # a panic of its Rust, which is no Exception
         return ids.to(self.model.lm_head_weight.device)
 
+    def check_lengths(self, prompts: Sequence[str], gen_length: int) -> None:
+        """Raise :class:`~dopsd.errors.RunError` if a prompt and its response don't fit the model's context."""
+        context = self.model.config.max_position_embeddings
+        lengths = [len(self.encode(prompt)) for prompt in prompts]
+        long = [number for number, length in enumerate(lengths) if length + gen_length > context]
+        if long:
+            raise RunError(
+                f"{len(long)} of {len(prompts)} prompts don't fit: row {long[0]} has {lengths[long[0]]} tokens, and "
+                f"with gen_length={gen_length} the model's context of {context} leaves room for "
+                f"{context - gen_length}; prompts are never cut"
+            )
+
     def once(
         self,
         rows: Sequence[Row],
@@ -178,7 +192,7 @@ class Decoder:
         Tries are batched: each such row gets one more, then two more, then four, so that few are decoded in vain and
         few batches are needed. Which response is kept does not depend on that.
         """
-        best = list(first)
+        best, decoded = list(first), [1] * len(first)
         warm = replace(decoding, temperature=temperature)
         done, width = 1, 1
         while done < k and any(rollout.score < 1 for rollout in best):
@@ -190,7 +204,26 @@ class Decoder:
             rows = [best[index].row for index, _ in pairs]
             rollouts = self.once(rows, warm, mix_seeds(seeds[chosen], attempt), on_step=on_step)
             for (index, number), rollout in zip(pairs, rollouts, strict=True):
+                decoded[index] += 1
                 if best[index].score < 1 and rollout.score > best[index].score:
                     best[index] = replace(rollout, tries=number + 1)
             done, width = done + width, width * 2
-        return [rollout if rollout.score >= 1 else replace(rollout, tries=k) for rollout in best]
+        return [
+            replace(rollout, tries=rollout.tries if rollout.score >= 1 else k, decoded=count)
+            for rollout, count in zip(best, decoded, strict=True)
+        ]
+
+    def group(
+        self,
+        rows: Sequence[Row],
+        decoding: Decoding,
+        seeds: Tensor,  # (N,) int64
+        k: int,
+        temperature: float,
+        *,
+        on_rows: Callable[[int], object] | None = None,
+    ) -> list[Rollout]:
+        """``k`` independent responses to each row at ``temperature``, N k in all, those of a row side by side."""
+        repeated = [row for row in rows for _ in range(k)]
+        own = mix_seeds(seeds[:, None], 1 + torch.arange(k)).flatten()
+        return self.once(repeated, replace(decoding, temperature=temperature), own, on_rows=on_rows)

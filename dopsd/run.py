@@ -141,9 +141,7 @@ def build(
     base, tokenizer = load_model(**model_arguments.loading())
     decoder = Decoder.of(base, tokenizer, task, rollouts.sequences_per_forward)
     for part in rows.values():
-        cli.check_lengths(decoder, [task.prompt(row) for row in part], rollouts.gen_length)
-    if teaching.teacher_context == "reference":
-        cli.check_lengths(decoder, [task.reference_prompt(row) for row in rows["train"]], rollouts.gen_length)
+        decoder.check_lengths([task.prompt(row) for row in part], rollouts.gen_length)
     trainer = Trainer(
         model_arguments.student(base),
         args,

@@ -154,6 +154,11 @@ class StepBatch:
     def __len__(self) -> int:
         return len(self.k)
 
+    @property
+    def tokens(self) -> int:
+        """As :attr:`Inputs.tokens`, of the student."""
+        return self.student.tokens
+
 
 def step_batches(
     examples: Sequence[Example],

@@ -1,11 +1,11 @@
-"""On-policy self-distillation as a :class:`transformers.Trainer`."""
+"""Any method of training as a :class:`transformers.Trainer`."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -24,28 +24,27 @@ from transformers.training_args import OptimizerNames
 from dopsd import checkpoints, files, ranks
 from dopsd.collapse import CollapseGuard
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
-from dopsd.distillation import Distillation, Sizes
 from dopsd.errors import RunError, require
 from dopsd.evaluation.accuracy import mean, standard_error
 from dopsd.memory.keeper import MemoryKeeper
-from dopsd.metrics import Figures, combined, of_rollouts
+from dopsd.method import Serialisable, Sizes
+from dopsd.methods import METHODS
+from dopsd.metrics import Figures, TokenCount, combined, means
 from dopsd.models import check_saved, require_layers, save_adapter
-from dopsd.objective import StepOutput, mean_metrics
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.pending import Pending
 from dopsd.progress import ProgressBar
 from dopsd.prompt_sampler import PromptSampler
 from dopsd.rollout import Decoder, Rollout, Row
 from dopsd.sampler import Decoding
-from dopsd.seeds import DRIFT, EVALUATION, mix_seeds
-from dopsd.step_batch import Example, StepBatch
+from dopsd.seeds import EVALUATION, mix_seeds
 from dopsd.teacher import TeacherWeights
 
 log = logging.getLogger(__name__)
 
 
 class Trainer(transformers.Trainer):
-    """One optimiser update per batch of prompts: roll out, keep what is correct, distil every step of it.
+    """One optimiser update, or several, per batch of prompts: roll out, and learn as the method says.
 
     Everything drawn is a function of the seed, the update and the row, so a resumed run goes on with the same bits.
     Gradients are summed over ranks by one explicit reduction, because ranks accept different numbers of trajectories.
@@ -54,7 +53,7 @@ class Trainer(transformers.Trainer):
     Args:
         model: the student with its adapter.
         args: transformers' options.
-        model_arguments, rollouts, teaching: this method's.
+        model_arguments, rollouts, teaching: this project's.
         decoder: the model's base network, tokenizer and task.
         train_rows, validation_rows: task rows.
     """
@@ -79,9 +78,8 @@ class Trainer(transformers.Trainer):
         self.base = model_arguments.model
         from_adapter = model_arguments.adapter is not None
         teacher = TeacherWeights(model, teaching.teacher, teaching.ema_decay, from_adapter)
-        self.slices: list[list[Example]] = []  # of the current batch, those that are still to be trained on
-        self.said_drift = False  # that some trajectory was computed without reuse
-        self.accepted_count = 0  # over all ranks, in the current batch
+        self.slices: list[list[Serialisable]] = []  # of the current batch, those that are still to be trained on
+        self.batch_size = 0.0  # what the losses of the current batch are divided by, over all ranks
         self.update_metrics: list[Figures] = []  # of this process, since the last log
         super().__init__(
             model=model,
@@ -105,8 +103,11 @@ class Trainer(transformers.Trainer):
         # It would also delete the last complete checkpoint before the next is.
         self.kept_checkpoints, args.save_total_limit = args.save_total_limit, None
         sizes = Sizes(teaching.states_per_forward, checkpointing, decoder.batch_size)
-        self.distillation = Distillation(model, teacher, teaching.objective(), decoder, sizes, self.accelerator)
-        self.memory = MemoryKeeper(self.distillation, train_rows, model_arguments, rollouts, teaching, args)
+        kind = METHODS[teaching.method]
+        self.method = kind(model, teacher, decoder, sizes, self.accelerator, rollouts, teaching)
+        self.method.check(train_rows)
+        self.count = TokenCount(decoder.model)
+        self.memory = MemoryKeeper(self.method, train_rows, model_arguments, rollouts, teaching, args)
 
     # ---- one update ----
 
@@ -116,76 +117,60 @@ class Trainer(transformers.Trainer):
         if not self.slices:
             self.slices = self.roll_out(inputs["rows"])
         examples = self.slices.pop(0)
-        if not self.accepted_count:
+        if not self.batch_size:
             # No gradient exists on any rank, so the optimiser has nothing to step: neither decay nor momentum act.
             return torch.zeros((), device=self.args.device)
         start, logged = time.monotonic(), len(self.update_metrics)
-        states = sum(len(example.steps) for example in examples)
+        states = sum(map(self.method.states, examples))
+        seed = mix_seeds(self.args.seed, self.state.global_step)
 
-        def distil() -> tuple[list[StepOutput], Tensor, int]:
-            with tqdm(total=states, desc="distil", unit="state", **self.bar.inner()) as bar:
-                return self.distillation.distil(self.batches(examples), self.accepted_count, on_batch=bar.update)
+        def learn() -> tuple[list[Mapping[str, Tensor]], Tensor]:
+            self.count.take()
+            batches = self.method.batches(examples, seed, self.note)
+            with tqdm(total=states, desc="learn", unit="state", **self.bar.inner()) as bar:
+                return self.method.backward(batches, self.batch_size, on_batch=bar.update)
 
         def undo() -> None:
             model.zero_grad()  # the slice is done again as a whole
             del self.update_metrics[logged:]
 
-        outputs, loss, tokens = self.memory.training(distil, states, self.state.global_step + 1, undo)
+        figures, loss = self.memory.training(learn, states, self.state.global_step + 1, undo)
         ranks.add(loss)
         ranks.add_gradients(model)
         if not math.isfinite(loss):
             raise self.not_finite(f"the loss is {loss.item()} at")
-        if outputs:
-            self.note(sum(len(output.divergence) for output in outputs), **mean_metrics(outputs))
-            self.note(1, states=states, tokens=tokens, distill_seconds=time.monotonic() - start)
+        if figures:
+            for name, (over, mean_of_rows) in means(figures).items():
+                self.note(over, **{name: mean_of_rows})
+            seconds, (tokens, forward_tokens) = time.monotonic() - start, self.count.take()
+            self.note(1, states=states, tokens=tokens, forward_tokens=forward_tokens, learn_seconds=seconds)
         if peaks := self.memory.peaks():
             self.note(1, **peaks)
         return loss
 
-    def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Example]]:
-        """Decode and grade a batch of rows; the accepted ones' examples, in ``updates_per_batch`` slices."""
+    def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Serialisable]]:
+        """What each of the next updates trains on, of a batch of rows."""
         start = time.monotonic()
         rows = [row for _, row in indexed_rows]
         indices = torch.tensor([index for index, _ in indexed_rows])
         seeds = mix_seeds(self.args.seed, self.state.global_step, indices)
-
-        def decode(decoder: Decoder, bar: tqdm) -> list[Rollout]:
-            options = self.rollouts.decoding(), seeds, self.rollouts.pass_k, self.rollouts.temperature
-            return decoder.pass_at_k(rows, *options, on_rows=bar.update)
-
-        rollouts = self.decoded(decode, total=len(rows), desc="roll out", unit="prompt")
-        threshold = self.teaching.score_threshold if self.teaching.correct_only else 0.0
-        kept = [index for index, rollout in enumerate(rollouts) if rollout.score >= threshold]
-        examples = self.distillation.examples([rollouts[index] for index in kept], seeds[kept].tolist())
-        self.accepted_count = sum(ranks.gather(len(examples)))
-        figures = of_rollouts(rollouts, self.distillation.decoder.eos_id)
-        accepted, seconds = len(kept) / len(rollouts), time.monotonic() - start
-        self.note(len(rollouts), **figures, accepted=accepted, rollout_seconds=seconds)
-        slices = self.teaching.updates_per_batch
-        return [
-            [part for example in examples if len((part := example.slice(number, slices)).steps)]
-            for number in range(slices)
-        ]
-
-    def batches(self, examples: Sequence[Example]) -> Iterator[StepBatch]:
-        """Every state of ``examples``, with reuse, or without for those that drift by more than ``drift_limit``."""
-        samples, limit = self.teaching.drift_samples, self.teaching.drift_limit
-        reuse = self.distillation.objective.reuse
-        if not examples or reuse == "none" or not samples:
-            return self.distillation.batches(examples)
-        seed = int(mix_seeds(self.args.seed, self.state.global_step, DRIFT))
-        drifts = self.distillation.drifts(examples, samples, seed)
-        self.note(len(drifts), drift=float(drifts.mean()))
-        far = [limit is not None and drift > limit for drift in drifts.tolist()]
-        if any(far) and not self.said_drift:
-            self.said_drift = True
-            log.warning(
-                f"update {self.state.global_step + 1}: reuse={reuse} makes a trajectory drift by "
-                f"{float(drifts.max()):.3g}, more than drift_limit={limit}: such ones are computed without it"
-            )
-        exact = [example for example, is_far in zip(examples, far, strict=True) if is_far]
-        reused = [example for example, is_far in zip(examples, far, strict=True) if not is_far]
-        return self.distillation.batches(reused, exact)
+        self.count.take()
+        rollouts = self.decoded(
+            lambda decoder, bar: self.method.rollouts(decoder, rows, seeds, bar.update),
+            total=len(rows),
+            desc="roll out",
+            unit="prompt",
+        )
+        examples = self.method.examples(rows, rollouts, seeds)
+        self.batch_size = sum(ranks.gather(self.method.size(examples)))
+        slices = self.memory.training(
+            lambda: self.method.slices(examples), len(examples), self.state.global_step + 1, lambda: None
+        )
+        if rollouts:
+            self.note(len(rows), **self.method.figures(rollouts), accepted=len(examples) / len(rows))
+            counts = {"rollouts": sum(rollout.decoded for rollout in rollouts), "decode_tokens": self.count.take()[1]}
+            self.note(1, **counts, rollout_seconds=time.monotonic() - start)
+        return slices
 
     def require_finite(self) -> None:
         """Raise RunError unless all that an update changed is finite; looks once at the device."""
@@ -276,7 +261,7 @@ class Trainer(transformers.Trainer):
         """Write every file of a checkpoint, the manifest last."""
         ranks.on_first_process(lambda: checkpoints.begin(folder))
         folder.mkdir(parents=True, exist_ok=True)  # where processes have no disk in common
-        pending = Pending(self.accepted_count, self.slices, self.distillation.sizes, self.update_metrics)
+        pending = Pending(self.batch_size, self.slices, self.method.sizes, self.update_metrics)
         pending.save(folder, self.accelerator.process_index)
         super()._save_checkpoint(model, trial)
         ranks.meet()
@@ -285,11 +270,12 @@ class Trainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_saved(self.student, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        pending = Pending.load(Path(resume_from_checkpoint), self.accelerator.process_index)
-        self.accepted_count, self.slices, sizes, self.update_metrics = pending
-        if self.memory.plan is not None and sizes != self.distillation.sizes:
+        folder, process = Path(resume_from_checkpoint), self.accelerator.process_index
+        pending = Pending.load(folder, process, self.method.example_type)
+        self.batch_size, self.slices, sizes, self.update_metrics = pending
+        if self.memory.plan is not None and sizes != self.method.sizes:
             log.warning(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
-        self.distillation.resize(sizes)  # the same sums, and so the same bits
+        self.method.resize(sizes)  # the same sums, and so the same bits
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(checkpoint):
@@ -338,5 +324,5 @@ class TeacherFollows(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.require_finite()
-        if self.trainer.accepted_count:
-            self.trainer.distillation.teacher.after_update()
+        if self.trainer.batch_size:
+            self.trainer.method.teacher.after_update()

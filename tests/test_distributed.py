@@ -106,7 +106,7 @@ def test_two_processes_give_the_adapter_of_one(
     assert len(accepted) == UPDATES and accepted[:3] == [0.5, 0.0, 1.0]
     for row, other in zip(log, metrics(two), strict=True):
         assert row.keys() == other.keys()
-        for name in row.keys() - {"rollout_seconds", "distill_seconds"}:
+        for name in row.keys() - {"rollout_seconds", "learn_seconds"}:
             assert other[name] == pytest.approx(row[name], rel=1e-4), name
     for name in ("held_out_before.json", "held_out_after.json"):
         responses, theirs = (json.loads((folder / name).read_text())["tokens_per_step"] for folder in (one, two))

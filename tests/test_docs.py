@@ -266,7 +266,7 @@ def test_the_model_trains(extended: dict[str, Any], make_trainer: Callable[..., 
     model.save_pretrained("small")
     tokenizer.save_pretrained("small")
     trainer = make_trainer("--model", "small", "--max_steps", "1", "--correct_only", "false", "--eval_strategy", "no")
-    network = trainer.distillation.decoder.model
+    network = trainer.method.decoder.model
     ids = torch.randint(2, 25, (1, 9))
     padded = torch.cat([ids[:, :3], ids], dim=1)
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_the_variant_chooses_otherwise(extended: dict[str, Any], make_trainer: C
             return chosen
 
     trainer = make_trainer("--max_steps", "1", "--correct_only", "false", "--eval_strategy", "no")
-    trainer.distillation.objective = Watched(**vars(trainer.distillation.objective))
+    trainer.method.objective = Watched(**vars(trainer.method.objective))
     trainer.train()
     assert any(differ)
 

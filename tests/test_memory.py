@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from dopsd import files, rollout, run
-from dopsd.distillation import Distillation, Sizes
+from dopsd.distillation import Distillation
 from dopsd.errors import RunError, UsageError
 from dopsd.memory import meter, planner
 from dopsd.memory.meter import unless_out_of_memory
 from dopsd.memory.planner import Curve, Persistent, Planner, even_sizes
 from dopsd.memory.probe import RunProbe
+from dopsd.method import Sizes
 from dopsd.objective import Objective
 from dopsd.step_batch import collate, step_batches
 from dopsd.tasks.sudoku import Sudoku
@@ -175,11 +176,11 @@ def test_no_micro_batch_of_a_run_is_larger_than_a_probe(make_trainer: Make, rand
     )
     rows = [row for _, row in trainer.train_dataset]
     options = trainer.rollouts, trainer.teaching, trainer.args
-    probe = RunProbe(trainer.distillation, meter.ResidentMeter(), rows, *options)
+    probe = RunProbe(trainer.method, meter.ResidentMeter(), rows, *options)
     assert probe.states == 2 * 24
     (examples,) = trainer.roll_out([trainer.train_dataset[number] for number in range(4)])
     for size in (1, 2, 5, 24, 40):
-        collation = {"reuse": reuse, **trainer.distillation.collation()}
+        collation = {"reuse": reuse, **trainer.method.collation()}
         tokens = [batch.student.tokens for batch in step_batches(examples, size, **collation)]
         index = [(number, step) for number, example in enumerate(examples) for step in range(len(example.steps))]
         parts = [index[start : start + size] for start in range(len(index) - size + 1)]
@@ -195,7 +196,7 @@ def test_a_budget_changes_no_result(make_trainer: Make, random_model: Path) -> N
     assert planned.memory.plan is not None
     assert all(parameter.grad is None for parameter in planned.student.parameters())
     plain = make_trainer(*options, task=Right())
-    plain.distillation.resize(planned.distillation.sizes)
+    plain.method.resize(planned.method.sizes)
     finals = []
     for trainer in (planned, plain):
         torch.manual_seed(3)
@@ -214,7 +215,7 @@ def test_checkpointing_is_as_the_sizes_say(
 ) -> None:
     """In every probe and update, also where a recipe asks for it and the plan does without."""
     seen: list[tuple[bool, bool]] = []
-    distil = Distillation.distil
+    distil = Distillation.backward
 
     def noted(distillation: Distillation, *args: Any, **kwargs: Any) -> Any:
         network = distillation.decoder.model
@@ -223,7 +224,7 @@ def test_checkpointing_is_as_the_sizes_say(
         assert not network.get_input_embeddings()._forward_hooks  # which would make them require a gradient
         return distil(distillation, *args, **kwargs)
 
-    monkeypatch.setattr(Distillation, "distil", noted)
+    monkeypatch.setattr(Distillation, "backward", noted)
     options = ("--model", str(random_model), "--gradient_checkpointing", "true", "--memory_budget", budget)
     trainer = make_trainer(*options, task=Right())
     probes = len(seen)
@@ -347,11 +348,8 @@ def test_running_out_of_memory_changes_no_gradient(
     capsys.readouterr()
     scarce = Scarce(monkeypatch, most, spared=1)  # whose gradient is there when the second micro-batch fails
     others = update(exact_trainer)
-    assert (
-        exact_trainer.distillation.sizes.states_per_forward == expected
-        and scarce.failed == {4: 1, 2: 2, 1: 3}[expected]
-    )
-    assert exact_trainer.accepted_count == 2 and [len(examples) for examples in exact_trainer.slices] == [2]
+    assert exact_trainer.method.sizes.states_per_forward == expected and scarce.failed == {4: 1, 2: 2, 1: 3}[expected]
+    assert exact_trainer.batch_size == 2 and [len(examples) for examples in exact_trainer.slices] == [2]
     assert grads.keys() == others.keys() and any(bool(grad.any()) for grad in grads.values())
     for name, grad in grads.items():
         assert float((grad - others[name]).abs().max()) <= 1e-11 * float(grad.abs().max()) + 1e-300, name
@@ -369,11 +367,10 @@ def test_after_single_states_come_checkpointing_and_an_error(
     Scarce(monkeypatch, 0)
     with pytest.raises(RunError, match=r"out of memory at update 1 with one state at a time; .*--reuse block"):
         update(exact_trainer)
-    assert exact_trainer.distillation.sizes.checkpointing and exact_trainer.distillation.sizes.states_per_forward == 1
+    assert exact_trainer.method.sizes.checkpointing and exact_trainer.method.sizes.states_per_forward == 1
     assert "activations are checkpointed" in capsys.readouterr().out
     assert any(
-        getattr(module, "gradient_checkpointing", False)
-        for module in exact_trainer.distillation.decoder.model.modules()
+        getattr(module, "gradient_checkpointing", False) for module in exact_trainer.method.decoder.model.modules()
     )
 
 
@@ -393,9 +390,9 @@ def test_decoding_goes_on_with_fewer_sequences(
         return decode(model, prompts, *args, **kwargs)
 
     monkeypatch.setattr("dopsd.rollout.decode", scarce)
-    trainer.distillation.resize(replace(trainer.distillation.sizes, sequences_per_forward=5))
+    trainer.method.resize(replace(trainer.method.sizes, sequences_per_forward=5))
     found = trainer.roll_out(rows), trainer.decode_rows([row for _, row in rows], trainer.rollouts.decoding(), "x")
-    assert trainer.distillation.decoder.batch_size == trainer.distillation.sizes.sequences_per_forward == 2
+    assert trainer.method.decoder.batch_size == trainer.method.sizes.sequences_per_forward == 2
     assert [[example.to_json() for example in part] for part in found[0]] == [
         [example.to_json() for example in part] for part in expected[0]
     ]
@@ -434,19 +431,17 @@ def test_a_plan_goes_along_and_sizes_survive_a_resume(
     options = ("--model", str(random_model), "--save_steps", "1", "--max_steps", "1", "--stop_at_eos", "false")
     trainer = make_trainer(*options, "--memory_budget", "0.9", task=Right())
     assert trainer.memory.plan is not None
-    before, states = trainer.memory.plan, trainer.distillation.sizes.states_per_forward
+    before, states = trainer.memory.plan, trainer.method.sizes.states_per_forward
     assert states == 2 * 12
     Scarce(monkeypatch, states // 2)
     trainer.train()
-    assert (
-        trainer.memory.plan.sizes == trainer.distillation.sizes == replace(before.sizes, states_per_forward=states // 2)
-    )
+    assert trainer.memory.plan.sizes == trainer.method.sizes == replace(before.sizes, states_per_forward=states // 2)
     assert trainer.memory.plan.training <= before.training
     monkeypatch.undo()
     resumed = make_trainer(*options, "--max_steps", "2", task=Right())
     resumed.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-1")
-    assert resumed.distillation.sizes == trainer.distillation.sizes
-    assert resumed.distillation.objective.workspace_bytes == trainer.distillation.sizes.workspace_bytes
+    assert resumed.method.sizes == trainer.method.sizes
+    assert resumed.method.objective.workspace_bytes == trainer.method.sizes.workspace_bytes
     assert files.plain(trainer.memory.plan.to_json())["sizes"]["states_per_forward"] == states // 2
 
 

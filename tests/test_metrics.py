@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from dopsd.metrics import Figures, combined
+from dopsd.metrics import Figures, combined, means
 
 
 def test_several_processes_log_what_one_would() -> None:
@@ -15,21 +16,21 @@ def test_several_processes_log_what_one_would() -> None:
     first = [
         Figures(0, 3, {"pass_rate": 2 / 3, "rollout_seconds": 5.0}),
         Figures(0, 4, {"kl": 1.0}),
-        Figures(0, 1, {"states": 10, "tokens": 100, "distill_seconds": 1.0, "peak_gib": 3.0}),
+        Figures(0, 1, {"states": 10, "tokens": 100, "learn_seconds": 1.0, "peak_gib": 3.0}),
         Figures(1, 3, {"pass_rate": 0.0, "rollout_seconds": 2.0}),
         Figures(1, 2, {"kl": 4.0}),
-        Figures(1, 1, {"states": 6, "tokens": 50, "distill_seconds": 1.0, "peak_gib": 2.0}),
+        Figures(1, 1, {"states": 6, "tokens": 50, "learn_seconds": 1.0, "peak_gib": 2.0}),
     ]
     second = [
         Figures(0, 1, {"pass_rate": 0.0, "rollout_seconds": 7.0}),
         Figures(0, 0, {"kl": math.nan}),
         Figures(1, 1, {"pass_rate": 1.0, "rollout_seconds": 1.0}),
         Figures(1, 10, {"kl": 7.0}),
-        Figures(1, 1, {"states": 2, "tokens": 20, "distill_seconds": 3.0, "peak_gib": 1.0}),
+        Figures(1, 1, {"states": 2, "tokens": 20, "learn_seconds": 3.0, "peak_gib": 1.0}),
     ]
     expected = {
-        "distill_seconds": (1 + 3) / 2,
         "kl": (4 * 1 + 2 * 4 + 10 * 7) / 16,
+        "learn_seconds": (1 + 3) / 2,
         "pass_rate": 3 / 8,
         "peak_gib": 3.0,
         "rollout_seconds": (7 + 2) / 2,
@@ -44,3 +45,10 @@ def test_a_mean_of_nothing_is_nan() -> None:
     """Where no process has a row of K; without any figures there are no metrics."""
     assert math.isnan(combined([Figures(0, 0, {"kl": math.nan})])["kl"])
     assert combined([]) == {}
+
+
+def test_figures_weigh_every_row_alike() -> None:
+    """They are means over rows, not over batches; with no row they are nan."""
+    batches = [{"kl": torch.tensor(values)} for values in ([1.0, 2.0, 3.0], [6.0], [])]
+    assert means(batches) == {"kl": (4, 3.0)}
+    assert means(batches[2:])["kl"][0] == 0 and math.isnan(means(batches[2:])["kl"][1])

@@ -115,7 +115,7 @@ def test_held_out_responses_are_kept_and_not_decoded_again(
     written = json.loads(path.read_text())
     assert [one["puzzle"] for one in written["tokens_per_step"]["4"]] == [row["puzzle"] for row in rows]
     assert written["adapter_sha256"] == "a hash"
-    monkeypatch.setattr(trainer.distillation.decoder.model, "hidden_states", None)  # decoding would fail now
+    monkeypatch.setattr(trainer.method.decoder.model, "hidden_states", None)  # decoding would fail now
     assert report.held_out(trainer, rows, "after", tmp_path, "a hash") == first
     for moment, adapter in (("before", None), ("after", "another hash"), ("after", None)):
         with pytest.raises(TypeError):

@@ -32,7 +32,7 @@ class Lottery(Sudoku):
 
 
 # What no two runs have in common.
-TIMES = ("rollout_seconds", "distill_seconds")
+TIMES = ("rollout_seconds", "learn_seconds")
 
 
 def timeless(log: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ def model_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainer], list[str
     def watch(trainer: Trainer) -> list[str]:
         calls: list[str] = []
         decoding: list[bool] = []
-        decode, hidden_states = dopsd.rollout.decode, trainer.distillation.decoder.model.hidden_states
+        decode, hidden_states = dopsd.rollout.decode, trainer.method.decoder.model.hidden_states
 
         def watched_decode(*args: Any, **kwargs: Any) -> Any:
             decoding.append(True)
@@ -89,7 +89,7 @@ def model_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Trainer], list[str
             return hidden_states(*args, **kwargs)
 
         monkeypatch.setattr(dopsd.rollout, "decode", watched_decode)
-        monkeypatch.setattr(trainer.distillation.decoder.model, "hidden_states", watched_states)
+        monkeypatch.setattr(trainer.method.decoder.model, "hidden_states", watched_states)
         return calls
 
     return watch
@@ -179,7 +179,7 @@ def gradients(trainer: Trainer, *numbers: int) -> tuple[float, dict[str, Tensor]
 def test_accumulation_over_micro_batches_is_one_big_batch(exact_trainer: Trainer) -> None:
     """Three states at a time or all of them: the same loss and gradients, to fp64 rounding."""
     loss, grads = gradients(exact_trainer, 0, 1, 2)
-    exact_trainer.distillation.resize(replace(exact_trainer.distillation.sizes, states_per_forward=3))
+    exact_trainer.method.resize(replace(exact_trainer.method.sizes, states_per_forward=3))
     other_loss, other_grads = gradients(exact_trainer, 0, 1, 2)
     assert other_loss == pytest.approx(loss, rel=1e-12)
     for name, grad in grads.items():
@@ -205,7 +205,7 @@ def test_slices_are_updates_of_their_own(
         *("--stop_at_eos", "false"),
         task=Graded(1.0),
     )
-    roll_out, batches = trainer.roll_out, trainer.distillation.batches
+    roll_out, batches = trainer.roll_out, trainer.method.batches
     rollouts: list[list[str]] = []  # the prompts of each
     trained: list[dict[str, list[int]]] = []  # the steps of each prompt, per update
 
@@ -213,13 +213,13 @@ def test_slices_are_updates_of_their_own(
         rollouts.append([row["puzzle"] for _, row in rows])
         return roll_out(rows)
 
-    def watched_batches(examples: Any) -> Any:
-        decode = trainer.distillation.decoder.tokenizer.decode
+    def watched_batches(examples: Any, *args: Any) -> Any:
+        decode = trainer.method.decoder.tokenizer.decode
         trained.append({decode(one.trajectory.prompt_ids)[:-1]: one.steps.tolist() for one in examples})
-        return batches(examples)
+        return batches(examples, *args)
 
     monkeypatch.setattr(trainer, "roll_out", watched_roll_out)
-    monkeypatch.setattr(trainer.distillation, "batches", watched_batches)
+    monkeypatch.setattr(trainer.method, "batches", watched_batches)
     seen = [weights(trainer)]
     trainer.add_callback(After(lambda update: seen.append(weights(trainer))))
     trainer.train()
@@ -283,7 +283,7 @@ def test_a_trajectory_that_drifts_too_far_is_computed_exactly(exact_trainer: Tra
     """With every trajectory above the limit the update is that without reuse, with none above it, that with reuse."""
     teaching = exact_trainer.teaching
     loss, grads = gradients(exact_trainer, 0, 1, 2)
-    distillation = exact_trainer.distillation
+    distillation = exact_trainer.method
     distillation.objective = replace(distillation.objective, reuse="prompt")
     teaching.drift_samples = 24
     for limit, exact in ((0.0, True), (1e6, False), (None, False)):
@@ -349,8 +349,8 @@ def test_metrics_are_those_of_the_rollouts(make_trainer: Make, random_model: Pat
         task=Graded(1.0),
     )
     rows = [row for _, row in trainer.train_dataset]
-    once = trainer.distillation.decoder.once(rows, trainer.rollouts.decoding(), torch.zeros(2, dtype=torch.int64))
-    eos = trainer.distillation.decoder.eos_id
+    once = trainer.method.decoder.once(rows, trainer.rollouts.decoding(), torch.zeros(2, dtype=torch.int64))
+    eos = trainer.method.decoder.eos_id
     lengths = [([*one.trajectory.tokens.tolist(), eos]).index(eos) for one in once]
     trainer.train()
     (log,) = [one for one in trainer.state.log_history if "loss" in one]
@@ -437,17 +437,19 @@ def test_each_epoch_is_a_new_order_of_all_rows() -> None:
 def test_what_a_rollout_teaches(make_trainer: Make, random_model: Path) -> None:
     """Its teacher reads the student's prompt, or the row's encoded one with the reference; what it is shown is drawn
     from the rollout's seed, whatever it is beside; a rollout all of whose steps are left out teaches nothing."""
-    trainer = make_trainer("--model", str(random_model), "--stop_at_eos", "false")
-    distillation, rows = trainer.distillation, [row for _, row in trainer.train_dataset][:2]
+    trainer = make_trainer("--model", str(random_model), "--stop_at_eos", "false", "--correct_only", "false")
+    distillation, rows = trainer.method, [row for _, row in trainer.train_dataset][:2]
     decoder = distillation.decoder
     first, second = decoder.once(rows, trainer.rollouts.decoding(), torch.zeros(2, dtype=torch.int64))
     whole = first.trajectory
     block = Trajectory(whole.prompt_ids, whole.tokens[:8], whole.reveal_step[:8], 8)
     distillation.objective = replace(distillation.objective, skip_last_block=True)
-    one, other = distillation.examples([first, replace(first, trajectory=block), second], [5, 6, 7])
+    one, other = distillation.examples(
+        [rows[0], *rows], [first, replace(first, trajectory=block), second], torch.tensor([5, 6, 7])
+    )
     assert [one.trajectory, other.trajectory] == [whole, second.trajectory]
-    (alone,) = distillation.examples([second], [7])
-    (otherwise,) = distillation.examples([second], [8])
+    (alone,) = distillation.examples(rows[1:], [second], torch.tensor([7]))
+    (otherwise,) = distillation.examples(rows[1:], [second], torch.tensor([8]))
     assert torch.equal(alone.reveal, other.reveal) and not torch.equal(alone.reveal, otherwise.reveal)
     assert torch.equal(one.teacher_prompt_ids, whole.prompt_ids)
     distillation.objective = replace(distillation.objective, teacher_context="reference")
@@ -471,7 +473,7 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch(make_trainer: Make
     numbers = (3, 5, 6, 9)
     (beside,) = trainer.roll_out(batch_of(trainer, *numbers)["rows"])
     alone = [trainer.roll_out(batch_of(trainer, number)["rows"])[0][0] for number in numbers]
-    greedy = trainer.distillation.decoder.once(
+    greedy = trainer.method.decoder.once(
         [trainer.train_dataset[number][1] for number in numbers], trainer.rollouts.decoding(), torch.zeros(4).long()
     )
     trainer.state.global_step = 1

@@ -87,7 +87,7 @@ def decode(args: EvaluationArguments, folder: Path | None, process: PartialState
     nn.Module.to(model, process.device)
     decoders = {name: Decoder.of(model, tokenizer, task, args.sequences_per_forward) for name, task in tasks.items()}
     for name, task in tasks.items():
-        cli.check_lengths(decoders[name], [task.prompt(row) for row in rows[name]], max(args.lengths(task)))
+        decoders[name].check_lengths([task.prompt(row) for row in rows[name]], max(args.lengths(task)))
 
     settings = identity(args, model, rows)
     if folder is not None:

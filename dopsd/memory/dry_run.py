@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
+from dopsd.distillation import costliest_batch
 from dopsd.memory.meter import CUDA_ALLOWANCE
 from dopsd.memory.planner import Persistent, optimizer_bytes
-from dopsd.memory.probe import costliest_batch, synthetic_trajectory
+from dopsd.memory.probe import synthetic_trajectory
 from dopsd.models import MODELS, add_lora, checkpoint_activations
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.sampler import inference

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import TypeVar
 
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
-from dopsd.distillation import Distillation
 from dopsd.errors import RunError
 from dopsd.memory.meter import Meter, meter_of, unless_out_of_memory
 from dopsd.memory.planner import Plan, Planner, remedies, too_little, workspace_for
 from dopsd.memory.probe import RunProbe
+from dopsd.method import Method
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.rollout import Decoder
 from dopsd.tasks import Row
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class MemoryKeeper:
-    """Keeps a distillation within the memory that there is, by its sizes.
+    """Keeps a method within the memory that there is, by its sizes.
 
     With a ``memory_budget`` they are chosen here, by probes that change nothing else.
 
     Args:
-        distillation: whose sizes these are.
+        method: whose sizes these are.
         rows: that are trained on.
         model, rollouts, teaching, args: options of the run.
 
@@ -39,15 +39,15 @@ class MemoryKeeper:
 
     def __init__(
         self,
-        distillation: Distillation,
+        method: Method,
         rows: Sequence[Row],
         model: ModelArguments,
         rollouts: RolloutArguments,
         teaching: TeachingArguments,
         args: TrainingArguments,
     ) -> None:
-        self.distillation = distillation
-        reusable = isinstance(distillation.decoder.model, BidirectionalModel)
+        self.method = method
+        reusable = isinstance(method.decoder.model, BidirectionalModel)
         self.remedies = remedies(model, rollouts, teaching, args, args.device.type, reusable)
         self.meter: Meter | None = None  # with a budget, as is the planner
         self.planner: Planner | None = None
@@ -58,18 +58,18 @@ class MemoryKeeper:
         self.meter = meter_of(args.device, budget)
         limit = read_bytes("memory_budget", budget, self.meter.total())
         workspace = workspace_for(limit, args.device.type)
-        distillation.resize(replace(distillation.sizes, workspace_bytes=workspace))
-        probe = RunProbe(distillation, self.meter, rows, rollouts, teaching, args)
-        self.planner = Planner(probe, limit, probe.states, distillation.sizes.sequences_per_forward, workspace)
+        method.resize(replace(method.sizes, workspace_bytes=workspace))
+        probe = RunProbe(method, self.meter, rows, rollouts, teaching, args)
+        self.planner = Planner(probe, limit, probe.states, method.sizes.sequences_per_forward, workspace)
         plan = self.planner.plan()
         if plan is None:
             raise too_little("memory_budget", budget, self.planner.least(), self.remedies)
-        distillation.resize(plan.sizes)
+        method.resize(plan.sizes)
 
     @property
     def plan(self) -> Plan | None:
         """What is predicted of the sizes as they are now; None without a budget."""
-        return None if self.planner is None else self.planner.at(self.distillation.sizes)
+        return None if self.planner is None else self.planner.at(self.method.sizes)
 
     @property
     def predicted_peak(self) -> int:
@@ -100,13 +100,13 @@ class MemoryKeeper:
         """
         while (done := unless_out_of_memory(work)) is None:
             undo()
-            sizes, network = self.distillation.sizes, self.distillation.decoder.model
+            sizes, network = self.method.sizes, self.method.decoder.model
             size = min(sizes.states_per_forward, states)
             if size > 1:
-                self.distillation.resize(replace(sizes, states_per_forward=size // 2))
+                self.method.resize(replace(sizes, states_per_forward=size // 2))
                 change = f"states_per_forward is {size // 2} from now on"
             elif not sizes.checkpointing and network.supports_gradient_checkpointing:
-                self.distillation.resize(replace(sizes, checkpointing=True))
+                self.method.resize(replace(sizes, checkpointing=True))
                 change = "activations are checkpointed from now on"
             else:
                 raise RunError(f"out of memory at update {update} with one state at a time; {self.remedies}")
@@ -122,11 +122,11 @@ class MemoryKeeper:
         Raises:
             RunError: not even one fits.
         """
-        while (done := unless_out_of_memory(lambda: work(self.distillation.decoder))) is None:
-            sizes = self.distillation.sizes
+        while (done := unless_out_of_memory(lambda: work(self.method.decoder))) is None:
+            sizes = self.method.sizes
             size = min(sizes.sequences_per_forward, most)
             if size == 1:
                 raise RunError(f"out of memory in decoding with one sequence at a time; {self.remedies}")
-            self.distillation.resize(replace(sizes, sequences_per_forward=size // 2))
+            self.method.resize(replace(sizes, sequences_per_forward=size // 2))
             log.warning(f"out of memory in decoding; sequences_per_forward is {size // 2} from now on")
         return done

@@ -13,8 +13,8 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import Any, Protocol
 
-from dopsd.distillation import Sizes
 from dopsd.errors import UsageError
+from dopsd.method import Sizes
 from dopsd.tables import show
 from dopsd.units import gib
 

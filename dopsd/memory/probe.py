@@ -5,19 +5,17 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dopsd.config import RolloutArguments, TeachingArguments, TrainingArguments
-from dopsd.distillation import Distillation
 from dopsd.memory.meter import Meter, unless_out_of_memory
 from dopsd.memory.planner import Persistent, optimizer_bytes
+from dopsd.method import Batch, Method
 from dopsd.models import device_of
 from dopsd.rollout import Rollout
 from dopsd.sampler import Decoding, decode
-from dopsd.step_batch import Example, StepBatch, collate
 from dopsd.tasks import Row
 from dopsd.trajectory import Trajectory
 
@@ -33,22 +31,11 @@ def synthetic_trajectory(prompt_ids: Tensor, decoding: Decoding, vocab: int, eos
     return Trajectory(prompt_ids.cpu(), tokens, reveal_step, decoding.block_length)
 
 
-def costliest_batch(short: Example, long: Example, states: int, **options: Any) -> StepBatch:
-    """The costliest micro-batch: the last state of one example, and then the first ones of others.
-
-    No other has its states in more blocks, and prompts of two lengths need a mask. ``options`` are those of
-    :func:`~dopsd.step_batch.collate`.
-    """
-    index = [(0, len(short.steps) - 1)]
-    index += [(1 + state // len(long.steps), state % len(long.steps)) for state in range(states - 1)]
-    return collate([short, *[long] * index[-1][0]], index, **options)
-
-
 class RunProbe:
-    """Measures micro-batches of a distillation, and leaves no trace of them: no gradient, no draw.
+    """Measures micro-batches of a method, and leaves no trace of them: no gradient, no draw.
 
     Args:
-        distillation: whose passes, and decoding, are measured.
+        method: whose passes, and decoding, are measured.
         meter: of its device.
         rows: that are trained on.
         rollouts, teaching, args: options of the run.
@@ -56,31 +43,29 @@ class RunProbe:
 
     def __init__(
         self,
-        distillation: Distillation,
+        method: Method,
         meter: Meter,
         rows: Sequence[Row],
         rollouts: RolloutArguments,
         teaching: TeachingArguments,
         args: TrainingArguments,
     ) -> None:
-        self.distillation, self.meter = distillation, meter
+        self.method, self.meter = method, meter
         self.rollouts, self.teaching, self.args = rollouts, teaching, args
-        decoder, task = distillation.decoder, distillation.decoder.task
+        decoder, task = method.decoder, method.decoder.task
         rows = list(rows)
         prompts = sorted((decoder.encode(task.prompt(row)) for row in rows), key=len)
         self.prompts = prompts[0] if args.train_batch_size > 1 else prompts[-1], prompts[-1]
-        if distillation.objective.teacher_context == "reference":
+        if method.shows_references:
             rows.sort(key=lambda row: len(decoder.encode(task.reference_prompt(row))))
         decoding, self.vocab = rollouts.decoding(), len(decoder.model.lm_head_weight)
         trajectories = [synthetic_trajectory(prompt, decoding, self.vocab, decoder.eos_id) for prompt in self.prompts]
         self.short, self.long = (
-            distillation.example(Rollout(row, trajectory, "", score=1.0, tries=1), seed=0)
+            Rollout(row, trajectory, "", score=1.0, tries=1)
             for row, trajectory in zip((rows[0], rows[-1]), trajectories, strict=True)
         )
-        # Trajectories that drift too far are computed without reuse, and all of them may.
-        self.reuse = distillation.objective.reuse if teaching.drift_limit is None else "none"
-        self.trained = [p for p in distillation.student.parameters() if p.requires_grad]
-        several = distillation.accelerator.num_processes > 1
+        self.trained = [p for p in method.student.parameters() if p.requires_grad]
+        several = method.accelerator.num_processes > 1
         self.buckets = sum(p.nbytes for p in self.trained) if several else 0
         self.persistent = self.at_rest()
 
@@ -89,7 +74,7 @@ class RunProbe:
         gc.collect()
         self.meter.take_peak()
         used = self.meter.take_peak()
-        student = self.distillation.student
+        student = self.method.student
         held = [*student.parameters(), *student.buffers()]
         trained = sum(p.nbytes for p in self.trained)
         weights = sum(p.nbytes for p in held) - trained
@@ -100,26 +85,26 @@ class RunProbe:
     @property
     def states(self) -> int:
         """Those of a whole update, at most."""
-        return -(-self.args.train_batch_size * len(self.long.steps) // self.teaching.updates_per_batch)
+        return -(-self.args.train_batch_size * self.method.most_states(self.long) // self.teaching.updates_per_batch)
 
     def tokens(self, states: int) -> int:
-        return self.batch(states).student.tokens
+        return self.batch(states).tokens
 
-    def batch(self, states: int) -> StepBatch:
+    def batch(self, states: int) -> Batch:
         """The micro-batch that is measured."""
-        return costliest_batch(self.short, self.long, states, reuse=self.reuse, **self.distillation.collation())
+        return self.method.costliest(self.short, self.long, states)
 
     def training(self, states: int, checkpointing: bool) -> int | None:
-        distillation = self.distillation
-        distillation.resize(replace(distillation.sizes, checkpointing=checkpointing))
+        method = self.method
+        method.resize(replace(method.sizes, checkpointing=checkpointing))
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)  # as they are from an update's second micro-batch on
-        peak = self.peak(lambda: distillation.distil([self.batch(states)], count=1))
-        distillation.student.zero_grad()
+        peak = self.peak(lambda: method.backward([self.batch(states)], size=1))
+        method.student.zero_grad()
         return peak
 
     def decoding(self, sequences: int) -> int | None:
-        decoder, own = self.distillation.decoder, self.rollouts.decoding()
+        decoder, own = self.method.decoder, self.rollouts.decoding()
         # A step of each block, all at the temperature of retries, whose noise takes memory too.
         temperature = self.rollouts.temperature if self.rollouts.pass_k > 1 else 0.0
         quick = replace(own, steps=own.blocks, threshold=None, stop_at_eos=False, temperature=temperature)
@@ -131,7 +116,7 @@ class RunProbe:
         seeds = torch.arange(sequences)
 
         def run() -> object:
-            with self.distillation.accelerator.autocast():
+            with self.method.accelerator.autocast():
                 return decode(
                     decoder.model, prompts, quick, mask_id=decoder.mask_id, eos_id=decoder.eos_id, seeds=seeds
                 )

@@ -27,7 +27,7 @@ from dopsd import checkpoints
 # Processes are started and waited for by several threads, and multiprocessing's list of them is not made for that.
 LOCK = threading.Lock()
 PAGE = resource.getpagesize()
-TIMES = ("rollout_seconds", "distill_seconds")
+TIMES = ("rollout_seconds", "learn_seconds")
 RESUME = ("--resume_from_checkpoint", "true")
 
 

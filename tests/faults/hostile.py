@@ -255,7 +255,7 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     },
     "deep state": content("trainer_state.json", DEEP),
     "deep slices": content("pending_0.json", DEEP),
-    "slices": content("pending_0.json", '{"accepted_count": 1, "slices": [[{"steps": [999999999999]}]], "sizes": {}}'),
+    "slices": content("pending_0.json", '{"batch_size": 1, "slices": [[{"steps": [999999999999]}]], "sizes": {}}'),
     "deep manifest": deep_manifest,
     "deep report": lambda folder: content("report.json", DEEP)(folder.parent),
     "deep scores": lambda folder: content("held_out_before.json", DEEP)(folder.parent),

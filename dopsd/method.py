@@ -1,0 +1,215 @@
+"""How a student learns: what every method of training has in common, and what it has of its own.
+
+    rows -> rollouts -> examples -> an update's batches -> loss
+
+The trainer, the planner of memory, checkpoints, logs and reports know no more of a method than what is here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor
+
+from dopsd.config import RolloutArguments, TeachingArguments
+from dopsd.metrics import of_rollouts
+from dopsd.models import checkpoint_activations, device_of
+from dopsd.rollout import Decoder, Rollout
+from dopsd.tasks import Row
+from dopsd.teacher import TeacherWeights
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run can change without changing what it computes, but for rounding and for which inputs dropout drops.
+
+    Args:
+        states_per_forward: states of a micro-batch.
+        checkpointing: whether activations inside a layer are computed again in the backward pass.
+        sequences_per_forward: sequences decoded at a time.
+        workspace_bytes: of the ops; None for their own default.
+    """
+
+    states_per_forward: int
+    checkpointing: bool
+    sequences_per_forward: int
+    workspace_bytes: int | None = None
+
+
+class Batch(Protocol):
+    """A micro-batch of so many states: sequences of which the student computes a gradient."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def tokens(self) -> int:
+        """Those that the student's pass computes, padding included."""
+
+
+class BatchLoss(NamedTuple):
+    """What a method makes of a micro-batch.
+
+    Args:
+        loss: scalar, the sum of its examples' losses.
+        figures: metrics by name, (R,) each, detached; the log has the means over all R of an update.
+    """
+
+    loss: Tensor
+    figures: Mapping[str, Tensor]
+
+
+class Serialisable(Protocol):
+    """An example of a method, which a checkpoint keeps."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+
+
+E = TypeVar("E", bound=Serialisable)
+B = TypeVar("B", bound=Batch)
+# Keeps metrics that are means over so many things for the log.
+Note = Callable[..., object]
+
+
+class Method(ABC, Generic[E, B]):
+    """A student, the weights that it is held to, and how it learns from a batch of rows.
+
+    Args:
+        student: the network with its adapter.
+        teacher: other weights on the same network: a teacher's, or those of a reference policy.
+        decoder: the network unwrapped, its tokenizer and task.
+        sizes: to begin with.
+        accelerator: in whose precision passes are computed, and by which gradients are.
+        rollouts, teaching: options.
+    """
+
+    #: The class of the examples; its ``from_json`` is the inverse of their ``to_json``.
+    example_type: ClassVar[type[Any]]
+    #: Whether some pass has a task's ``reference_prompt``.
+    shows_references: bool = False
+
+    def __init__(
+        self,
+        student: PeftModel,
+        teacher: TeacherWeights,
+        decoder: Decoder,
+        sizes: Sizes,
+        accelerator: Accelerator,
+        rollouts: RolloutArguments,
+        teaching: TeachingArguments,
+    ) -> None:
+        self.student, self.teacher, self.accelerator = student, teacher, accelerator
+        self.decoder, self.sizes = decoder, sizes
+        self.decoding, self.teaching = rollouts, teaching
+        if sizes.checkpointing:
+            checkpoint_activations(decoder.model, True)
+
+    # ---- what a method is ----
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raise RunError if something of the rows can't be trained on; their prompts are known to fit."""
+
+    @abstractmethod
+    def rollouts(
+        self,
+        decoder: Decoder,
+        rows: Sequence[Row],
+        seeds: Tensor,  # (N,) int64
+        on_rows: Callable[[int], object],
+    ) -> list[Rollout]:
+        """Graded responses to the rows, drawn from their seeds; none if the method learns from the rows alone."""
+
+    @abstractmethod
+    def examples(
+        self,
+        rows: Sequence[Row],
+        rollouts: Sequence[Rollout],
+        seeds: Tensor,  # (N,) int64
+    ) -> list[E]:
+        """What is trained on of the rows and their :meth:`rollouts`."""
+
+    @abstractmethod
+    def states(self, example: E) -> int:
+        """How many states of a micro-batch an example takes."""
+
+    @abstractmethod
+    def batches(self, examples: Sequence[E], seed: Tensor, note: Note) -> Iterator[B]:
+        """An update's examples in micro-batches of ``sizes.states_per_forward`` states.
+
+        Args:
+            examples: those of one of the :meth:`slices`.
+            seed: () int64, of what is drawn.
+            note: takes metrics, as ``note(over, name=mean)``.
+        """
+
+    @abstractmethod
+    def loss(self, batch: B) -> BatchLoss:
+        """The loss of a micro-batch, with a gradient for the student."""
+
+    @abstractmethod
+    def most_states(self, rollout: Rollout) -> int:
+        """The states that a prompt can give an update's batch of rows, if its responses are as this one."""
+
+    @abstractmethod
+    def costliest(self, short: Rollout, long: Rollout, states: int) -> B:
+        """A micro-batch that takes as much memory as one of ``states`` states can, if responses are as these two."""
+
+    def size(self, examples: Sequence[E]) -> float:
+        """What the sum of the examples' losses is divided by: their number, unless a method says otherwise."""
+        return len(examples)
+
+    def slices(self, examples: Sequence[E]) -> list[list[E]]:
+        """The examples of each update that a batch of rows is for."""
+        count = self.teaching.updates_per_batch
+        bounds = [part * len(examples) // count for part in range(count + 1)]
+        return [list(examples[begin:end]) for begin, end in pairwise(bounds)]
+
+    def figures(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Metrics of at least one rollout: means."""
+        return of_rollouts(rollouts, self.decoder.eos_id)
+
+    # ---- what all methods share ----
+
+    def resize(self, sizes: Sizes) -> None:
+        """Compute with these sizes from now on."""
+        network = self.decoder.model
+        if sizes.checkpointing != self.sizes.checkpointing and network.supports_gradient_checkpointing:
+            checkpoint_activations(network, sizes.checkpointing)
+        self.sizes = sizes
+        self.decoder = replace(self.decoder, batch_size=sizes.sequences_per_forward)
+
+    def collation(self) -> dict[str, Any]:
+        """What batches are made with: special tokens, and the device."""
+        decoder = self.decoder
+        return {"mask_id": decoder.mask_id, "pad_id": decoder.eos_id, "device": device_of(decoder.model)}
+
+    @property
+    def states_without_gradient(self) -> int:
+        """States of a batch of which no gradient is taken: whole ones take what decoding does."""
+        return min(self.sizes.states_per_forward, self.sizes.sequences_per_forward)
+
+    def backward(
+        self, batches: Iterable[B], size: float, *, on_batch: Callable[[int], object] | None = None
+    ) -> tuple[list[Mapping[str, Tensor]], Tensor]:  # each batch's figures; loss
+        """Forward and backward over ``batches``, whose examples are part of an update of this ``size``.
+
+        ``on_batch`` is told of each finished batch's states.
+        """
+        self.student.train()
+        figures, loss = [], torch.zeros((), device=self.accelerator.device)
+        for batch in batches:
+            with self.accelerator.autocast():
+                output = self.loss(batch)
+            self.accelerator.backward(output.loss / size)
+            loss = loss + output.loss.detach() / size
+            figures.append(output.figures)
+            if on_batch is not None:
+                on_batch(len(batch))
+        return figures, loss
