@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from dopsd.evaluation.accuracy import mean
+from dopsd.models.bidirectional import DiffusionModel
 from dopsd.rollout import Rollout
 
 # An update's work is the sum over its processes, its time that of the slowest; several updates' are the mean of those.
@@ -83,16 +83,16 @@ def means(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[int, float
 class TokenCount:
     """Counts the tokens that a network computes, padding included."""
 
-    def __init__(self, network: PreTrainedModel) -> None:
+    def __init__(self, network: DiffusionModel) -> None:
         self.with_gradient = self.without = 0
-        network.get_input_embeddings().register_forward_pre_hook(self.add)
+        network.on_pass = self.add
 
-    def add(self, module: nn.Module, inputs: tuple[Tensor]) -> None:
+    def add(self, tokens: int) -> None:
         """A pass begins."""
         if torch.is_grad_enabled():
-            self.with_gradient += inputs[0].numel()
+            self.with_gradient += tokens
         else:
-            self.without += inputs[0].numel()
+            self.without += tokens
 
     def take(self) -> tuple[int, int]:
         """Those with a gradient and those without, since they were last asked for."""

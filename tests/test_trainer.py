@@ -491,3 +491,23 @@ def test_what_is_drawn_for_a_row_does_not_depend_on_its_batch(make_trainer: Make
         not torch.equal(one.trajectory.tokens, other.trajectory.tokens)
         for one, other in zip(beside, later, strict=True)
     )
+
+
+@pytest.mark.parametrize("reuse", ["none", "block"])
+def test_tokens_and_tries_are_counted(make_trainer: Make, random_model: Path, reuse: str) -> None:
+    """Two prompts of 17 tokens, two tries each of 48 in 12 steps, both sides of every state; no drift is measured."""
+    options = ("--pass_k", "2", "--correct_only", "false", "--stop_at_eos", "false", "--steps", "12")
+    sizes = ("--states_per_forward", "5", "--reuse", reuse, "--drift_samples", "0", "--max_steps", "1")
+    trainer = make_trainer("--model", str(random_model), *options, *sizes, task=Graded(0.0))
+    trained: list[Any] = []
+    backward = trainer.method.backward
+    trainer.method.backward = lambda batches, *args, **kwargs: backward(  # type: ignore[method-assign]
+        (trained.append(batch) or batch for batch in batches), *args, **kwargs
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["rollouts"] == 2 * 2 and logged["decode_tokens"] == 2 * 2 * 12 * (17 + 48)
+    assert logged["states"] == sum(map(len, trained)) == 2 * 12
+    assert logged["tokens"] == sum(batch.student.tokens for batch in trained)
+    assert logged["forward_tokens"] == sum(batch.teacher.tokens for batch in trained)
+    assert (logged["tokens"] == 24 * (17 + 48)) == (reuse == "none")

@@ -6,7 +6,7 @@ A model file then says what its checkpoints say: the names of the parts and the 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -271,6 +271,8 @@ class DiffusionModel(PreTrainedModel):
     # Linear layers that LoRA may adapt, and a regular expression for what precedes their names.
     lora_modules: tuple[str, ...] = ()
     lora_path: str = ""
+    # Told of the tokens that each pass computes, padding included.
+    on_pass: Callable[[int], object] | None = None
 
     @abstractmethod
     def states(self, input_ids: Tensor, attention_mask: Tensor | None, read: Tensor | None) -> Tensor:
@@ -292,12 +294,18 @@ class DiffusionModel(PreTrainedModel):
             (B, R, d), or (B, T, d) without ``read``, in the model's dtype. With a shift, the state of position i is
             taken at i - 1, that of a sequence's first token at itself.
         """
+        self.begin_pass(input_ids)
         if self.shift:
             batch, length = input_ids.shape
             if read is None:
                 read = torch.arange(length, device=input_ids.device).expand(batch, -1)
             read = self.shifted(read, attention_mask)
         return self.states(input_ids, attention_mask, read)
+
+    def begin_pass(self, input_ids: Tensor) -> None:
+        """These tokens are about to be computed."""
+        if self.on_pass is not None:
+            self.on_pass(input_ids.numel())
 
     def shifted(self, read: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(B, R) int64, where the states that predict the tokens at ``read`` (B, R) lie."""
@@ -390,6 +398,7 @@ class BidirectionalModel(DiffusionModel):
         Returns:
             (G, R, d), and what :meth:`packed_hidden_states` takes. Gradients flow through both.
         """
+        self.begin_pass(input_ids)
         if not self.shift:
             states, layers = self._states(input_ids, attention_mask, read, width)
             return states, KVCache(layers, attention_mask, None)
@@ -411,6 +420,7 @@ class BidirectionalModel(DiffusionModel):
         Returns:
             (N, R, d). With a shift, the state before the first token that a packed sequence computes is its anchor's.
         """
+        self.begin_pass(packed.input_ids)
         anchor, columns, mask = packed.anchor, packed.columns(), cache.attention_mask
         if self.shift:
             read = self.shifted(read, None if mask is None else mask[anchor])
