@@ -286,6 +286,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "Fall of validation accuracy below its best that is a collapse (0.1: ten points); none: five points or three "
         "standard errors, whichever is more.",
     )
+    figure_width: Literal["page", "column"] = option(
+        "page", "Of the run's pictures on paper: that of a page's text, or of one of its two columns."
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
