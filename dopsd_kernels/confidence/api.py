@@ -35,7 +35,7 @@ def fused_confidence(
     entropy: bool = False,
     backend: str = "auto",
 ) -> ConfidenceOutput:
-    """Choose a token per row, and measure how sure the head is, without materialising the logits.
+    """Choose a token per row, and measure the head's confidence, without materialising the logits.
 
     The logits hidden @ weight.T + bias are computed tile by tile in fp32, or in fp64 for fp64 `hidden`;
     tensors of other dtypes are converted, weights tile by tile. Nothing has a gradient, and autocast has no
