@@ -150,7 +150,7 @@ def _rows(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     logits of standard deviation 3, with nothing that stands out. "peaked" rows have an entropy of about 1 to 3
     nats, as a language model where it must choose: one token, drawn by Zipf's law, has about a third of the mass,
     and the others a standard deviation of 1 around -2 log(id), as in a vocabulary sorted by frequency. The teacher
-    is a little surer of the leading one.
+    is a little more confident of the leading one.
     """
     generator = torch.Generator(device).manual_seed(0)
 

@@ -216,8 +216,8 @@ def plain_forward(objective: Objective) -> Forward:
             log_t = network(batch.teacher.input_ids, batch.teacher.attention_mask).logits.float().log_softmax(-1)
             probability = log_t.exp()
             probability[..., mask_id] = 0  # the mask token is no choice
-            surest = probability.max(-1).values.gather(1, batch.columns + batch.teacher.offset)
-            chosen = most_confident(surest, batch.candidates, batch.k)
+            confidence = probability.max(-1).values.gather(1, batch.columns + batch.teacher.offset)
+            chosen = most_confident(confidence, batch.candidates, batch.k)
         log_s = network(batch.student.input_ids, batch.student.attention_mask).logits.float().log_softmax(-1)
         contributions = log_s.exp() * (log_s - log_t)
         divergence = contributions.clamp(max=objective.clip).sum(-1)  # (S, P + L)

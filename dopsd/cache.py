@@ -36,7 +36,7 @@ class BlockCache:
 
     def __init__(self, model: BidirectionalModel, kind: Cache, start: int, stop: int, count: int) -> None:
         self.model, self.kind, self.start, self.stop = model, kind, start, stop
-        self.place = torch.zeros(count, dtype=torch.int64, device=model.lm_head_weight.device)  # as in Packed
+        self.slot = torch.zeros(count, dtype=torch.int64, device=model.lm_head_weight.device)  # as in Packed
         self.kept: KVCache | None = None
 
     def hidden_states(
@@ -57,7 +57,7 @@ class BlockCache:
         packed = Packed(
             input_ids=input_ids[:, self.start : self.stop],
             start=self.starts,
-            place=self.place[sequences],
+            slot=self.slot[sequences],
             slots=self.slots,
             prefix_mask=self.prefix_mask,
         )
@@ -67,7 +67,7 @@ class BlockCache:
         count, width = input_ids.shape
         shown = input_ids if attention_mask is None else torch.cat((input_ids, attention_mask.long()), dim=1)
         unique, anchor = shown.unique(dim=0, return_inverse=True)
-        self.place[sequences], self.slots = Packed.places(anchor)
+        self.slot[sequences], self.slots = Packed.assign_slots(anchor)
         row = torch.arange(count, device=anchor.device)
         first = anchor.new_full((len(unique),), count).scatter_reduce(0, anchor, row, "amin")
         mask = None if attention_mask is None else attention_mask[first]

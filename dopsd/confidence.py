@@ -1,4 +1,4 @@
-"""How sure a model is of a masked position, and picking the positions it is surest of."""
+"""A model's confidence in its tokens at masked positions, and the choice of the most confident positions."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def choose_tokens(
     """A token for each row and the model's confidence in it, without the rows' logits.
 
     ``probability`` and ``logit`` are those of the chosen token, at temperature 1; ``margin`` is the gap between the two
-    largest probabilities; ``entropy`` is the negative entropy, so that larger means surer in every case. The mask token
-    is never chosen and has no probability.
+    largest probabilities; ``entropy`` is the negative entropy, so that larger means more confident in every case. The
+    mask token is never chosen and has no probability.
 
     Returns:
         tokens (N,) int64 and confidences (N,) in fp32 (fp64 for fp64 ``hidden``).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -96,8 +96,8 @@ class ModelArguments(LoadArguments):
 
     recipe: str | None = option(
         None,
-        "A recipe that ships (tiny, paper, reference) or a YAML file of options; none: tiny for the model that ships, "
-        "paper for others.",
+        "A recipe that ships (tiny, paper, reference) or a YAML file of options, over those of the recipe that it "
+        "names (or of its model's); none: tiny for the model that ships, paper for others.",
     )
     lora_r: int = option(128, "LoRA rank.")
     lora_alpha: int = option(64, "LoRA scale: the update is multiplied by alpha / r.")
@@ -301,6 +301,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "Fall of validation accuracy below its best that is a collapse (0.1: ten points); none: five points or three "
         "standard errors, whichever is more.",
     )
+    figure_width: Literal["page", "column"] = option(
+        "page", "Of the run's pictures on paper: that of a page's text, or of one of its two columns."
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -426,9 +429,7 @@ def parse_train(
         description="d-OPSD: a diffusion language model learns from its own future tokens.",
     )
     words = [*argv, *parser.tokens(options)]
-    known, _ = Parser(ModelArguments, add_help=False).parse_known_args(words)
-    name = default_recipe(known.model) if known.recipe is None else known.recipe
-    groups = parser.parse([*parser.recipe(name), f"--recipe={name}", *words])
+    groups = parser.parse(with_recipe(parser, words, default_recipe))
     for_method(groups, words)
     return groups
 
@@ -450,9 +451,18 @@ def for_method(groups: Sequence[Any], words: Sequence[str]) -> None:
                 setattr(group, f.name, f.default)
 
 
-def default_recipe(model: str) -> str:
-    """The recipe that a model is trained with unless one is named."""
-    return "tiny" if model in SHIPPED else "paper"
+def default_recipe(model: str | None) -> str:
+    """The recipe that a model, the default one if none is named, is trained with unless one is named."""
+    return "tiny" if model is None or model in SHIPPED else "paper"
+
+
+def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None], str]) -> list[str]:
+    """``words`` behind the options of the recipe that they name, or else of their model's ``default``."""
+    probe = Parser(ModelArguments, add_help=False)
+    probe.set_defaults(model=None)
+    known, _ = probe.parse_known_args(words)
+    name = default(known.model) if known.recipe is None else known.recipe
+    return [*parser.recipe(name, known.model, default_recipe), f"--recipe={name}", *words]
 
 
 def parse_plan(
@@ -468,9 +478,7 @@ def parse_plan(
         prog="python -m dopsd.plan",
         description="Which sizes of a training run fit on a GPU, from a config.json alone.",
     )
-    known, _ = Parser(ModelArguments, add_help=False).parse_known_args(list(argv))
-    name = "paper" if known.recipe is None else known.recipe
-    return parser.parse(["--bf16", "true", *parser.recipe(name), f"--recipe={name}", *argv])
+    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), lambda _: "paper")])
 
 
 def parse_sample(argv: Sequence[str]) -> SampleArguments:

@@ -82,7 +82,7 @@ model = PeftModel.from_pretrained(base_model, {folder!r})
 `base_model` is then yours to load{code}.
 Three things differ from an ordinary language model: attention must be
 bidirectional (with a causal mask the adapter computes something else), `generate` of transformers does not apply
-(masked tokens, id {mask_id}, are filled block by block, the surest first), and nothing predicts the next token.
+(masked tokens, id {mask_id}, are filled block by block, most confident first), and nothing predicts the next token.
 
 ## Citation
 

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from argparse import SUPPRESS, Action, HelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from shutil import get_terminal_size
@@ -143,10 +143,16 @@ class Parser(HfArgumentParser):
                 out += [f"--{name}", *words]
         return out
 
-    def recipe(self, name: str, above: tuple[Path, ...] = ()) -> list[str]:
-        """The options of a recipe, over those of the one that it names, as tokens.
+    def recipe(
+        self, name: str, model: str | None, root: Callable[[str | None], str], above: tuple[Path, ...] = ()
+    ) -> list[str]:
+        """The options of a recipe, over those of the one that it starts from, as tokens.
 
-        ``above`` are the files that name it; a name is looked for beside the last of them.
+        Args:
+            name: of one that ships, which starts from nothing, or a file.
+            model: as it is named above the recipe, which says it otherwise.
+            root: what a file for that model starts from if it doesn't say it.
+            above: the files that name it; a name is looked for beside the last of them.
         """
         shipped = sorted(path.stem for path in RECIPES.glob("*.yaml"))
         path = RECIPES / f"{name}.yaml" if name in shipped else (above[-1].parent if above else Path()) / name
@@ -161,8 +167,12 @@ class Parser(HfArgumentParser):
         chain = (*above, path)
         circle = any(path.samefile(other) for other in above)
         require(not circle, "recipe", name, "recipes name each other in a circle")
+        if model is None and "model" in options:
+            model = str(options["model"])
         base = options.pop("recipe", None)
-        return [*([] if base is None else self.recipe(str(base), chain)), *self.tokens(options, name)]
+        if base is None and not path.parent.samefile(RECIPES):
+            base = root(model)
+        return [*([] if base is None else self.recipe(str(base), model, root, chain)), *self.tokens(options, name)]
 
 
 class ShortHelp(HelpFormatter):

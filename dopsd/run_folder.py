@@ -26,9 +26,9 @@ REPORT_FILE = "report.json"
 # What a run that was killed while it took the folder can have left.
 CLAIM = {LOCK_FILE, f"{RUN_FILE}.part"}
 
-# transformers options that may differ between a run and its continuation.
+# Options of training that may differ between a run and its continuation.
 FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "ddp_timeout"}
-FREE |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "figure_width"}
 
 
 class Start(NamedTuple):

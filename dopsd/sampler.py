@@ -1,4 +1,4 @@
-"""Block-diffusion decoding: masked positions are filled block by block, the surest first."""
+"""Block-diffusion decoding: masked positions are filled block by block, the most confident first."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def draw(
     seeds: Tensor,  # (n, R) int64
     mask_id: int,
 ) -> tuple[Tensor, Tensor]:  # (n, R) int64 and float
-    """Each position's token, and how sure of it the model is by the measure that ``decoding.remasking`` names."""
+    """Each position's token, and the model's confidence in it by the measure that ``decoding.remasking`` names."""
     kind: Confidence = decoding.remasking if decoding.remasking in ("margin", "entropy") else "probability"
     if decoding.sampling_dtype == "float64":
         hidden = hidden.double()

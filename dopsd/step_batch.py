@@ -297,7 +297,7 @@ def pack(
     """The S states with these ``responses``: those that are not anchors compute the positions ``computed`` only."""
     device, groups = inputs.input_ids.device, len(anchors.numbers)
     others = (~anchors.itself).nonzero()[:, 0]
-    place, slots = Packed.places(anchors.anchor[others])
+    slot, slots = Packed.assign_slots(anchors.anchor[others])
     row = torch.where(anchors.itself, anchors.anchor, groups + (~anchors.itself).cumsum(0) - 1)
     start = inputs.offset + torch.zeros(groups, dtype=torch.int64).scatter(0, anchors.anchor, computed[:, 0])
     start = start.to(device)
@@ -307,7 +307,7 @@ def pack(
     packed = Packed(
         input_ids=responses.gather(1, computed)[others].to(device),
         start=start,
-        place=place.to(device),
+        slot=slot.to(device),
         slots=slots,
         prefix_mask=Packed.prefix(start, computed.shape[1], width, inputs.attention_mask),
     )

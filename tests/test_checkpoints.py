@@ -421,7 +421,7 @@ def test_decoding_and_distilling_with_every_family(name: str, tmp_path: Path) ->
 
 
 def greedy(model: DiffusionModel, prompt: Tensor, shift: int) -> Sequence[int]:
-    """Two tokens a step, the surest of the block first, from the logits of one whole forward per step."""
+    """Two tokens a step, the most confident of the block first, from the logits of one whole forward per step."""
     tokens = torch.cat((prompt, torch.full((LENGTH,), MASK)))
     revealed = torch.zeros(LENGTH, dtype=torch.bool)
     for start in range(0, LENGTH, BLOCK):

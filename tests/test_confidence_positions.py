@@ -1,4 +1,4 @@
-"""Tokens, confidences and the choice of the surest positions, against full logits and loops."""
+"""Tokens, confidences and the choice of the most confident positions, against full logits and loops."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ def test_a_recipe_and_the_command_line_name_the_cache(
 
 
 def test_a_recipe_starts_from_another(tmp_path: Path) -> None:
-    """From one that ships or a file beside it, whose lines its own replace; the command line comes last. One that names
-    none stands for itself."""
+    """From one that ships or a file beside it, whose lines its own replace; the command line comes last."""
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "base.yaml").write_text("recipe: tiny\nsteps: 12\nclip: 0.5\neval_tokens_per_step: [1, 2]\n")
     path = tmp_path / "mine.yaml"
@@ -130,8 +129,25 @@ def test_a_recipe_starts_from_another(tmp_path: Path) -> None:
     assert {name for name in values if values[name] != tiny[name]} <= changed
     assert (values["steps"], values["clip"], values["teacher"], values["seed"]) == (12, None, "fixed", 5)
     assert (values["recipe"], values["eval_tokens_per_step"]) == (str(path), [])
-    path.write_text("steps: 128\n")
-    assert parsed("--recipe", str(path))["lora_r"] == 128 != tiny["lora_r"]
+
+
+@pytest.mark.parametrize("named", ["in it", "beside it", "below it"])
+def test_a_recipe_that_names_none_starts_from_its_models(tmp_path: Path, named: str) -> None:
+    """As a command line does: from the tiny model's, or the paper's if it, what it starts from or the command line
+    names another model. One that ships starts from nothing, by its file's name too."""
+    path, below = tmp_path / "mine.yaml", tmp_path / "below.yaml"
+    line = "model: somebody/model\n"
+    path.write_text("recipe: below.yaml\ntask: math\n" + line * (named == "in it"))
+    below.write_text("gen_length: 64\nblock_length: 32\nsteps: 64\n" + line * (named == "below it"))
+    argv = ["--recipe", str(path), "--output_dir", str(tmp_path)]
+    values = parsed(*argv, *["--model", "somebody/model"] * (named == "beside it"))
+    paper = parsed("--model", "somebody/model", "--output_dir", str(tmp_path))
+    assert {name for name in values if values[name] != paper[name]} == {"recipe", "task", "gen_length", "steps"}
+    values, tiny = parsed(*argv, "--model", "tiny"), parsed("--output_dir", str(tmp_path))
+    changed = {"recipe", "task", "gen_length", "block_length", "steps"}
+    assert {name for name in values if values[name] != tiny[name]} == changed
+    shipped = parsed("--recipe", str(next(file for file in RECIPES if file.stem == "paper")), "--model", "tiny")
+    assert shipped["learning_rate"] == paper["learning_rate"] != tiny["learning_rate"]
 
 
 def test_recipes_in_a_circle_are_refused(tmp_path: Path) -> None:
@@ -169,6 +185,7 @@ def test_options_of_a_function_are_those_of_a_command_line() -> None:
         ("", ["YAML file with one option a line"]),
         ("pass_k: 0\n", ["pass_k must be", "but is 0", "at least 1"]),
         ("steps: many\n", ["--steps", "many"]),
+        ("model: [a, b]\n", ["unknown option b"]),
         ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", ["not valid YAML", "aliases (*a)"]),
         ("seed: " + "[" * 10**4, ["not valid YAML"]),
         ("task: here/chess.py:Chess\n", ["recipe.yaml", "task='here/chess.py:Chess'", "command line alone"]),

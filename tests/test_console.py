@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 
-from dopsd import sample
+from dopsd import completions
 from dopsd.console import console, draws_bars
 from dopsd.generate import load
 from dopsd.progress import ProgressBar
@@ -77,12 +77,12 @@ def test_a_decoding_is_drawn_in_one_place_on_a_terminal(
     model = load(str(random_model))
     (one,) = model.generate(["1:"], gen_length=8, block_length=8, steps=4)
     pauses: list[float] = []
-    monkeypatch.setattr(sample.time, "sleep", pauses.append)
+    monkeypatch.setattr(completions.time, "sleep", pauses.append)
     shown: Callable[[], str] = lambda: capsys.readouterr().out  # noqa: E731
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with console(sentences=True, bars=False):
-        sample.draw(one, model.decoder)
-        assert len(pauses) == one.trajectory.num_steps and sample.MASKED in shown()
-        monkeypatch.setattr(sample, "find_spec", lambda name: None)
-        sample.draw(one, model.decoder)
+        completions.draw(one, model.decoder)
+        assert len(pauses) == one.trajectory.num_steps and completions.MASKED in shown()
+        monkeypatch.setattr(completions, "find_spec", lambda name: None)
+        completions.draw(one, model.decoder)
         assert shown().count("\n") == one.trajectory.num_steps

@@ -282,7 +282,7 @@ def test_the_model_trains(extended: dict[str, Any], make_trainer: Callable[..., 
 def test_the_variant_chooses_otherwise(extended: dict[str, Any], make_trainer: Callable[..., Trainer]) -> None:
     differ = []
 
-    class Watched(extended["LeastSure"]):
+    class Watched(extended["LeastConfident"]):
         def choose(self, *args: Any) -> torch.Tensor:
             chosen, usual, batch = super().choose(*args), Objective.choose(self, *args), args[2]
             assert bool((chosen <= batch.candidates).all()) and torch.equal(chosen.sum(-1), usual.sum(-1))

@@ -58,7 +58,7 @@ def test_a_card_names_no_local_path(tmp_path: Path) -> None:
     """Neither of a base model nor of a recipe or a task; the model that ships is called so."""
     base, recipe, task = tmp_path / "base", tmp_path / "mine.yaml", tmp_path / "chess.py"
     base.mkdir()
-    recipe.write_text("gen_length: 64\nblock_length: 8\n")
+    recipe.write_text("gen_length: 64\nsteps: 32\n")
     argv = ["--model", str(base), "--recipe", str(recipe), "--task", f"{task}:Chess"]
     text = model_card.card(tmp_path, result(*argv), 7)
     assert str(tmp_path) not in text and "base_model:" not in text

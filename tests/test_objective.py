@@ -178,7 +178,7 @@ class Oracle:
 
 
 def confidence_of(logits: Tensor, kind: str, mask_id: int) -> float:
-    """How sure a row of logits is, when the mask token cannot be chosen."""
+    """The confidence of a row of logits, when the mask token cannot be chosen."""
     allowed = [value for index, value in enumerate(logits.tolist()) if index != mask_id]
     total = sum(math.exp(value) for value in allowed)
     probabilities = sorted((math.exp(value) / total for value in allowed), reverse=True)
@@ -243,8 +243,8 @@ def eq12(setup: Setup, examples: Sequence[Example], options: Objective) -> Oracl
             if options.selection == "student":
                 chosen = [i for i in committed if i in masked]
             else:
-                sure = {i: confidence_of(teacher_logits[i], options.confidence, setup.mask_id) for i in masked}
-                chosen = sorted(sorted(masked, key=lambda i: -sure[i])[: len(committed)])
+                confidence = {i: confidence_of(teacher_logits[i], options.confidence, setup.mask_id) for i in masked}
+                chosen = sorted(sorted(masked, key=lambda i: -confidence[i])[: len(committed)])
 
             divergences, exact_sum = [], 0.0
             for i in chosen:

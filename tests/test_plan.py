@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import dopsd.assets
-from dopsd import plan
 from dopsd.config import parse_plan
+from dopsd.memory import command as plan
 from dopsd.memory import dry_run as dry_runs
 from dopsd.memory.dry_run import DryProbe, DryRun
 from dopsd.memory.planner import Planner, optimizer_bytes, remedies

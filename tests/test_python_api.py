@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import dopsd
-from dopsd import sample
+from dopsd import completions
 from dopsd.errors import RunError, UsageError
 from tests.test_imports import python
 
@@ -50,6 +50,25 @@ def test_importing_is_light() -> None:
     for package in ("torch", "transformers", "numpy", "tqdm", "yaml", "dopsd.config"):
         assert f"'{package}'" not in loaded
     assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_what_takes_seconds_is_said_before_it_is_imported() -> None:
+    """By every command, on a terminal; in a pipe standard error is for what goes wrong."""
+    program = """
+import io, runpy, sys
+
+sys.modules["torch"] = None
+for name in ("train", "evaluate", "plan", "sample"):
+    for terminal in (True, False):
+        sys.stderr = io.StringIO()
+        sys.stderr.isatty = lambda: terminal
+        try:
+            runpy.run_module(f"dopsd.{name}", run_name="__main__")
+        except SystemExit as end:
+            assert end.code == 1
+        print(*(word for word in sys.stderr.getvalue().split() if word in ("importing", "error:")))
+"""
+    assert python(program) == "importing error:\nerror:\n" * 4
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
@@ -109,17 +128,17 @@ def test_the_command_completes_prompts_and_shows_how(command: Command, tmp_path:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PUZZLE}\n\n12=\n")
     lengths = ["--gen_length", "16", "--block_length", "8", "--steps", "8"]
-    status, out, err = command(sample.main, "--model", str(random_model), "--prompt_file", str(file), *lengths)
+    status, out, err = command(completions.main, "--model", str(random_model), "--prompt_file", str(file), *lengths)
     texts = [one.text for one in dopsd.load(random_model).generate([PUZZLE, "12="], gen_length=16, block_length=8)]
     assert (status, err) == (0, "") and out.split("\n") == [PUZZLE, texts[0], "12=", texts[1], ""]
 
-    status, out, _ = command(sample.main, "--model", str(random_model), "--prompt", PUZZLE, "--show", *lengths)
+    status, out, _ = command(completions.main, "--model", str(random_model), "--prompt", PUZZLE, "--show", *lengths)
     prompt, *steps, text, _ = out.split("\n")
     assert (status, prompt, text) == (0, PUZZLE, texts[0])
-    masked = [line.count(sample.MASKED) for line in steps]
+    masked = [line.count(completions.MASKED) for line in steps]
     assert masked == sorted(masked, reverse=True) and len(set(masked)) == len(masked)
-    assert steps[-1][4:].replace(sample.MASKED, sample.END).partition(sample.END)[0] == text
-    status, _, err = command(sample.main)
+    assert steps[-1][4:].replace(completions.MASKED, completions.END).partition(completions.END)[0] == text
+    status, _, err = command(completions.main)
     assert status == 2 and "prompt" in err
-    status, _, err = command(sample.main, "--prompt_file", str(tmp_path / "absent"))
+    status, _, err = command(completions.main, "--prompt_file", str(tmp_path / "absent"))
     assert status == 2 and "prompt_file must be" in err

@@ -21,6 +21,7 @@ from dopsd import run
 from dopsd.evaluation import command as evaluate
 from dopsd.models import load_adapter
 from dopsd.models.llada import LLaDAModelLM
+from dopsd.plots import DPI, INCHES
 from dopsd.tasks.sudoku import Sudoku
 
 ROOT = Path(run.__file__).parents[1]
@@ -29,7 +30,7 @@ OPTIONS = (
     "--max_steps 2 --per_device_train_batch_size 2 --train_problems 16 --validation_problems 4 --eval_problems 6 "
     "--gen_length 48 --block_length 8 --steps 24 --pass_k 2 --lora_r 4 --bf16 false --eval_strategy steps "
     "--eval_steps 1 --eval_tokens_per_step 8 --seed 7 --clip 0.5 --report_to none "
-    "--load_best_model_at_end false"
+    "--load_best_model_at_end false --figure_width column"
 )
 
 
@@ -121,11 +122,11 @@ def test_metrics_have_a_row_for_every_update_and_evaluation(output: Path) -> Non
 
 @pytest.mark.parametrize("name", ["curves.png", "trajectory.png"])
 def test_pictures_are_pictures(output: Path, name: str) -> None:
-    """A PNG with more than one colour."""
+    """A PNG of the width that was asked for, with more than one colour."""
     imread = pytest.importorskip("matplotlib.image").imread
     assert (output / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = imread(output / name)
-    assert min(pixels.shape[:2]) > 100 and pixels.min() < pixels.max()
+    assert pixels.shape[0] > 100 and pixels.shape[1] == int(INCHES["column"] * DPI) and pixels.min() < pixels.max()
 
 
 def test_what_is_printed(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

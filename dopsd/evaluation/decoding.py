@@ -1,4 +1,4 @@
-"""Decoding an evaluation's settings into its journal: each process its share, batch by batch."""
+"""Decoding an evaluation's settings into its journal: each process its shard, batch by batch."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def decode_all(
     kept: Journal,
     process: PartialState,
 ) -> None:
-    """Decode this process's share of every setting's rows into the journal."""
-    shares = {name: range(process.process_index, len(some), process.num_processes) for name, some in rows.items()}
+    """Decode this process's shard of every setting's rows into the journal."""
+    shards = {name: range(process.process_index, len(some), process.num_processes) for name, some in rows.items()}
     settings = list(plan(args, decoders))
     tries = args.pass_k + len(args.reveal)
-    total = sum(tries * len(shares[setting.task]) * work(decoding) for setting, decoding in settings)
+    total = sum(tries * len(shards[setting.task]) * work(decoding) for setting, decoding in settings)
     autocast = torch.autocast(process.device.type, torch.bfloat16, enabled=args.bf16)
     with Progress(total, process.is_main_process) as progress, autocast:
         for setting, decoding in settings:
-            share = Share(setting, decoding, decoders[setting.task], rows[setting.task], args, kept, progress)
+            shard = Shard(setting, decoding, decoders[setting.task], rows[setting.task], args, kept, progress)
             progress.begin(f"{label(setting._asdict())}, {setting.tokens_per_step:g} a step", setting.gen_length)
             size = args.sequences_per_forward
-            for start in range(0, len(shares[setting.task]), size):
-                share.batch(list(shares[setting.task][start : start + size]))
+            for start in range(0, len(shards[setting.task]), size):
+                shard.batch(list(shards[setting.task][start : start + size]))
 
 
 class Progress:
@@ -82,8 +82,8 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Share:
-    """A process's share of a setting.
+class Shard:
+    """What a process decodes of a setting.
 
     Args:
         setting: what is decoded.

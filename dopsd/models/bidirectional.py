@@ -128,25 +128,25 @@ class Packed(NamedTuple):
     Args:
         input_ids: (N, T) int64, the tokens that are computed.
         start: (G,) int64, the column of an anchor where its sequences' tokens stand: token j is at column start + j.
-        place: (N,) int64, ``slots`` times each one's anchor plus its number among that anchor's sequences.
-        slots: the most sequences that an anchor has.
+        slot: (N,) int64, ``slots`` times each one's anchor plus its number among that anchor's sequences.
+        slots: of each anchor, the most sequences that one has.
         prefix_mask: (G, W) bool, which of an anchor's first W columns its sequences attend to.
     """
 
     input_ids: Tensor
     start: Tensor
-    place: Tensor
+    slot: Tensor
     slots: int
     prefix_mask: Tensor
 
     @property
     def anchor(self) -> Tensor:
         """(N,) int64, each one's anchor."""
-        return self.place // self.slots
+        return self.slot // self.slots
 
     @staticmethod
-    def places(anchor: Tensor) -> tuple[Tensor, int]:
-        """``place`` and ``slots`` of sequences whose anchors are ``anchor`` (N,); waits for a GPU."""
+    def assign_slots(anchor: Tensor) -> tuple[Tensor, int]:
+        """``slot`` and ``slots`` of sequences whose anchors are ``anchor`` (N,); waits for a GPU."""
         number = (anchor[:, None] == anchor).tril(-1).sum(-1)  # among those of the same anchor
         slots = int(number.max()) + 1 if len(number) else 1
         return anchor * slots + number, slots
@@ -253,11 +253,11 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         # The op takes as many queries as own keys, and as many sequences for each anchor.
         query = F.pad(query, (0, 0, 0, key.shape[2] - read))
         query, key, value = (
-            x.new_zeros(groups * packed.slots, *x.shape[1:]).index_copy(0, packed.place, x).unflatten(0, (groups, -1))
+            x.new_zeros(groups * packed.slots, *x.shape[1:]).index_copy(0, packed.slot, x).unflatten(0, (groups, -1))
             for x in (query, key, value)
         )
         mixed = prefix_attention(query, key, value, prefix_key, prefix_value, prefix_mask=packed.prefix_mask)
-        return mixed.flatten(0, 1).index_select(0, packed.place)[:, :, :read]
+        return mixed.flatten(0, 1).index_select(0, packed.slot)[:, :, :read]
 
 
 class DiffusionModel(PreTrainedModel):

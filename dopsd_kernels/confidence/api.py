@@ -14,7 +14,7 @@ from ..common.arguments import (
     check_number,
     check_shape,
 )
-from ..common.backends import choose_backend
+from ..common.backends import as_traced, choose_backend
 from ..common.products import compute_dtype
 from . import chunked
 from .contracts import ConfidenceOutput
@@ -35,7 +35,7 @@ def fused_confidence(
     entropy: bool = False,
     backend: str = "auto",
 ) -> ConfidenceOutput:
-    """Choose a token per row, and measure how sure the head is, without materialising the logits.
+    """Choose a token per row, and measure the head's confidence, without materialising the logits.
 
     The logits hidden @ weight.T + bias are computed tile by tile in fp32, or in fp64 for fp64 `hidden`;
     tensors of other dtypes are converted, weights tile by tile. Nothing has a gradient, and autocast has no
@@ -88,13 +88,11 @@ def fused_confidence(
     seeds = _row_seeds(seed, leading, device) if temperature > 0 else None
 
     rows = hidden.reshape(-1, weight.shape[1])
-    arguments = (rows, weight, bias, temperature, seeds, top_k, excluded, entropy, backend)
+    call = (rows, weight, bias, temperature, seeds, top_k, excluded, entropy, backend)
     with torch.no_grad():
-        # Outside of torch.compile the op would do the same, but a call of a small problem would take a third longer.
-        if torch.compiler.is_compiling():
-            output = _with_token(ConfidenceOutput(*torch.ops.dopsd.confidence(*arguments)), seeds)
-        else:
-            output = _compute(*arguments)
+        output = ConfidenceOutput(*as_traced(_confidence_operator, _confidence)(*call))
+    if seeds is None:
+        output = output._replace(token=output.argmax, logit=output.max_logit)
     if len(leading) == 1:
         return output
     return ConfidenceOutput(*(x.reshape(leading + x.shape[1:]) for x in output))
@@ -113,7 +111,7 @@ def _row_seeds(seed: int | Tensor | None, leading: torch.Size, device: torch.dev
     return seed.reshape(-1)
 
 
-def _compute(
+def _confidence(
     hidden: Tensor,  # (N, d)
     weight: Tensor,  # (V, d)
     bias: Tensor | None,  # (V,)
@@ -123,17 +121,24 @@ def _compute(
     exclude: list[int],
     entropy: bool,
     backend: str,
-) -> ConfidenceOutput:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of `ConfidenceOutput`; without a seed, `token` and `logit` have no entries.
+
+    An operator may not return one tensor twice.
+    """
     also = f"top_k is above {_MAX_TRITON_TOP_K}" if top_k > _MAX_TRITON_TOP_K else None
     if choose_backend(backend, (hidden, weight, bias), also) == "triton":
         from .kernels import confidence
 
         output = _empty_output(hidden, seed, top_k, entropy)
         confidence(output, hidden, weight, bias, temperature, seed, top_k, exclude, entropy)
-        return _with_token(output, seed)
+        return output
     ids = torch.tensor(exclude, device=hidden.device) if exclude else None
     with torch.autocast(hidden.device.type, enabled=False):
-        return chunked.confidence(hidden, weight, bias, temperature, seed, top_k, ids, entropy)
+        output = chunked.confidence(hidden, weight, bias, temperature, seed, top_k, ids, entropy)
+    if seed is not None:
+        return output
+    return output._replace(token=output.argmax.new_empty(0), logit=output.max_logit.new_empty(0))
 
 
 def _empty_output(
@@ -142,7 +147,7 @@ def _empty_output(
     top_k: int,
     entropy: bool,
 ) -> ConfidenceOutput:
-    """Return outputs to be written; without a seed, `token` and `logit` have no entries."""
+    """Return outputs to be written."""
     dtype = compute_dtype(hidden)
     count = hidden.shape[0]
     sampled = 0 if seed is None else count
@@ -165,54 +170,20 @@ def _empty_output(
     )
 
 
-def _with_token(output: ConfidenceOutput, seed: Tensor | None) -> ConfidenceOutput:
-    return output if seed is not None else output._replace(token=output.argmax, logit=output.max_logit)
+# Opaque to torch.compile, so that what depends on the device (backend, configurations) is decided when it runs.
+_confidence_operator = torch.library.custom_op("dopsd::confidence", _confidence, mutates_args=())
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The op that torch.compile sees
-#
-# `dopsd::confidence` is opaque to it, so that what depends on the device (backend, configurations) is decided when
-# the op runs. An op may not return one tensor twice: without a seed, its `token` and `logit` have no entries.
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _op(
-    hidden: Tensor,  # (N, d)
-    weight: Tensor,  # (V, d)
-    bias: Tensor | None,  # (V,)
+@_confidence_operator.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     temperature: float,
-    seed: Tensor | None,  # (N,) int64
-    top_k: int,
-    exclude: list[int],
-    entropy: bool,
-    backend: str,
-) -> ConfidenceOutput:
-    output = _compute(hidden, weight, bias, temperature, seed, top_k, exclude, entropy, backend)
-    if seed is not None:
-        return output
-    return output._replace(token=output.argmax.new_empty(0), logit=output.max_logit.new_empty(0))
-
-
-def _fake_op(
-    hidden: Tensor,  # (N, d)
-    weight: Tensor,  # (V, d)
-    bias: Tensor | None,  # (V,)
-    temperature: float,
-    seed: Tensor | None,  # (N,) int64
+    seed: Tensor | None,
     top_k: int,
     exclude: list[int],
     entropy: bool,
     backend: str,
 ) -> ConfidenceOutput:
     return _empty_output(hidden, seed, top_k, entropy)
-
-
-_LIBRARY = torch.library.Library("dopsd", "FRAGMENT")
-_LIBRARY.define(
-    "confidence(Tensor hidden, Tensor weight, Tensor? bias, float temperature, Tensor? seed, int top_k, int[] exclude, "
-    "bool entropy, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-_LIBRARY.impl("confidence", _op, "CompositeExplicitAutograd")
-torch.library.register_fake("dopsd::confidence", _fake_op, lib=_LIBRARY)

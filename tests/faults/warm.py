@@ -7,7 +7,13 @@ import torch
 
 from dopsd.models import load_model
 
-for name in ("dopsd.run", "dopsd.evaluation.command", "dopsd.plan", "matplotlib.backends.backend_agg", "rich.table"):
+for name in (
+    "dopsd.run",
+    "dopsd.evaluation.command",
+    "dopsd.memory.command",
+    "matplotlib.backends.backend_agg",
+    "rich.table",
+):
     import_module(name)
 torch.set_num_threads(1)
 load_model("tiny")

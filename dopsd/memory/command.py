@@ -1,0 +1,89 @@
+"""What ``python -m dopsd.plan`` prints."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from dopsd.config import parse_plan
+from dopsd.errors import RunError, must_be, require
+from dopsd.files import first_line, read_json
+from dopsd.memory.dry_run import DryProbe, DryRun
+from dopsd.memory.planner import Planner, remedies, too_little, workspace_for
+from dopsd.models import MODELS, SHIPPED, class_of
+from dopsd.models.bidirectional import BidirectionalModel
+from dopsd.models.checkpoint import read_config
+from dopsd.step_batch import Reuse
+from dopsd.tables import show
+from dopsd.units import gib, read_bytes
+
+log = logging.getLogger(__name__)
+
+
+def read_architecture(path: str) -> Any:
+    """The configuration in a config.json, a folder with one or a hub model.
+
+    Raises:
+        UsageError: there is none, or it is of a family whose layers are not this project's.
+        RunError: it can't be read, or asks for what is not implemented.
+    """
+    found = Path(SHIPPED.get(path, path))
+    require(found.is_file() or found.suffix != ".json", "model_config", path, "there is no such file")
+    fields = read_json(found) if found.is_file() else read_config(path, str(found), SHIPPED)
+    network: Any = class_of(path, fields)
+    accepted = f"only {', '.join(MODELS)} are planned without weights; a run's --memory_budget plans for any model"
+    require(issubclass(network, BidirectionalModel), "model_config", path, accepted)
+    try:
+        return network.config_class(**fields)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"model_config={path!r} can't be used: {first_line(error)}") from error
+
+
+def options(run: DryRun, limit: int, sequences: int) -> list[dict[str, str]]:
+    """Rows with the states that fit, and their peak, for each reuse, weights and with and without checkpointing."""
+    rows = []
+    for reuse in get_args(Reuse):
+        for quantize in ("none", "nf4"):
+            probe = DryProbe(run, reuse, quantize)
+            planner = Planner(probe, limit, run.states(), sequences, run.workspace_bytes)
+            for checkpointing in (False, True):
+                states = planner.most(checkpointing)
+                rows.append(
+                    {
+                        "reuse": reuse,
+                        "weights": "as stored" if quantize == "none" else quantize,
+                        "checkpointing": "yes" if checkpointing else "no",
+                        "states": str(states) if states else "-",
+                        "tokens": str(probe.tokens(states)) if states else "-",
+                        "peak GiB": gib(probe.training(states or 1, checkpointing)),
+                    }
+                )
+    return rows
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, plan, print."""
+    arguments, model, _, rollouts, teaching, args = parse_plan(argv)
+    limit = read_bytes("gpu", arguments.gpu, None)
+    config = read_architecture(arguments.model_config or model.model)
+    context = config.max_position_embeddings - arguments.prompt_length
+    must_be(rollouts.gen_length <= context, "gen_length", rollouts.gen_length, f"at most {context}, for the context")
+    workspace = workspace_for(limit, "cuda")
+    run = DryRun(config, model, rollouts, teaching, args, arguments.prompt_length, workspace)
+    probe = DryProbe(run, teaching.reuse if teaching.drift_limit is None else "none", model.quantize)
+    planner = Planner(probe, limit, run.states(), rollouts.sequences_per_forward, workspace)
+    plan = planner.plan()
+    if plan is None:
+        for curve in (planner.training[True], planner.decoding):
+            curve.largest(sys.maxsize, [1])  # here nothing has to fit for its peak to be known
+        raise too_little("gpu", arguments.gpu, planner.least(), remedies(model, rollouts, teaching, args, "cuda"))
+    base = sum(p.numel() for name, p in run.network.named_parameters() if "lora_" not in name)
+    trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
+    log.info(f"{base:,} parameters, and {trained:,} that are trained; {run.states()} states an update")
+    log.info(f"predicted, not measured: {plan}")
+    plan.show()
+    rows = options(run, limit, rollouts.sequences_per_forward)
+    show(rows, f"what fits in {gib(limit)} GiB: predicted, not measured")
