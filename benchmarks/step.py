@@ -55,11 +55,14 @@ class Setting:
         return Decoding(self.response, self.block, stop_at_eos=False)
 
 
-LLADA_8B = Setting(LLaDAConfig(), torch.bfloat16, 128, prompt=200, response=256, block=32, sizes=(16, 64))
+_OF_8B: dict[str, float] = {"mlp_hidden_size": 12288, "rope_theta": 500000.0, "weight_tying": False}
+LLADA_8B = Setting(LLaDAConfig(**_OF_8B), torch.bfloat16, 128, prompt=200, response=256, block=32, sizes=(16, 64))
 _TOKENS: dict[str, int] = {"vocab_size": 64, "mask_token_id": 63, "eos_token_id": 62, "pad_token_id": 62}
 # NF4 has blocks of 64 weights.
 _SMALL: dict[str, int] = {"d_model": 64, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 128, "max_sequence_length": 64}
-REHEARSED = Setting(LLaDAConfig(**_TOKENS, **_SMALL), torch.float32, 4, prompt=5, response=16, block=8, sizes=(4, 8))
+REHEARSED = Setting(
+    LLaDAConfig(**_TOKENS, **_SMALL, weight_tying=False), torch.float32, 4, prompt=5, response=16, block=8, sizes=(4, 8)
+)
 
 
 class Stopwatch:

@@ -46,7 +46,7 @@ QWEN_NAMES = {
 
 def llada(**changes: Any) -> LLaDAModelLM:
     sizes = {"vocab_size": 25, "d_model": 24, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 41, "init_std": 0.3}
-    ids = {"mask_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "max_sequence_length": 128}
+    ids = {"mask_token_id": 1, "eos_token_id": 0, "pad_token_id": 0, "max_sequence_length": 128, "weight_tying": False}
     return LLaDAModelLM(LLaDAConfig(**{**sizes, **ids, **changes}))
 
 
@@ -310,7 +310,12 @@ def test_lora_presets_and_names(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "parameters", "adapted", "preset"),
     [
-        (lambda: LLaDAModelLM(LLaDAConfig()), 8_015_581_184, 335_544_320, 167_772_160),
+        (
+            lambda: LLaDAModelLM(LLaDAConfig(mlp_hidden_size=12288, weight_tying=False)),
+            8_015_581_184,
+            335_544_320,
+            167_772_160,
+        ),
         (lambda: DreamModel(DreamConfig()), 7_615_616_512, 322_961_408, 135_790_592),
     ],
     ids=["LLaDA-8B", "Dream-7B"],

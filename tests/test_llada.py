@@ -493,6 +493,10 @@ def test_broken_folders_are_named(tmp_path: Path, problem: str, error: type[Exce
         {"rope_scaling": {"factor": 2.0}},
         {"scale_logits": True},
         {"tie_word_embeddings": True},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}},
+        {"rope_parameters": ["default"]},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"pruned_heads": {"0": [1]}},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -502,6 +506,40 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, changes: dic
     (tmp_path / "config.json").write_text(json.dumps({**PUBLISHED, **changes}))
     with pytest.raises(RunError, match=f"^[^\n]*{next(iter(changes))}=[^\n]*$"):
         load_model(str(tmp_path))
+
+
+def test_what_a_file_leaves_out_is_as_in_the_published_class(tmp_path: Path) -> None:
+    """Without rope_theta, weight_tying and mlp_hidden_size: base 10,000, the embedding as LM head, four times the width."""
+    missing = ("rope_theta", "weight_tying", "mlp_hidden_size", "mlp_ratio", "tie_word_embeddings")
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in PUBLISHED.items() if k not in missing}))
+    config = LLaDAConfig.from_pretrained(tmp_path)
+    assert (config.rope_theta, config.weight_tying, config.mlp_hidden_size) == (10000.0, True, 4 * PUBLISHED["d_model"])
+    network = LLaDAModelLM(config)
+    assert network.lm_head_weight is network.get_input_embeddings().weight
+
+
+# What LLaDA-8B-Base, LLaDA-1.5 and checkpoints that were saved again by newer or other libraries say besides.
+SAVED_AGAIN: dict[str, Any] = {
+    "_attn_implementation": "sdpa",
+    "_attn_implementation_autoset": True,
+    "flash_attn_varlen": True,
+    "keys_to_ignore_at_inference": ["past_key_values"],
+    "layer_types": ["full_attention", "full_attention"],
+    "pruned_heads": {},
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "unsloth_version": "2026.1.1",
+}
+
+
+def test_files_that_were_saved_again_are_the_same_network(tmp_path: Path) -> None:
+    """What says nothing of the network is read over, and rope_parameters of the default kind have its theta."""
+    tensors = published_folder(tmp_path, PUBLISHED)
+    again = {k: v for k, v in PUBLISHED.items() if k != "rope_theta"}
+    again |= {**SAVED_AGAIN, "rope_parameters": {"rope_type": "default", "rope_theta": PUBLISHED["rope_theta"]}}
+    (tmp_path / "config.json").write_text(json.dumps(again))
+    model, _ = load_model(str(tmp_path))
+    assert model.config.rope_theta == PUBLISHED["rope_theta"]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in tensors.items())
 
 
 def test_the_mlp_width_follows_from_its_ratio(small_llada: Callable[..., LLaDAModelLM]) -> None:

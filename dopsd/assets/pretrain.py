@@ -45,6 +45,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LLaDAConfig:
         mlp_hidden_size=352,
         max_sequence_length=128,
         rope_theta=10000.0,
+        weight_tying=False,
         mask_token_id=tokenizer.mask_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -23,6 +23,8 @@ from dopsd_kernels import prefix_attention
 
 # Fields of a config.json that say nothing about what a model computes in evaluation mode.
 BOOKKEEPING = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
     "_commit_hash",
     "_name_or_path",
     "attn_implementation",
@@ -31,13 +33,17 @@ BOOKKEEPING = {
     "dtype",
     "eos_token_id",
     "experts_implementation",
+    "flash_attn_varlen",
+    "keys_to_ignore_at_inference",
     "model_type",
     "name_or_path",
     "num_labels",
     "output_attentions",
     "pad_token_id",
+    "tokenizer_class",
     "torch_dtype",
     "transformers_version",
+    "unsloth_version",
     "use_cache",
 }
 
@@ -51,11 +57,29 @@ def refuse_unknown_fields(fields: Mapping[str, Any], fixed: Mapping[str, Any], i
         ignored: further fields without influence on the network.
     """
     for name, value in fields.items():
+        # What files that were saved again say of networks like these; anything else there is another network.
+        if name == "pruned_heads" and value == {}:
+            continue
+        if name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
+            continue
         if name in fixed:
             if value is not None and value != fixed[name]:
                 raise ValueError(f"config.json: {name}={value!r} is not implemented; only {fixed[name]!r} is")
         elif name not in ignored and name not in BOOKKEEPING and value is not None and value is not False:
             raise ValueError(f"config.json: {name}={value!r} is unknown here, so what it asks for is not implemented")
+
+
+def rotary_theta(theta: float, parameters: Any) -> float:
+    """The base of the rotary embedding, which newer files keep in ``rope_parameters``.
+
+    Raises:
+        ValueError: these ask for another embedding.
+    """
+    given = {} if parameters is None else parameters
+    known = isinstance(given, dict) and given.keys() <= {"rope_type", "rope_theta"}
+    if not known or given.get("rope_type", "default") != "default":
+        raise ValueError(f"config.json: rope_parameters={parameters!r} is not implemented; only rope_type 'default' is")
+    return float(given.get("rope_theta", theta))
 
 
 class RMSNorm(nn.Module):

@@ -10,7 +10,14 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from dopsd.models.bidirectional import BidirectionalLayer, BidirectionalModel, Parts, RMSNorm, refuse_unknown_fields
+from dopsd.models.bidirectional import (
+    BidirectionalLayer,
+    BidirectionalModel,
+    Parts,
+    RMSNorm,
+    refuse_unknown_fields,
+    rotary_theta,
+)
 
 # Published fields besides those below, and the one value that is implemented.
 FIXED = {
@@ -50,6 +57,7 @@ class DreamConfig(PreTrainedConfig):
     pad_token_id: int | None = 151643
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.rope_theta = rotary_theta(self.rope_theta, kwargs.pop("rope_parameters", None))
         refuse_unknown_fields(kwargs, FIXED, IGNORED)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads

@@ -11,7 +11,14 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from dopsd.models.bidirectional import BidirectionalLayer, BidirectionalModel, Parts, RMSNorm, refuse_unknown_fields
+from dopsd.models.bidirectional import (
+    BidirectionalLayer,
+    BidirectionalModel,
+    Parts,
+    RMSNorm,
+    refuse_unknown_fields,
+    rotary_theta,
+)
 
 # What the published configuration class can ask for besides the fields below, and the one value that is implemented.
 FIXED = {
@@ -49,6 +56,9 @@ IGNORED = {
 class LLaDAConfig(PreTrainedConfig):
     """Architecture of a LLaDA checkpoint; field names are those of the published ``config.json``.
 
+    What a file does not say of ``rope_theta``, ``weight_tying`` and ``mlp_hidden_size`` is as in the published class,
+    and not as in LLaDA-8B, whose file says it.
+
     Raises:
         ValueError: a field asks for something that is not implemented; the sentence names it.
     """
@@ -70,18 +80,19 @@ class LLaDAConfig(PreTrainedConfig):
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int | None = None
-    mlp_hidden_size: int | None = 12288
+    mlp_hidden_size: int | None = None
     mlp_ratio: int = 4
     max_sequence_length: int = 4096
-    rope_theta: float = 500000.0
+    rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
     init_std: float = 0.02
-    weight_tying: bool = False
+    weight_tying: bool = True
     mask_token_id: int | None = 126336
     eos_token_id: int | list[int] | None = 126081
     pad_token_id: int | None = 126081
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.rope_theta = rotary_theta(self.rope_theta, kwargs.pop("rope_parameters", None))
         refuse_unknown_fields(kwargs, {**FIXED, "tie_word_embeddings": self.weight_tying}, IGNORED)
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads

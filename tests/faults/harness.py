@@ -208,7 +208,9 @@ def make_model(folder: Path) -> None:
     torch.manual_seed(0)
     ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
     sizes = {"vocab_size": len(tokenizer), "d_model": 16, "n_layers": 2, "n_heads": 2, "mlp_hidden_size": 24}
-    LLaDAModelLM(LLaDAConfig(**sizes, **ids, max_sequence_length=128, init_std=0.3)).save_pretrained(folder)
+    LLaDAModelLM(
+        LLaDAConfig(**sizes, **ids, max_sequence_length=128, init_std=0.3, weight_tying=False)
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
