@@ -509,7 +509,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path: Path, changes: dic
 
 
 def test_what_a_file_leaves_out_is_as_in_the_published_class(tmp_path: Path) -> None:
-    """Without rope_theta, weight_tying and mlp_hidden_size: base 10,000, the embedding as LM head, four times the width."""
+    """Without rope_theta, weight_tying and mlp_hidden_size: base 10,000, the embedding as head, 4 times the width."""
     missing = ("rope_theta", "weight_tying", "mlp_hidden_size", "mlp_ratio", "tie_word_embeddings")
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in PUBLISHED.items() if k not in missing}))
     config = LLaDAConfig.from_pretrained(tmp_path)
