@@ -27,6 +27,8 @@ _LARGEST_NOISE = 33 * math.log(2)
 _MARGIN = 2.0**-18
 # Counters whose words are computed together: half a MiB for one number of each, of which six are in use.
 _COUNTERS = 1 << 16
+# Columns of a row whose words may all be computed together.
+LONGEST = 4 * _COUNTERS
 # One column in so many is looked at to see how many are needed, and the share above which all counters are computed.
 _SAMPLED = 16
 _MANY = 0.15

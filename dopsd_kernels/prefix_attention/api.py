@@ -29,12 +29,13 @@ def prefix_attention(
 ) -> Tensor:
     """Attend, without a causal mask, from every sequence of a group to the group's prefix and to the sequence itself.
 
-    For each query, one softmax over the P keys of its group's prefix and the T keys of its own sequence:
-    out = softmax(scale * q [k_prefix; k]^T) [v_prefix; v]. That is what concatenating prefix and own keys gives, but
-    the prefix is neither copied nor read once per sequence: a group's queries meet it together. Scores, softmax and
-    sums are in fp32 (fp64 for fp64); only outputs and their logsumexp are kept for the backward pass, in which the
-    scores are computed again. Exact gradients for all five tensors; those of the prefix are sums over its group. There
-    is no second derivative.
+    For each query, one softmax over the P keys of its group's prefix and the T keys of its own sequence: out =
+    softmax(scale * q [k_prefix; k]^T) [v_prefix; v]. That is what concatenating prefix and own keys gives, but the
+    prefix is neither copied nor read once per sequence: a group's queries meet it together. Where plain PyTorch has to
+    write scores, which is on GPUs alone, they are of as many sequences at a time as 64 MiB hold, or of one. Scores,
+    softmax and sums are in fp32 (fp64 for fp64); only outputs and their logsumexp are kept for the backward pass, in
+    which the scores are computed again. Exact gradients for all five tensors; those of the prefix are sums over its
+    group. There is no second derivative.
 
     Args:
         q: (G, S, H, T, D): G groups of S sequences of T queries, in H heads. fp16, bf16, fp32 or fp64.

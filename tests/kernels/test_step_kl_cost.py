@@ -1,4 +1,4 @@
-"""fused_step_kl costs what its docstring promises: products and memory."""
+"""The ops cost what their docstrings promise: products and memory."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dopsd_kernels import fused_step_kl
+from dopsd_kernels import fused_confidence, fused_step_kl
+from dopsd_kernels.confidence import gumbel
 
 N, D, VOCAB = 48, 8, 1000
 UNIT = 2 * N * D * VOCAB  # one product of all rows with the head
@@ -157,3 +158,20 @@ def test_the_chunk_size_changes_nothing_beyond_rounding(options):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "d", "vocab"), [(1100, 8, 2100), (1, 8, 1_000_000), (1024, 8192, 64)])
+@pytest.mark.parametrize("sample", [False, True])
+def test_what_confidence_needs_is_bounded(n, d, vocab, sample, dtype, monkeypatch):
+    scores = gumbel.scores
+    # As if no row had reached anything: every column could win.
+    monkeypatch.setattr(gumbel, "scores", lambda *operands: scores(*operands[:-1], operands[-1] - 100))
+    options = {"temperature": 1.0, "seed": 1, "entropy": True} if sample else {"top_k": 20}
+    hidden, weight = torch.ones(n, d, dtype=dtype), torch.ones(vocab, d, dtype=dtype)
+    item = 8 if dtype == torch.float64 else 4
+    bound = {(4, False): 24, (8, False): 48, (4, True): 80, (8, True): 112}[item, sample] << 20
+    with Memory(hidden, weight) as mode:
+        out = fused_confidence(hidden, weight, exclude=(3,), **options)
+    outputs = sum(x.untyped_storage().nbytes() for x in out)
+    assert 0 < mode.most <= bound + outputs + 6 * 1024 * options.get("top_k", 0) * (8 + item)
