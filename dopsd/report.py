@@ -147,7 +147,7 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
         labels = ["∎" if token == decoder.eos_id else decoder.tokenizer.decode([token]) for token in trajectory.tokens]
         title = f"{decoder.task.prompt(rollout.row)}{rollout.response}"
         trace = TrajectoryTrace(trajectory, example.steps, example.reveal, chosen, torch.cat(step_kl), labels, title)
-        plot_trajectory(trace, path, trainer.args.figure_width)  # type: ignore[attr-defined]
+        plot_trajectory(trace, path, trainer.args.figure_width)
 
 
 def finish(
@@ -203,7 +203,7 @@ def finish(
                 after=own["accuracy_after"],
                 before_error=own["standard_error_before"],
                 after_error=own["standard_error_after"],
-                width=trainer.args.figure_width,  # type: ignore[attr-defined]
+                width=trainer.args.figure_width,
             )
         write_card(output, result, trainer.method.decoder.mask_id)
         write_json(output / REPORT_FILE, result)

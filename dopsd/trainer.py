@@ -58,6 +58,8 @@ class Trainer(transformers.Trainer):
         train_rows, validation_rows: task rows.
     """
 
+    args: TrainingArguments
+
     def __init__(
         self,
         model: PeftModel,
