@@ -226,7 +226,7 @@ class TeachingArguments:
     score_threshold: float = option(1.0, "Least grade of a response that trains.")
     learn_tail: bool = option(True, "Whether the end-of-text behind the first is learnt too, up to gen_length.")
     mask_ratio: float = option(0.8, "Largest share of a window that is masked; the least rises to it over the run.")
-    entropy_weight: float = option(2.0, "Of the entropy of tokens that are predicted right, beside cross-entropies.")
+    entropy_weight: float = option(1.0, "Of the entropy of tokens that are predicted right, beside cross-entropies.")
     updates_per_batch: int = option(1, "Optimiser updates per batch: what is learnt of it is cut into so many slices.")
     reuse: Reuse = option(
         "none",
