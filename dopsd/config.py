@@ -27,14 +27,16 @@ from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
-MethodName = Literal["d_opsd"]
+MethodName = Literal["d_opsd", "sft", "rejection", "off_policy"]
 
 # Which methods an option is for, if not for all.
 OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     **dict.fromkeys([f.name for f in fields(Objective) if f.name != "workspace_bytes"], ("d_opsd",)),
     **dict.fromkeys(["teacher", "ema_decay", "drift_samples", "drift_limit"], ("d_opsd",)),
-    **dict.fromkeys(["correct_only", "score_threshold"], ("d_opsd",)),
-    **dict.fromkeys(["pass_k", "temperature"], ("d_opsd",)),
+    **dict.fromkeys(["correct_only", "score_threshold"], ("d_opsd", "rejection")),
+    **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection")),
+    "learn_tail": ("sft", "rejection"),
+    **dict.fromkeys(["mask_ratio", "entropy_weight"], ("off_policy",)),
 }
 
 TASK_HELP = (
@@ -222,7 +224,10 @@ class TeachingArguments:
     skip_last_block: bool = option(False, "Leave the steps of the last block out.")
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
     score_threshold: float = option(1.0, "Least grade of a response that trains.")
-    updates_per_batch: int = option(1, "Optimiser updates per batch: its states are cut into so many slices.")
+    learn_tail: bool = option(True, "Whether the end-of-text behind the first is learnt too, up to gen_length.")
+    mask_ratio: float = option(0.8, "Largest share of a window that is masked; the least rises to it over the run.")
+    entropy_weight: float = option(1.0, "Of the entropy of tokens that are predicted right, beside cross-entropies.")
+    updates_per_batch: int = option(1, "Optimiser updates per batch: what is learnt of it is cut into so many slices.")
     reuse: Reuse = option(
         "none",
         "What a block's other states take from its first: nothing (exact), the prompt's keys and values, or those of "
@@ -246,6 +251,8 @@ class TeachingArguments:
         must_be_choices(self)
         must_be(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         must_be(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "in [0, 1]")
+        must_be(0 < self.mask_ratio <= 1, "mask_ratio", self.mask_ratio, "above 0 and at most 1")
+        must_be(self.entropy_weight >= 0, "entropy_weight", self.entropy_weight, "at least 0")
         at_least_one(self, "updates_per_batch", "states_per_forward")
         must_be(self.drift_samples >= 0, "drift_samples", self.drift_samples, "at least 0")
         limit = self.drift_limit
@@ -426,7 +433,7 @@ def parse_train(
     parser = Parser(
         *TRAINING,
         prog="python -m dopsd.train",
-        description="d-OPSD: a diffusion language model learns from its own future tokens.",
+        description="A diffusion language model learns from its own future tokens (d-OPSD), or by another method.",
     )
     words = [*argv, *parser.tokens(options)]
     groups = parser.parse(with_recipe(parser, words, default_recipe))

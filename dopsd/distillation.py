@@ -24,6 +24,11 @@ class Distillation(Method[Example, StepBatch]):
     """The step-level objective (Eq. 12) on the student's own responses; arguments as of :class:`Method`."""
 
     example_type = Example
+    summary = (
+        "the model decodes answers; the same model, shown some of an answer's own future or a reference solution, is "
+        "the teacher; and at every denoising step the student's distribution is pulled to the teacher's. No stronger "
+        "model took part"
+    )
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

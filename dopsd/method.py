@@ -92,6 +92,8 @@ class Method(ABC, Generic[E, B]):
 
     #: The class of the examples; its ``from_json`` is the inverse of their ``to_json``.
     example_type: ClassVar[type[Any]]
+    #: What a card says of it: what the model does, and learns.
+    summary: ClassVar[str]
     #: Whether some pass has a task's ``reference_prompt``.
     shows_references: bool = False
 
@@ -108,6 +110,8 @@ class Method(ABC, Generic[E, B]):
         self.student, self.teacher, self.accelerator = student, teacher, accelerator
         self.decoder, self.sizes = decoder, sizes
         self.decoding, self.teaching = rollouts, teaching
+        #: The share of the run's updates that are behind when a batch of rows is begun.
+        self.progress = 0.0
         if sizes.checkpointing:
             checkpoint_activations(decoder.model, True)
 

@@ -12,10 +12,11 @@ from huggingface_hub import HfApi
 
 from dopsd import collapse
 from dopsd.checkpoints import ADAPTER_FILE
-from dopsd.config import TrainingArguments
+from dopsd.config import OF_METHODS, TrainingArguments
 from dopsd.errors import RunError, one_line
 from dopsd.evaluation.results import interval
 from dopsd.files import write_text
+from dopsd.methods import METHODS
 from dopsd.models import SHIPPED
 from dopsd.models.adapter import CONFIG
 from dopsd.tables import markdown_table
@@ -23,10 +24,13 @@ from dopsd.tables import markdown_table
 CARD_FILE, CURVES_FILE = "README.md", "curves.png"
 PUBLISHED = (CARD_FILE, CONFIG, ADAPTER_FILE, CURVES_FILE)
 
-# Options that tell one run of the method from another, by group.
+# Options that tell one run of a method from another, by group.
 TOLD = {
     "rollout": ("gen_length", "block_length", "steps", "pass_k", "temperature"),
-    "teaching": ("teacher", "teacher_context", "retain_ratio", "reveal_scope", "divergence", "clip", "clip_form"),
+    "teaching": (
+        *("method", "teacher", "teacher_context", "retain_ratio", "reveal_scope", "divergence", "clip", "clip_form"),
+        *("learn_tail", "mask_ratio", "entropy_weight"),
+    ),
     "model": ("lora_r", "lora_alpha", "dtype", "quantize"),
     "training": ("learning_rate", "per_device_train_batch_size", "seed"),
 }
@@ -35,16 +39,14 @@ CARD = """\
 ---
 {base_line}library_name: peft
 pipeline_tag: text-generation
-tags: [diffusion-language-model, self-distillation, d-opsd, lora]
+tags: [diffusion-language-model, {tag}, lora]
 # license: to be filled in. An adapter goes with its base model, whose license is not known here.
 ---
 # {title}
 
 A LoRA adapter for {base}.
 
-It was trained with d-OPSD: the model decodes answers; the same model, shown {shown}, is
-the teacher; and at every denoising step the student's distribution is pulled to the teacher's. No stronger model took
-part.
+It was trained by {method}: {summary}.
 
 ## Results
 
@@ -83,7 +85,8 @@ model = PeftModel.from_pretrained(base_model, {folder!r})
 Three things differ from an ordinary language model: attention must be
 bidirectional (with a causal mask the adapter computes something else), `generate` of transformers does not apply
 (masked tokens, id {mask_id}, are filled block by block, most confident first), and nothing predicts the next token.
-
+{citation}"""
+CITATION = """
 ## Citation
 
 Luo et al., *Learning from the Self-future: On-policy Self-distillation for dLLMs*.
@@ -106,15 +109,21 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
     else:
         base = f"[{name}](https://huggingface.co/{name})" if hub else f"a model in a local folder, `{Path(name).name}`"
     falls = [collapse.sentence(event) for event in result["collapse"]]
-    told = {name: config[group][name] for group, names in TOLD.items() for name in names}
+    method, ours = teaching["method"], teaching["method"] == "d_opsd"
+    told = {
+        name: config[group][name]
+        for group, names in TOLD.items()
+        for name in names
+        if method in OF_METHODS.get(name, (method,))
+    }
     packages = ("dopsd", "torch", "transformers", "peft")
     return CARD.format(
         base_line=f"base_model: {json.dumps(name)}\nbase_model_relation: adapter\n" if hub else "",
-        title=f"{Path(name).name} on {short(task['task'])}, self-distilled",
+        title=f"{Path(name).name} on {short(task['task'])}, {'self-distilled' if ours else method}",
+        tag="self-distillation, d-opsd" if ours else method.replace("_", "-"),
         base=base,
-        shown="a reference solution"
-        if teaching["teacher_context"] == "reference"
-        else "some of an answer's own future",
+        method="d-OPSD" if ours else f"`{method}`, with the package of d-OPSD",
+        summary=METHODS[method].summary,
         table=table(result["tokens_per_step"]),
         problems=result["eval_problems"],
         task=short(task["task"]),
@@ -134,6 +143,7 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
         steps=rollout["steps"],
         code=f" (here it is `dopsd.models.load_model({name!r})[0]`)" if name in SHIPPED else "",
         mask_id=mask_id,
+        citation=CITATION if ours else "",
     )
 
 

@@ -33,7 +33,7 @@ from dopsd.versions import versions
 log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.csv"
-PICTURES = ("curves.png", "trajectory.png")
+CURVES, TRAJECTORY = PICTURES = ("curves.png", "trajectory.png")
 
 
 def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any) -> dict[str, Any]:
@@ -73,15 +73,25 @@ def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
         trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
         log.info(
             f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters, {trained:,} trained, "
-            f"on {trainer.args.device}; {trainer.args.max_steps} updates of "
+            f"by {config['teaching']['method']} on {trainer.args.device}; {trainer.args.max_steps} updates of "
             f"{trainer.args.train_batch_size * trainer.args.world_size} prompts; {problems} held-out problems; "
             f"writing to {trainer.args.output_dir}"
         )
         if trainer.memory.plan is not None:
             log.info(str(trainer.memory.plan))
             trainer.memory.plan.show()
-        if (reason := why_no_picture()) is not None:
-            log.info(f"{' and '.join(PICTURES)} are left out: {reason}")
+        if missing := left_out(trainer):
+            reason = next(iter(missing.values()))
+            log.info(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} left out: {reason}")
+
+
+def left_out(trainer: Trainer) -> dict[str, str]:
+    """The pictures that are not drawn here, each with the one reason."""
+    if (reason := why_no_picture()) is not None:
+        return dict.fromkeys(PICTURES, reason)
+    if not isinstance(trainer.method, Distillation):
+        return {TRAJECTORY: f"it shows what a teacher sees with method=d_opsd, and this is {trainer.teaching.method}"}
+    return {}
 
 
 def held_out(
@@ -106,9 +116,8 @@ def held_out(
         for rate, decoding in decodings.items()
     }
     if trainer.is_world_process_zero():
-        drawn = isinstance(trainer.method, Distillation) and why_no_picture() is None
-        if moment == "before" and drawn:
-            draw_trajectory(trainer, next(iter(results.values())), output / "trajectory.png")
+        if moment == "before" and TRAJECTORY not in left_out(trainer):
+            draw_trajectory(trainer, next(iter(results.values())), output / TRAJECTORY)
         eos_id = trainer.method.decoder.eos_id
         responses = {rate: [one.outcome(eos_id) for one in ones] for rate, ones in results.items()}
         write_json(path, {"adapter_sha256": adapter, "tokens_per_step": responses})
@@ -174,8 +183,7 @@ def finish(
             "measured_peak": trainer.memory.highest,
         }
     )
-    reason = why_no_picture()
-    left_out = {} if reason is None else {name: reason for name in PICTURES if not (output / name).exists()}
+    missing = left_out(trainer)
     result = {
         **own,
         "eval_problems": len(next(iter(before.values()))),
@@ -190,15 +198,15 @@ def finish(
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "memory": memory,
-        "left_out": left_out,
+        "left_out": {name: reason for name, reason in missing.items() if not (output / name).exists()},
         "config": config,
     }
     if trainer.is_world_process_zero():
         write_metrics(trainer.state.log_history, output / METRICS_FILE)
-        if reason is None:
+        if CURVES not in missing:
             plot_curves(
                 trainer.state.log_history,
-                output / "curves.png",
+                output / CURVES,
                 before=own["accuracy_before"],
                 after=own["accuracy_after"],
                 before_error=own["standard_error_before"],

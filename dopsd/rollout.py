@@ -17,8 +17,9 @@ from dopsd.seeds import mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
 
-# Characters of a prompt. That is far more than a model's context, and less than takes all memory to cut into tokens.
-LONGEST_PROMPT = 1 << 22
+# Characters of a prompt or a solution. That is far more than a model's context, and less than takes all memory to cut
+# into tokens.
+LONGEST_TEXT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,12 @@ class Decoder:
                     text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
                 raise RunError(f"the tokenizer's chat template fails: {type(error).__name__}: {error}") from error
-        if len(text) > LONGEST_PROMPT:
-            raise RunError(f"a prompt has {len(text)} characters, and at most {LONGEST_PROMPT} are read")
+        return self.tokenize(text)
+
+    def tokenize(self, text: str) -> Tensor:
+        """(N,) token ids of a text as it stands, on the model's device."""
+        if len(text) > LONGEST_TEXT:
+            raise RunError(f"a text of the task has {len(text)} characters, and at most {LONGEST_TEXT} are read")
         try:
             ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
         except BaseException as error:

@@ -156,6 +156,7 @@ class Trainer(transformers.Trainer):
         rows = [row for _, row in indexed_rows]
         indices = torch.tensor([index for index, _ in indexed_rows])
         seeds = mix_seeds(self.args.seed, self.state.global_step, indices)
+        self.method.progress = self.state.global_step / max(self.state.max_steps, 1)
         self.count.take()
         rollouts = self.decoded(
             lambda decoder, bar: self.method.rollouts(decoder, rows, seeds, bar.update),

@@ -12,6 +12,12 @@ from torch import Tensor
 NEVER = torch.iinfo(torch.int64).max
 
 
+def text_length(tokens: Tensor, eos_id: int) -> int:
+    """Positions of ``tokens`` (L,) before the first end-of-text token; L if there is none."""
+    ends = (tokens == eos_id).nonzero()
+    return int(ends[0]) if len(ends) else len(tokens)
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """What a student decoded, and when: 2L integers from which every state of the denoising process follows.
@@ -75,9 +81,8 @@ class Trajectory:
         return self.commits(steps).long().argmax(-1) // self.block_length * self.block_length
 
     def text_length(self, eos_id: int) -> int:
-        """Positions before the first end-of-text token; L if there is none."""
-        ends = (self.tokens == eos_id).nonzero()
-        return int(ends[0]) if len(ends) else len(self.tokens)
+        """As :func:`text_length`, of the response."""
+        return text_length(self.tokens, eos_id)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; ``NEVER`` becomes -1."""

@@ -97,10 +97,13 @@ def test_problems_are_a_function_of_split_and_seed() -> None:
 
 
 def test_worked_responses_fill_forced_blanks() -> None:
-    """Each pair names a blank whose digit is forced at its time; all blanks are filled, then comes the grid."""
+    """Each pair names a blank whose digit is forced at its time; all blanks are filled, then comes the grid. A row's
+    own solution is such a response, and the same each time."""
     rng = random.Random(0)
-    for _ in range(200):
-        row, response = make_problem(grids_of("train"), rng)
+    problems = [make_problem(grids_of("train"), rng) for _ in range(200)]
+    solved = [(row, Sudoku().solution(row) or "") for row, _ in problems[:100]]
+    assert solved == [(row, Sudoku().solution(row)) for row, _ in problems[:100]]
+    for row, response in problems + solved:
         steps, equals, grid = response.partition("=")
         assert equals and grid == row["solution"]
         cells = list(row["puzzle"])
@@ -118,6 +121,7 @@ def test_worked_responses_fill_forced_blanks() -> None:
 def test_puzzles_without_singles_are_given_up() -> None:
     """A puzzle where no blank is forced is not solved; a full one has nothing to fill."""
     assert solve_by_singles("0" * 16, random.Random(0)) is None
+    assert Sudoku().solution({"puzzle": "0" * 16, "solution": all_grids()[0]}) is None
     assert solve_by_singles(all_grids()[0], random.Random(0)) == []
 
 

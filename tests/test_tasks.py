@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import resource
 import signal
 import time
@@ -168,6 +169,25 @@ def test_prompts(name: str) -> None:
     shown = {"gsm8k": "6 x 7 = 42.", "math": r"\frac{1}{2}", "countdown": "93 - (100 - 30) = 23"}
     solution = shown.get(name, row.get("solution", ""))
     assert solution in reference and solution not in prompt
+
+
+@pytest.mark.parametrize("grading", ["strict", "lenient"])
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_solutions(name: str, grading: Any) -> None:
+    """They are right, and in the form that is asked for, with steps and answer in the place of the words for them."""
+    task, row = load(name, grading), EXAMPLES[name]
+    solution = task.solution(row)
+    assert solution is not None and task.score(row, solution) == 1
+    form = "Keep to this form:\n" + re.sub("(?<=\n)[^<]+(?=\n<)", "your steps", solution, count=1)
+    form = re.sub("(?<=<answer>\n).+(?=\n</answer>)", lambda match: "your answer", form)
+    assert task.prompt(row).endswith(form)
+    shown = {
+        "gsm8k": ("6 x 7 = 42.", "42"),
+        "math": (EXAMPLES["math"]["solution"], r"\boxed{\frac{1}{2}}"),
+        "countdown": ("93 - (100 - 30) = 23", "93 - (100 - 30)"),
+        "sudoku4x4": ("3142\n2431\n4213\n1324", "3142243142131324"),
+    }
+    assert [part.strip() for part in re.split("</?(?:reasoning|answer)>", solution)[1::2]] == [*shown[name]]
 
 
 class ChatTokenizer:

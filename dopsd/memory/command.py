@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, plan, print."""
     arguments, model, _, rollouts, teaching, args = parse_plan(argv)
     limit = read_bytes("gpu", arguments.gpu, None)
+    accepted = "only d_opsd is planned without weights; a run's --memory_budget plans for any method"
+    require(teaching.method == "d_opsd", "method", teaching.method, accepted)
     config = read_architecture(arguments.model_config or model.model)
     context = config.max_position_embeddings - arguments.prompt_length
     must_be(rollouts.gen_length <= context, "gen_length", rollouts.gen_length, f"at most {context}, for the context")

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from dopsd.errors import must_be
+from dopsd.tasks.answers import in_tags
 from dopsd.tasks.rows import hub_rows, read_rows
 from dopsd.tasks.task import SPLITS, Row, Task, check_golds, part
+
+FORM = "<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
 class Benchmark(Task):
     """A task with problem statements in words; training and evaluation use the same template.
 
-    A subclass names its ``columns`` and the ``answer_form`` asked for, and has ``statement`` and ``reference``.
+    A subclass names its ``columns`` and the ``answer_form`` asked for, and has ``statement``, ``reference`` and
+    ``answer``.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -29,15 +33,21 @@ class Benchmark(Task):
     def reference(self, row: Row) -> str:
         """A reference solution."""
 
+    @abstractmethod
+    def answer(self, row: Row) -> str:
+        """The right answer, in the form that is asked for."""
+
+    def reasoning(self, row: Row) -> str:
+        """The steps of the reference solution."""
+        return self.reference(row)
+
     def check(self, row: Row) -> None:
         """Raise ValueError, in a clause that says why, for a row of a file that can't be used."""
 
     def instructions(self) -> str:
         """How to respond."""
-        return (
-            f"Think it through step by step first. Then state {self.answer_form}. Keep to this form:\n"
-            "<reasoning>\nyour steps\n</reasoning>\n<answer>\nyour answer\n</answer>"
-        )
+        form = FORM.format(reasoning="your steps", answer="your answer")
+        return f"Think it through step by step first. Then state {self.answer_form}. Keep to this form:\n{form}"
 
     def prompt(self, row: Row) -> str:
         return f"{self.statement(row)}\n\n{self.instructions()}"
@@ -47,6 +57,12 @@ class Benchmark(Task):
             f"{self.statement(row)}\n\nHere is a reference solution:\n{self.reference(row)}\n\n"
             f"Now that you have understood it, solve the problem yourself, in your own words.\n\n{self.instructions()}"
         )
+
+    def gold(self, row: Row) -> str | None:
+        return in_tags(self.answer(row))
+
+    def solution(self, row: Row) -> str | None:
+        return FORM.format(reasoning=self.reasoning(row), answer=self.answer(row))
 
     def key(self, row: Row) -> str:
         return self.statement(row)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from dopsd.errors import RunError
-from dopsd.tasks.answers import boxed, in_tags, marked
+from dopsd.tasks.answers import boxed, marked
 from dopsd.tasks.benchmark import HubBenchmark, Source
 from dopsd.tasks.math_worker import MathWorker
 from dopsd.tasks.task import Row
@@ -50,8 +50,8 @@ class CompetitionMath(HubBenchmark):
     def reference(self, row: Row) -> str:
         return row["solution"]
 
-    def gold(self, row: Row) -> str:
-        return in_tags(rf"\boxed{{{boxed(row['solution']) or ''}}}")
+    def answer(self, row: Row) -> str:
+        return rf"\boxed{{{boxed(row['solution']) or ''}}}"
 
     def score(self, row: Row, response: str) -> float:
         strict = self.grading == "strict"

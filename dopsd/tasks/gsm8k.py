@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from dopsd.tasks.answers import in_tags, marked
+from dopsd.tasks.answers import marked
 from dopsd.tasks.benchmark import HubBenchmark, Source
 from dopsd.tasks.task import Row
 
@@ -69,8 +69,11 @@ class GSM8K(HubBenchmark):
         """The worked solution without its calculator annotations."""
         return CALCULATION.sub("", row["answer"])
 
-    def gold(self, row: Row) -> str:
-        return in_tags(final(row["answer"]))
+    def reasoning(self, row: Row) -> str:
+        return self.reference(row).partition(MARK)[0].strip()
+
+    def answer(self, row: Row) -> str:
+        return final(row["answer"])
 
     def score(self, row: Row, response: str) -> float:
         strict = self.grading == "strict"

@@ -84,6 +84,11 @@ def solve_by_singles(puzzle: str, rng: random.Random) -> list[tuple[int, str]] |
     return fills
 
 
+def worked(fills: Sequence[tuple[int, str]], solution: str) -> str:
+    """The response that fills the blanks in this order."""
+    return "".join(CELLS[cell] + digit for cell, digit in fills) + f"={solution}"
+
+
 def make_problem(grids: Sequence[str], rng: random.Random) -> tuple[dict[str, str], str]:
     """A random problem row (``puzzle``, ``solution``) and one worked response to it."""
     while True:
@@ -92,8 +97,7 @@ def make_problem(grids: Sequence[str], rng: random.Random) -> tuple[dict[str, st
         puzzle = "".join("0" if cell in blanks else digit for cell, digit in enumerate(solution))
         fills = solve_by_singles(puzzle, rng)
         if fills is not None:
-            worked = "".join(CELLS[cell] + digit for cell, digit in fills)
-            return {"puzzle": puzzle, "solution": solution}, f"{worked}={solution}"
+            return {"puzzle": puzzle, "solution": solution}, worked(fills, solution)
 
 
 def check_grids(row: Row) -> None:
@@ -133,6 +137,11 @@ class Sudoku(Task):
     def reference_prompt(self, row: Row) -> str:
         """The prompt behind a solved copy of it: the solution as its own problem with no blanks, then the problem."""
         return f"{row['solution']}:{row['puzzle']}:"
+
+    def solution(self, row: Row) -> str | None:
+        """Forced fills in an order that is drawn from the puzzle alone; none if there is no such order."""
+        fills = solve_by_singles(row["puzzle"], random.Random(row["puzzle"]))
+        return None if fills is None else worked(fills, row["solution"])
 
     def score(self, row: Row, response: str) -> float:
         """1.0 if the grid behind the first ``=`` is the solution and nothing follows it, else 0.0."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import re
 
-from dopsd.tasks.answers import in_tags, marked
+from dopsd.tasks.answers import marked
 from dopsd.tasks.benchmark import Benchmark
 from dopsd.tasks.sudoku import all_grids, check_grids, grids_of
 from dopsd.tasks.task import Row
@@ -74,8 +74,12 @@ class Sudoku4x4(Benchmark):
         """The solved grid."""
         return row["solution"]
 
-    def gold(self, row: Row) -> str:
-        return in_tags(row["solution"])
+    def reasoning(self, row: Row) -> str:
+        """The solved grid, row by row."""
+        return "\n".join(row["solution"][start : start + 4] for start in range(0, 16, 4))
+
+    def answer(self, row: Row) -> str:
+        return row["solution"]
 
     def score(self, row: Row, response: str) -> float:
         strict = self.grading == "strict"

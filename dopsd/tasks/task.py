@@ -63,6 +63,10 @@ class Task(ABC):
         """A response that is right, to check the grader with; none if the row is known to have none."""
         return None
 
+    def solution(self, row: Row) -> str | None:
+        """A worked response to learn from, in the form that the prompt asks for; none if there is none."""
+        return None
+
     def key(self, row: Row) -> str:
         """What makes two rows the same problem."""
         return self.prompt(row)
