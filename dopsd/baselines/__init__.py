@@ -1,0 +1,1 @@
+"""Other methods of training, to compare with: one module each."""
