@@ -451,7 +451,7 @@ def parse_train(
     name = default_recipe(known.model) if known.recipe is None else known.recipe
     groups = parser.parse([*parser.recipe(name), f"--recipe={name}", *words])
     for_method(groups, words)
-    require_groups(groups[2], groups[3])
+    require_comparable(groups[2], groups[3])
     return groups
 
 
@@ -472,11 +472,10 @@ def for_method(groups: Sequence[Any], words: Sequence[str]) -> None:
                 setattr(group, f.name, f.default)
 
 
-def require_groups(rollouts: RolloutArguments, teaching: TeachingArguments) -> None:
-    """Raise UsageError unless responses are decoded as a method that compares those of a group needs them."""
-    if teaching.method != "diffu_grpo":
-        return
-    must_be(rollouts.pass_k >= 2, "pass_k", rollouts.pass_k, "at least 2: a response is compared with others")
+def require_comparable(rollouts: RolloutArguments, teaching: TeachingArguments) -> None:
+    """Raise UsageError unless the responses of a group can be compared as is asked for."""
+    several = teaching.method != "diffu_grpo" or rollouts.pass_k >= 2
+    must_be(several, "pass_k", rollouts.pass_k, "at least 2: a response is compared with others")
     decoding = rollouts.decoding()
     one_by_one = decoding.remasking == "leftmost" and decoding.total_steps == decoding.gen_length
     hint = (

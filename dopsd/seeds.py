@@ -15,7 +15,7 @@ DRIFT = -2  # states whose drift is measured
 REMASKING = 1  # which positions random remasking reveals
 REVEAL = 2  # what a teacher is shown of a trajectory
 OWN_FUTURE = 3  # what an evaluation reveals of the model's own answer
-PROMPT_MASK = 4  # which tokens of a prompt are masked where a likelihood is estimated
+PROMPT_MASK = 6  # which tokens of a prompt are masked where a likelihood is estimated
 
 
 def mix_seeds(*values: Tensor | int) -> Tensor:

@@ -77,7 +77,7 @@ class DiffuGRPO(Method[Group, LikelihoodBatch]):
         What its log-probabilities are held against is computed here, while the student is the policy that responded;
         the first update needs none of that policy, for it is its own.
         """
-        count, options = self.teaching.updates_per_batch, self.teaching
+        count = self.teaching.updates_per_batch
         updates = [[replace(group, update=number) for group in examples] for number in range(count)]
 
         @cache
@@ -88,15 +88,16 @@ class DiffuGRPO(Method[Group, LikelihoodBatch]):
         def reference(number: int) -> list[Tensor]:
             return self.log_probabilities(updates[number], self.teacher.active())
 
-        for number, groups in enumerate(updates):
-            same = number if self.likelihood.draws else 0
-            for place, group in enumerate(groups):
-                groups[place] = replace(
-                    group,
-                    old=old(same)[place] if number else None,
-                    reference=reference(same)[place] if options.kl_weight else None,
-                )
-        return updates
+        def held(group: Group, place: int) -> Group:
+            # Where nothing is drawn, all updates have the states of the first.
+            states = group.update if self.likelihood.draws else 0
+            return replace(
+                group,
+                old=old(states)[place] if group.update else None,
+                reference=reference(states)[place] if self.teaching.kl_weight else None,
+            )
+
+        return [[held(group, place) for place, group in enumerate(groups)] for groups in updates]
 
     def log_probabilities(self, groups: Sequence[Group], weights: AbstractContextManager[object]) -> list[Tensor]:
         """Each of at least one group's (E,), on the CPU, by ``weights`` that are active inside, without gradient."""
@@ -143,7 +144,7 @@ class DiffuGRPO(Method[Group, LikelihoodBatch]):
 
     def costliest(self, short: Rollout, long: Rollout, states: int) -> LikelihoodBatch:
         """A state of one group, and then all of others: prompts of two lengths need a mask."""
-        few, many = self.alike(short), self.alike(long)
+        few, many = self.alike(short if states > 1 else long), self.alike(long)
         each = self.states(many)
         index = [(0, 0), *((1 + state // each, state % each) for state in range(states - 1))]
         return collate([few, *[many] * index[-1][0]], index, self.likelihood, **self.collation())
