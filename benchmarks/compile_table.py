@@ -32,7 +32,13 @@ import torch
 
 from dopsd.files import write_json
 from dopsd.tables import markdown_table
-from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention, step_kl_from_logits
+from dopsd_kernels import (
+    fused_confidence,
+    fused_step_kl,
+    fused_token_logprob,
+    prefix_attention,
+    step_kl_from_logits,
+)
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -57,6 +63,13 @@ def _step_kl(**options: Any) -> None:
 def _step_kl_from_logits(**options: Any) -> None:
     student, teacher = (torch.empty(33, 126464, dtype=torch.bfloat16) for _ in range(2))
     step_kl_from_logits(student.requires_grad_(), teacher, clip=0.05, backend="triton", **options).loss.backward()
+
+
+def _token_logprob(dtype: torch.dtype, tokens: int, entropy: bool) -> None:
+    hidden, weight = (torch.empty(rows, 4096, dtype=dtype) for rows in (33, 126464))
+    ids, bias = torch.empty(33, tokens, dtype=torch.int64), torch.empty(126464, dtype=dtype)
+    out = fused_token_logprob(hidden.requires_grad_(), weight, ids, bias=bias, exclude=[0], backend="triton")
+    (out.logprob.sum() + out.entropy.sum() if entropy else out.logprob.sum()).backward()
 
 
 def _attention(dtype: torch.dtype, width: int) -> None:
@@ -91,6 +104,10 @@ CALLS: dict[str, dict[str, Callable[[], None]]] = {
         "JSD, bf16, bucket": functools.partial(_step_kl_from_logits, **_BUCKET),
         "skew reverse KL, bf16": functools.partial(_step_kl_from_logits, divergence="skew_reverse_kl"),
         "skew forward KL, bf16": functools.partial(_step_kl_from_logits, divergence="skew_forward_kl"),
+    },
+    "token_logprob_rows": {
+        "bf16, entropy": functools.partial(_token_logprob, _BF16, 4, True),
+        "fp32": functools.partial(_token_logprob, _FP32, 1, False),
     },
     **{
         name: {"bf16, D = 128": functools.partial(_attention, _BF16, 128)}

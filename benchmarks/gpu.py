@@ -136,11 +136,14 @@ def _ops(*ops: str, among: Callable[[str], bool]) -> Measure:
 
 # What is measured, and its share of the time that is left against those of the parts that follow.
 PARTS: dict[str, tuple[float, Measure]] = {
-    "loss": (12, _ops("step_kl", "products", among=lambda name: name in HEADLINE or "out" in name)),
+    "loss": (12, _ops("step_kl", "token_logprob", "products", among=lambda name: name in HEADLINE or "out" in name)),
     "step": (38, step),
     "confidence": (8, _ops("confidence", among=lambda name: name != "ours torch")),
     "attention": (8, _ops("attention", among=lambda name: name == "ours triton")),
-    "peers": (14, _ops("step_kl", "confidence", "attention", among=lambda name: name not in HEADLINE)),
+    "peers": (
+        14,
+        _ops("step_kl", "token_logprob", "confidence", "attention", among=lambda name: name not in HEADLINE),
+    ),
     "tests": (30, tests),
     "train": (40, train),
 }

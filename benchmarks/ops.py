@@ -9,10 +9,8 @@ call them, on logits of the operands' dtype if they round them to it; `error` te
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.missing import Missing, installed, no_compiler, no_torch_ce, no_triton, only_on_gpu
 from benchmarks.results import ABOUT, Row, name_of
-from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention, reference
+from dopsd_kernels import fused_confidence, fused_step_kl, fused_token_logprob, prefix_attention, reference
 from dopsd_kernels.common import products
-from dopsd_kernels.common.backends import triton_unsupported
 from dopsd_kernels.step_kl.contracts import StepKLOptions
 
 _FLOOR_BYTES = 1 << 30  # logits of one of the floor's products
@@ -41,8 +39,6 @@ ASKED: dict[str, dict[str, Any]] = {
     "top_k=20": {"top_k": 20},
     "sampled": {"temperature": 1.0, "seed": 0},
 }
-
-Missing = Callable[[torch.device], "str | None"]
 
 
 @dataclass(frozen=True)
@@ -109,37 +105,6 @@ def run(case: Case, forward: Callable[..., Tensor | None], tensors: Sequence[Ten
     return out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))
 
 
-def installed(package: str, module: str, gpu: bool = False, part: str = "") -> Missing:
-    """Ask for a package, for a part of it that older versions lack and, of its Triton kernels, for a GPU."""
-
-    def missing(device: torch.device) -> str | None:
-        if importlib.util.find_spec(module) is None:
-            return f"{package} is not installed: pip install {package}"
-        if part and importlib.util.find_spec(f"{module}.{part}") is None:
-            return f"the installed {package} has no {part}: pip install -U {package}"
-        return "it is a Triton kernel and needs a GPU" if gpu and device.type == "cpu" else None
-
-    return missing
-
-
-def no_compiler(device: torch.device) -> str | None:
-    """Why torch.compile cannot be used, or None if it can."""
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "torch.compile needs a C++ compiler on a CPU, and there is no g++ (or $CXX)"
-    return None
-
-
-def no_triton(device: torch.device) -> str | None:
-    """Why our Triton kernels cannot be timed, or None if they can."""
-    if device.type == "cpu":
-        return "Triton kernels need a GPU; their interpreter is for tests"
-    return triton_unsupported([torch.empty(0, device=device)])
-
-
-def _only_on_gpu(device: torch.device) -> str | None:
-    return "on a CPU flex_attention is not compiled, and has no backward" if device.type == "cpu" else None
-
-
 # Rows of hidden states and an LM head
 
 
@@ -180,10 +145,10 @@ def _rows(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 def _rows_need(case: Case) -> dict[str, float]:
     # The loss has two products forward, and one backward whose result is written; with top_k and renormalised sides,
-    # only the teacher's logits are needed as a whole. All else has one.
-    of_loss = case.op == "step_kl"
-    count = 3 if of_loss and "top_k" not in case.setting else 1
-    operands = (case.vocab + (3 if of_loss else 1) * case.rows) * case.width
+    # only the teacher's logits are needed as a whole. A log-probability has one and one, all else has one.
+    of_loss, of_tokens = case.op == "step_kl", case.op == "token_logprob"
+    count = 3 if of_loss and "top_k" not in case.setting else 1 + of_tokens
+    operands = (case.vocab + (1 + of_tokens + 2 * of_loss) * case.rows) * case.width
     return {"flops": count * 2 * case.rows * case.width * case.vocab, "bytes": operands * case.dtype.itemsize}
 
 
@@ -282,6 +247,53 @@ def _reverse(case: Case) -> bool:
 
 def _plain_reverse(case: Case) -> bool:
     return _reverse(case) and case.data == "diffuse"  # compiling takes longer than all else
+
+
+# fused_token_logprob: the log-probability of a token per row, or that plus the entropy, and the hidden states' gradient
+
+
+def _targets(hidden: Tensor, weight: Tensor) -> Tensor:
+    return torch.arange(len(hidden), device=hidden.device) * 7919 % len(weight)
+
+
+def _logprob(op: Callable[..., Any], case: Case, hidden: Tensor, _: Tensor, weight: Tensor, **how: Any) -> Tensor:
+    out = op(hidden, weight, _targets(hidden, weight), **how)
+    return out.logprob + out.entropy if "entropy" in case.setting else out.logprob
+
+
+def _floor_logprob(case: Case, hidden: Tensor, _: Tensor, weight: Tensor) -> None:
+    """One product forward and one backward, of logits that nothing has to compute again."""
+    buffer = _bare(hidden.detach(), weight)
+    for chunk in torch.empty_like(hidden).detach().split(len(buffer)):
+        torch.mm(buffer[: len(chunk)], weight, out=chunk)
+
+
+def _eager_logprob(case: Case, hidden: Tensor, _: Tensor, weight: Tensor) -> Tensor:
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    logprob = log_p.gather(-1, _targets(hidden, weight)[:, None])[:, 0]
+    return logprob - (log_p.exp() * log_p).sum(-1) if "entropy" in case.setting else logprob
+
+
+def _torch_ce(case: Case, hidden: Tensor, _: Tensor, weight: Tensor, *, chunked: bool) -> Tensor:
+    """PyTorch's linear cross-entropy, which makes all logits unless it is asked for chunks; here of 256 rows."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None) if chunked else None
+    return -F.linear_cross_entropy(hidden, weight, _targets(hidden, weight), reduction="none", options=options)
+
+
+def _liger_ce(case: Case, hidden: Tensor, _: Tensor, weight: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return -LigerFusedLinearCrossEntropyLoss(reduction="none")(weight, hidden, _targets(hidden, weight))
+
+
+def _cut_ce(case: Case, hidden: Tensor, _: Tensor, weight: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, _targets(hidden, weight), reduction="none")
+
+
+def _plain_tokens(case: Case) -> bool:
+    return case.setting == "tokens"
 
 
 # fused_confidence: the probability of the chosen token (a sample's depends on the noise: of the largest logit instead)
@@ -406,6 +418,20 @@ OPS = {
             ),
         },
     ),
+    "token_logprob": Op(
+        _rows,
+        _rows_need,
+        functools.partial(_logprob, reference.token_logprob),
+        {
+            "floor": Provider(_floor_logprob),
+            "eager": Provider(_eager_logprob),
+            **_ours(functools.partial(_logprob, fused_token_logprob)),
+            "torch ce": Provider(functools.partial(_torch_ce, chunked=False), no_torch_ce, _plain_tokens),
+            "torch ce chunked": Provider(functools.partial(_torch_ce, chunked=True), no_torch_ce, _plain_tokens),
+            "liger ce": Provider(_liger_ce, installed("liger-kernel", "liger_kernel", gpu=True), _plain_tokens),
+            "cut ce": Provider(_cut_ce, installed("cut-cross-entropy", "cut_cross_entropy", gpu=True), _plain_tokens),
+        },
+    ),
     "confidence": Op(
         _rows,
         _rows_need,
@@ -430,7 +456,7 @@ OPS = {
         {
             "concatenated": Provider(_concatenated),
             **_ours(_our_attention),
-            "flex": Provider(_flex, _only_on_gpu),
+            "flex": Provider(_flex, only_on_gpu),
         },
     ),
 }
@@ -461,6 +487,7 @@ def cases(device: torch.device, rehearsal: bool = False) -> list[Case]:
         *(loss("reverse_kl", rows) for rows in (many, few)),
         *(Case("products", "forward", setting, few, **head) for setting in ("logits", "hidden gradient")),
         *(loss(setting, many) for setting in ("top_k=20", "clipped")),
+        *(Case("token_logprob", "both", setting, many, **head) for setting in ("tokens", "tokens and entropy")),
         *(
             Case("confidence", "forward", what, rows, **decoder)
             for what in ("argmax", "top_k=20")

@@ -21,6 +21,10 @@ COLORS = {
     "liger kl": "#F0E442",
     "liger chunked": ORANGE,
     "trl": "#CC79A7",
+    "torch ce": "#56B4E9",
+    "torch ce chunked": ORANGE,
+    "liger ce": "#F0E442",
+    "cut ce": "#CC79A7",
     "ours torch": BLUE,
     "ours triton": VERMILLION,
 }

@@ -48,7 +48,7 @@ COLUMNS = {
     "of_ceiling": "flops or bytes, over time, over the ceiling; the larger",
     "clocks": "clocks, power and temperature right after it, as nvidia-smi has them",
     "error": "relative error against fp64, the largest over loss and gradients, or of the probability",
-    "op": "step_kl, confidence or products",
+    "op": "step_kl, token_logprob, confidence or products",
     "setting": "with which options",
     "data": "kind of rows: diffuse or peaked",
     "rows": "N, rows of hidden states",

@@ -52,6 +52,7 @@ _ATTENTION = next(case for case in cases(torch.device("cuda")) if case.op == "at
 # Kernel -> the case whose time its configuration decides.
 CASES = {
     "step_kl_rows": Case("step_kl", "both", "reverse_kl", 2048, *_HEAD),
+    "token_logprob_rows": Case("token_logprob", "both", "tokens", 2048, *_HEAD),
     "confidence_argmax": Case("confidence", "forward", "argmax", 256, *_HEAD),
     "confidence": Case("confidence", "forward", "sampled", 256, *_HEAD, "peaked"),
     "confidence_wide": Case("confidence", "forward", "top_k=20", 256, *_HEAD[:2], torch.float32),

@@ -154,7 +154,8 @@ def token_logprob(
     logits = logits.index_fill(-1, torch.tensor(exclude, dtype=torch.int64, device=hidden.device), -math.inf)
     log_p = (logits / temperature).log_softmax(-1)
     logprob = log_p.gather(-1, tokens.reshape(*hidden.shape[:-1], -1)).reshape(tokens.shape)
-    return TokenLogprob(logprob, -(log_p.exp() * _floored(log_p)).sum(-1))
+    finite = log_p.masked_fill(log_p == -math.inf, 0)  # 0 log 0 is 0, in the gradient too
+    return TokenLogprob(logprob, -(log_p.exp() * finite).sum(-1))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.distributed import TCPStore
 
 
@@ -79,3 +81,20 @@ def _run(
     if first is not None:
         first()
     runpy.run_module(module, run_name="__main__")
+
+
+def _worker(rank: int, case: Callable[[int], None], folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(f"{folder}/rendezvous", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    case(rank)
+    # Not a barrier: a process that leaves it first closes connections on which the other may still be in it.
+    store.set(f"done {rank}", "")
+    store.wait(["done 0", "done 1"])
+    dist.destroy_process_group()
+
+
+def in_two_processes(case: Callable[[int], None], folder: Path) -> None:
+    """Call a function of a test module with each rank, in two processes that form a group."""
+    mp.start_processes(_worker, (case, str(folder)), nprocs=2, start_method="forkserver")

@@ -15,13 +15,14 @@ from dopsd_kernels import (
     StepKLLoss,
     fused_confidence,
     fused_step_kl,
+    fused_token_logprob,
     step_kl_from_logits,
     step_mean_weights,
 )
 from dopsd_kernels.common import backends, configs
 
 H, W, B, Z = torch.zeros(2, 3, 4), torch.zeros(8, 4), torch.zeros(8), torch.zeros(2, 3, 8)
-ROWS = torch.ones(6)
+ROWS, IDS = torch.ones(6), torch.arange(6).reshape(2, 3)
 
 
 def meta(*shape: int) -> torch.Tensor:
@@ -64,6 +65,20 @@ CONFIDENCE = {
     "exclude": [(8,), (-1,), (1.0,), range(8)],
     "backend": ["cuda", None],
 }  # fmt: skip
+TOKEN_LOGPROB = {
+    "hidden": [None, H.long(), torch.tensor(1.0), torch.zeros(2, 3, 5)],
+    "weight": [None, W.int(), torch.zeros(4), torch.zeros(0, 4), meta(8, 4)],
+    "tokens": [
+        None, IDS.int(), IDS.float(), IDS.T, IDS[0], IDS[..., None, None], IDS + 3, IDS - 1, meta(2, 3).long(), IDS + 2
+    ],
+    "bias": [torch.zeros(8).long(), torch.zeros(7), meta(8)],
+    "exclude": [(8,), (-1,), (1.0,), range(8)],
+    "temperature": [0.0, -0.1, float("inf"), float("nan"), None],
+    "workspace_bytes": [0, 63, 1e6],
+    "vocab_group": ["tp"],
+    "check_finite": [1],
+    "backend": ["cuda", None],
+}  # fmt: skip
 
 
 def cases(table):
@@ -92,6 +107,18 @@ def test_fused_confidence_refuses(name, value):
     good = dict(hidden=H, weight=W, temperature=1.0, seed=1)
     fused_confidence(**good)
     refused(fused_confidence, name, good | {name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), cases(TOKEN_LOGPROB))
+def test_fused_token_logprob_refuses(name, value):
+    good = dict(hidden=H, weight=W, tokens=IDS, exclude=(7,))
+    fused_token_logprob(**good)
+    refused(fused_token_logprob, name, good | {name: value})
+
+
+def test_bad_tokens_are_named():
+    with pytest.raises(ValueError, match=r"tokens holds -1, 7, 9, but must hold ids from 0 to 7 and not in exclude\."):
+        fused_token_logprob(H[0], W, torch.tensor([[0, 9], [-1, 3], [7, 7]]), exclude=[7])
 
 
 def test_numbers_may_change_between_calls_of_a_compiled_function():
@@ -158,16 +185,18 @@ def test_step_kl_from_logits_refuses(name, value):
     refused(step_kl_from_logits, name, good | {name: value})
 
 
-@pytest.mark.parametrize("op", [fused_step_kl, step_kl_from_logits])
+@pytest.mark.parametrize("op", [fused_step_kl, fused_token_logprob, step_kl_from_logits])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_check_finite_names_the_tensor(op, value):
-    tensors = (
-        {"student_hidden": H, "teacher_hidden": H, "weight": W, "teacher_weight": W, "bias": B, "teacher_bias": B}
-        if op is fused_step_kl
-        else {"student_logits": Z, "teacher_logits": Z}
-    )
+    tensors = {
+        fused_step_kl: dict(student_hidden=H, teacher_hidden=H, weight=W, teacher_weight=W, bias=B, teacher_bias=B),
+        fused_token_logprob: dict(hidden=H, weight=W, bias=B, tokens=IDS),
+        step_kl_from_logits: dict(student_logits=Z, teacher_logits=Z),
+    }[op]
     op(**tensors, check_finite=True)
     for name, tensor in tensors.items():
+        if name == "tokens":
+            continue
         broken = tensor.clone()
         broken.view(-1)[-1] = value
         if name.endswith("bias") and value == -math.inf:
@@ -183,6 +212,7 @@ def test_check_finite_names_the_tensor(op, value):
         (fused_step_kl, dict(student_hidden=H, teacher_hidden=H, weight=W)),
         (step_kl_from_logits, dict(student_logits=Z, teacher_logits=Z)),
         (fused_confidence, dict(hidden=H, weight=W)),
+        (fused_token_logprob, dict(hidden=H, weight=W, tokens=IDS)),
     ],
 )
 def test_triton_is_refused_where_it_cannot_run(op, arguments, monkeypatch):
@@ -244,8 +274,10 @@ def test_the_public_names():
         "ConfidenceOutput",
         "StepKLLoss",
         "StepKLOutput",
+        "TokenLogprob",
         "fused_confidence",
         "fused_step_kl",
+        "fused_token_logprob",
         "prefix_attention",
         "step_kl_from_logits",
         "step_mean_weights",

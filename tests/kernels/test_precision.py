@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd_kernels import fused_confidence, fused_step_kl, prefix_attention
+from dopsd_kernels import fused_confidence, fused_step_kl, fused_token_logprob, prefix_attention
 from dopsd_kernels.common import products
 
 PRODUCTS = {
@@ -67,6 +67,12 @@ def confidence() -> list[Tensor]:
     return list(fused_confidence(randn(64, 256, seed=0), randn(300, 256, seed=1)))
 
 
+def token_logprob() -> list[Tensor]:
+    hidden, weight = randn(64, 256, seed=0).requires_grad_(), randn(300, 256, seed=1).requires_grad_()
+    out = fused_token_logprob(hidden, weight, torch.arange(64))
+    return [*out, *torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), (hidden, weight))]
+
+
 def attention() -> list[Tensor]:
     own = [randn(1, 8, 2, 16, 64, seed=i).requires_grad_() for i in range(3)]
     prefix = [randn(1, 2, 64, 64, seed=i + 3).requires_grad_() for i in range(2)]
@@ -78,6 +84,7 @@ OPS: dict[str, Callable[[], list[Tensor]]] = {
     "step_kl": step_kl,
     "recomputed": lambda: step_kl(reduction="none"),
     "confidence": confidence,
+    "token_logprob": token_logprob,
     "attention": attention,
 }
 

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
+from costs import Memory, products
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from dopsd_kernels import fused_step_kl
 
@@ -17,15 +15,6 @@ def problem(dtype: torch.dtype = torch.float32, trained_head: bool = False) -> t
     generator = torch.Generator().manual_seed(0)
     hs, ht, weight = (torch.randn(*s, generator=generator).to(dtype) for s in ((N, D), (N, D), (VOCAB, D)))
     return hs.requires_grad_(), ht, weight.requires_grad_(trained_head)
-
-
-def products(run) -> int:
-    def addmm(_self_shape, a_shape, b_shape, **_: object) -> int:
-        return 2 * a_shape[0] * a_shape[1] * b_shape[1]
-
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -68,30 +57,6 @@ def test_rows_of_weight_zero_enter_no_product():
     # "none": neither do, in the backward, rows without an upstream gradient.
     loss = fused_step_kl(hs, ht, weight, reduction="none").loss
     assert products(lambda: loss[:6].sum().backward()) == 3 * UNIT * 6 // N
-
-
-class Memory(TorchDispatchMode):
-    """Records the largest storage that any operation creates, and the most that exists at once, in bytes."""
-
-    def __init__(self, *inputs: Tensor) -> None:
-        super().__init__()
-        self.inputs = {x.untyped_storage().data_ptr() for x in inputs}
-        self.live: list[tuple[StorageWeakRef, int]] = []
-        self.largest = self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.live = [(ref, size) for ref, size in self.live if not ref.expired()]
-        known = {ref.cdata for ref, _ in self.live}
-        for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.inputs:
-                ref, size = StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes()
-                if ref.cdata not in known:
-                    known.add(ref.cdata)
-                    self.live.append((ref, size))
-                    self.largest = max(self.largest, size)
-        self.most = max(self.most, sum(size for _, size in self.live))
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

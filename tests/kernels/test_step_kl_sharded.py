@@ -2,15 +2,13 @@
 
 import importlib.util
 import itertools
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import in_two_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,22 +19,6 @@ from dopsd_kernels.step_kl.divergences import DIVERGENCES
 N, D, VOCAB = 5, 4, 23
 SHARDS = (slice(0, 16), slice(16, VOCAB))  # of different widths
 SUPPORTS = ((None, "renormalize"), (9, "renormalize"), (3, "bucket"), (VOCAB, "bucket"))
-
-
-def _worker(rank: int, case: Callable[[int], None], folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(f"{folder}/rendezvous", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    case(rank)
-    # Not a barrier: a process that leaves it first closes connections on which the other may still be in it.
-    store.set(f"done {rank}", "")
-    store.wait(["done 0", "done 1"])
-    dist.destroy_process_group()
-
-
-def in_two_processes(case: Callable[[int], None], folder: Path) -> None:
-    mp.start_processes(_worker, (case, str(folder)), nprocs=2, start_method="forkserver")
 
 
 def randn(*shape: int, seed: int) -> Tensor:

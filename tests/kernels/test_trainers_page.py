@@ -117,6 +117,22 @@ def test_trl(examples: dict[str, Any], tmp_path: Path, monkeypatch: pytest.Monke
         assert found[0][3] > 0
 
 
+def test_the_policy_gradient(examples: dict[str, Any], batch: dict[str, Tensor]) -> None:
+    policy, advantage = model(0), torch.tensor([1.0, -2.0, 0.5])
+    ids, predicts = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    log_p = log_probabilities(policy, batch)
+    logprob = log_p.gather(1, ids[:, 1:][predicts][:, None])[:, 0]
+    old = logprob.detach() + torch.linspace(-0.5, 0.5, len(logprob))  # some are clipped
+    loss = examples["policy_loss"](policy, **batch, old_logprob=old.float(), advantage=advantage)
+    gain, each = (logprob - old).exp(), advantage[:, None].expand(3, 8)[predicts]
+    gain = torch.minimum(gain * each, gain.clamp(0.8, 1.2) * each)
+    expected = -(gain - 0.01 * (log_p.exp() * log_p).sum(1)).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    weight = policy.model.embed_tokens.weight
+    ours, theirs = (torch.autograd.grad(x, weight)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
 def test_from_logits(examples: dict[str, Any], batch: dict[str, Tensor]) -> None:
     student, teacher = model(0), model(1)
     loss = examples["distillation_loss"](student, teacher, **batch)

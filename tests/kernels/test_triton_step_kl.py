@@ -286,21 +286,6 @@ def test_products_of_16_bits_are_asked_for_in_fp32() -> None:
         products.add_matmul(out, a, b)
 
 
-@pytest.fixture
-def sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        assert a.dtype == b.dtype
-        return torch.matmul(a, b, out=out) if a.dtype.itemsize > 2 else torch.matmul(a.float(), b.float(), out=out)
-
-    def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-        assert a.dtype == b.dtype
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
-
-    monkeypatch.setattr(products, "matmul", matmul)
-    monkeypatch.setattr(products, "add_matmul", add_matmul)
-    monkeypatch.setattr(products, "operand_dtype", lambda hidden, weight: weight.dtype)
-
-
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("triton", torch.float16), ("torch", torch.float16), ("torch", torch.bfloat16)]
 )
