@@ -265,9 +265,8 @@ class TeachingArguments:
         must_be(0 <= self.prompt_mask < 1, "prompt_mask", self.prompt_mask, "in [0, 1)")
         must_be(self.ratio_clip > 0, "ratio_clip", self.ratio_clip, "positive")
         must_be(self.kl_weight >= 0, "kl_weight", self.kl_weight, "at least 0")
-        one_step = self.likelihood == "one_step"
         hint = "an exact likelihood masks nothing of the prompt"
-        require(one_step or not self.share_prompt_mask, "share_prompt_mask", self.share_prompt_mask, hint)
+        require(self.likelihood == "one_step" or not self.share_prompt_mask, "share_prompt_mask", True, hint)
         limit = self.drift_limit
         must_be(limit is None or limit >= 0, "drift_limit", limit, "at least 0, or none")
         require(
@@ -478,10 +477,7 @@ def require_comparable(rollouts: RolloutArguments, teaching: TeachingArguments) 
     must_be(several, "pass_k", rollouts.pass_k, "at least 2: a response is compared with others")
     decoding = rollouts.decoding()
     one_by_one = decoding.remasking == "leftmost" and decoding.total_steps == decoding.gen_length
-    hint = (
-        "the tokens before each must be all that is known when it is chosen: it goes with remasking=leftmost, "
-        f"steps={decoding.gen_length} (gen_length) and cache=none"
-    )
+    hint = f"it goes with remasking=leftmost, one token a step (steps={decoding.gen_length}) and cache=none"
     possible = teaching.likelihood == "one_step" or (one_by_one and decoding.cache == "none")
     require(possible, "likelihood", teaching.likelihood, hint)
 
