@@ -27,16 +27,18 @@ from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
-MethodName = Literal["d_opsd", "sft", "rejection", "off_policy"]
+MethodName = Literal["d_opsd", "sft", "rejection", "diffu_grpo", "off_policy"]
 
 # Which methods an option is for, if not for all.
 OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     **dict.fromkeys([f.name for f in fields(Objective) if f.name != "workspace_bytes"], ("d_opsd",)),
     **dict.fromkeys(["teacher", "ema_decay", "drift_samples", "drift_limit"], ("d_opsd",)),
     **dict.fromkeys(["correct_only", "score_threshold"], ("d_opsd", "rejection")),
-    **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection")),
+    **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection", "diffu_grpo")),
     "learn_tail": ("sft", "rejection"),
     **dict.fromkeys(["mask_ratio", "entropy_weight"], ("off_policy",)),
+    **dict.fromkeys(["advantage", "likelihood", "prompt_mask", "share_prompt_mask"], ("diffu_grpo",)),
+    **dict.fromkeys(["ratio_clip", "kl_weight"], ("diffu_grpo",)),
 }
 
 TASK_HELP = (
@@ -168,8 +170,8 @@ class RolloutArguments(DecodingArguments):
     gen_length: int = option(256, "L: response length in tokens.")
     block_length: int = option(32, "B: tokens per block.")
     steps: int | None = option(None, "T: denoising steps; none: gen_length / 2.")
-    pass_k: int = option(8, "Tries at each prompt, until one is correct.")
-    temperature: float = option(0.9, "Gumbel temperature of the second and later tries; the first is greedy.")
+    pass_k: int = option(8, "Tries at each prompt: until one is correct, or a group for diffu_grpo.")
+    temperature: float = option(0.9, "Gumbel temperature of tries; the first is greedy but in a group.")
     eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
 
     def __post_init__(self) -> None:
@@ -227,7 +229,19 @@ class TeachingArguments:
     learn_tail: bool = option(True, "Whether the end-of-text behind the first is learnt too, up to gen_length.")
     mask_ratio: float = option(0.8, "Largest share of a window that is masked; the least rises to it over the run.")
     entropy_weight: float = option(1.0, "Of the entropy of tokens that are predicted right, beside cross-entropies.")
-    updates_per_batch: int = option(1, "Optimiser updates per batch: what is learnt of it is cut into so many slices.")
+    advantage: Literal["mean", "standardized"] = option(
+        "mean", "Rewards less their group's mean, or these over its standard deviation."
+    )
+    likelihood: Literal["one_step", "exact"] = option(
+        "one_step", "Of a response's tokens: from one pass with all of it masked, or each from those before it."
+    )
+    prompt_mask: float = option(0.15, "Share of the prompt's tokens that are masked in a one-step pass.")
+    share_prompt_mask: bool = option(False, "Whether a group has one mask of the prompt, and so one pass for all.")
+    ratio_clip: float = option(0.5, "How far from 1 the ratio to the policy that responded still gains.")
+    kl_weight: float = option(0.04, "Weight of the divergence from the policy at the start; 0: not computed.")
+    updates_per_batch: int = option(
+        1, "Optimiser updates per batch: each has a slice of what is learnt of it; of diffu_grpo all."
+    )
     reuse: Reuse = option(
         "none",
         "What a block's other states take from its first: nothing (exact), the prompt's keys and values, or those of "
@@ -255,6 +269,11 @@ class TeachingArguments:
         must_be(self.entropy_weight >= 0, "entropy_weight", self.entropy_weight, "at least 0")
         at_least_one(self, "updates_per_batch", "states_per_forward")
         must_be(self.drift_samples >= 0, "drift_samples", self.drift_samples, "at least 0")
+        must_be(0 <= self.prompt_mask < 1, "prompt_mask", self.prompt_mask, "in [0, 1)")
+        must_be(self.ratio_clip > 0, "ratio_clip", self.ratio_clip, "positive")
+        must_be(self.kl_weight >= 0, "kl_weight", self.kl_weight, "at least 0")
+        hint = "an exact likelihood masks nothing of the prompt"
+        require(self.likelihood == "one_step" or not self.share_prompt_mask, "share_prompt_mask", True, hint)
         limit = self.drift_limit
         must_be(limit is None or limit >= 0, "drift_limit", limit, "at least 0, or none")
         require(
@@ -432,12 +451,14 @@ def parse_train(
     """The options of a training run: a recipe's, overridden by those in ``argv`` and by ``options``."""
     parser = Parser(
         *TRAINING,
+        owners=OF_METHODS,
         prog="python -m dopsd.train",
         description="A diffusion language model learns from its own future tokens (d-OPSD), or by another method.",
     )
     words = [*argv, *parser.tokens(options)]
     groups = parser.parse(with_recipe(parser, words, default_recipe))
     for_method(groups, words)
+    require_comparable(groups[2], groups[3])
     return groups
 
 
@@ -456,6 +477,17 @@ def for_method(groups: Sequence[Any], words: Sequence[str]) -> None:
                 hint = f"it goes with method={' or '.join(owners)}, and not with {method}"
                 require(f.name not in given, f.name, getattr(group, f.name), hint)
                 setattr(group, f.name, f.default)
+
+
+def require_comparable(rollouts: RolloutArguments, teaching: TeachingArguments) -> None:
+    """Raise UsageError unless the responses of a group can be compared as is asked for."""
+    several = teaching.method != "diffu_grpo" or rollouts.pass_k >= 2
+    must_be(several, "pass_k", rollouts.pass_k, "at least 2: a response is compared with others")
+    decoding = rollouts.decoding()
+    one_by_one = decoding.remasking == "leftmost" and decoding.total_steps == decoding.gen_length
+    hint = f"it goes with remasking=leftmost, one token a step (steps={decoding.gen_length}) and cache=none"
+    possible = teaching.likelihood == "one_step" or (one_by_one and decoding.cache == "none")
+    require(possible, "likelihood", teaching.likelihood, hint)
 
 
 def default_recipe(model: str | None) -> str:
@@ -482,6 +514,7 @@ def parse_plan(
     parser = Parser(
         PlanArguments,
         *TRAINING,
+        owners=OF_METHODS,
         prog="python -m dopsd.plan",
         description="Which sizes of a training run fit on a GPU, from a config.json alone.",
     )

@@ -159,7 +159,7 @@ class Method(ABC, Generic[E, B]):
 
     @abstractmethod
     def most_states(self, rollout: Rollout) -> int:
-        """The states that a prompt can give an update's batch of rows, if its responses are as this one."""
+        """The states that a prompt can give all updates of its batch, if its responses are as this one."""
 
     @abstractmethod
     def costliest(self, short: Rollout, long: Rollout, states: int) -> B:

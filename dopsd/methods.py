@@ -7,6 +7,7 @@ from typing import Any
 from dopsd.baselines.off_policy import OffPolicy
 from dopsd.baselines.rejection import Rejection
 from dopsd.baselines.sft import SFT
+from dopsd.baselines.diffu_grpo import DiffuGRPO
 from dopsd.distillation import Distillation
 from dopsd.method import Method
 
@@ -15,4 +16,5 @@ METHODS: dict[str, type[Method[Any, Any]]] = {
     "sft": SFT,
     "rejection": Rejection,
     "off_policy": OffPolicy,
+    "diffu_grpo": DiffuGRPO,
 }

@@ -55,9 +55,16 @@ class Parser(HfArgumentParser):
     """An argument parser whose errors are :class:`~dopsd.errors.UsageError`, and that takes ``none`` for no value.
 
     ``--help`` shows this project's options and the ``USUAL`` of transformers', ``--help-all`` all.
+
+    Args:
+        groups: dataclasses of options.
+        owners: the methods that an option is for, if not for all; it is shown with others of these.
+        kwargs: of argparse.
     """
 
-    def __init__(self, *groups: Any, **kwargs: Any) -> None:
+    def __init__(self, *groups: Any, owners: Mapping[str, Sequence[str]] | None = None, **kwargs: Any) -> None:
+        self.owners: Mapping[str, Sequence[str]] = owners or {}
+        self.of_owners: dict[str, Any] = {}  # the groups of options that have owners, by their titles
         super().__init__(
             groups,
             allow_abbrev=False,
@@ -91,6 +98,15 @@ class Parser(HfArgumentParser):
             self.add_argument(
                 "--help-all", action=HelpAll, nargs=0, dest=SUPPRESS, help="Show all of transformers' options as well."
             )
+
+    def _parse_dataclass_field(self, parser: Any, field: Any) -> None:  # type: ignore[override]
+        """Add an option, to the group of its owners if it has any."""
+        if field.name in self.owners:
+            title = f"method={' or '.join(self.owners[field.name])}"
+            if title not in self.of_owners:
+                self.of_owners[title] = self.add_argument_group(title)
+            parser = self.of_owners[title]
+        super()._parse_dataclass_field(parser, field)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)

@@ -231,4 +231,12 @@ class Decoder:
         """``k`` independent responses to each row at ``temperature``, N k in all, those of a row side by side."""
         repeated = [row for row in rows for _ in range(k)]
         own = mix_seeds(seeds[:, None], 1 + torch.arange(k)).flatten()
-        return self.once(repeated, replace(decoding, temperature=temperature), own, on_rows=on_rows)
+        warm, done = replace(decoding, temperature=temperature), 0
+
+        def tell(responses: int) -> None:
+            nonlocal done
+            done, before = done + responses, done
+            if on_rows is not None:
+                on_rows(done // k - before // k)
+
+        return self.once(repeated, warm, own, on_rows=tell)

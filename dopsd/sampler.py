@@ -16,7 +16,7 @@ from dopsd.errors import must_be, require
 from dopsd.seeds import REMASKING, mix_seeds
 from dopsd.trajectory import NEVER, Trajectory
 
-Remasking = Literal["low_confidence", "random", "margin", "entropy"]
+Remasking = Literal["low_confidence", "random", "margin", "entropy", "leftmost"]
 SamplingDtype = Literal["float32", "float64"]
 
 
@@ -30,7 +30,8 @@ class Decoding:
         steps: T, denoising steps over all blocks; None for gen_length / 2, two tokens a step.
         temperature: of the Gumbel-max sample; 0 is greedy.
         remasking: what keeps a position masked: a low probability of its token (``low_confidence``), a small gap
-            between the two likeliest tokens (``margin``), a high ``entropy``, or chance (``random``).
+            between the two likeliest tokens (``margin``), a high ``entropy``, chance (``random``), or masked positions
+            of the block to its left (``leftmost``).
         threshold: reveal every position whose token has at least this probability, and at least one, whatever
             ``steps`` says; None follows the schedule.
         stop_at_eos: stop a sequence once everything before its first end-of-text token is revealed.
@@ -240,6 +241,8 @@ def draw(
     )
     if decoding.remasking == "random":
         confidence = mix_seeds(seeds, REMASKING).double()
+    elif decoding.remasking == "leftmost":
+        confidence = -torch.arange(seeds.shape[1], device=seeds.device).expand_as(seeds).double()  # they are in order
     return tokens.view(seeds.shape), confidence.view(seeds.shape)
 
 

@@ -16,6 +16,7 @@ REMASKING = 1  # which positions random remasking reveals
 REVEAL = 2  # what a teacher is shown of a trajectory
 OWN_FUTURE = 3  # what an evaluation reveals of the model's own answer
 MASKING = 4  # what of a response is masked to be learnt
+PROMPT_MASK = 6  # which tokens of a prompt are masked where a likelihood is estimated
 
 
 def mix_seeds(*values: Tensor | int) -> Tensor:

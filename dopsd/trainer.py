@@ -164,14 +164,18 @@ class Trainer(transformers.Trainer):
             desc="roll out",
             unit="prompt",
         )
+        decoded = self.count.take()[1]
         examples = self.method.examples(rows, rollouts, seeds)
         self.batch_size = sum(ranks.gather(self.method.size(examples)))
+        states = sum(map(self.method.states, examples))
         slices = self.memory.training(
-            lambda: self.method.slices(examples), len(examples), self.state.global_step + 1, lambda: None
+            lambda: self.method.slices(examples), states, self.state.global_step + 1, lambda: None
         )
+        if computed := self.count.take()[1]:
+            self.note(1, forward_tokens=computed)
         if rollouts:
             self.note(len(rows), **self.method.figures(rollouts), accepted=len(examples) / len(rows))
-            counts = {"rollouts": sum(rollout.decoded for rollout in rollouts), "decode_tokens": self.count.take()[1]}
+            counts = {"rollouts": sum(rollout.decoded for rollout in rollouts), "decode_tokens": decoded}
             self.note(1, **counts, rollout_seconds=time.monotonic() - start)
         return slices
 

@@ -292,6 +292,10 @@ def test_transformers_own_checks_are_usage_errors() -> None:
         parse_train(["--eval_strategy", "no", "--load_best_model_at_end", "true"])
 
 
+GRPO = ["--method", "diffu_grpo"]
+EXACT = [*GRPO, "--likelihood", "exact", "--remasking", "leftmost"]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -324,6 +328,16 @@ def test_transformers_own_checks_are_usage_errors() -> None:
         (["--lora_dropout", "1"], ["lora_dropout must be", "but is 1.0"]),
         (["--per_device_train_batch_size", "0"], ["per_device_train_batch_size must be", "but is 0"]),
         (["--max_steps", "0"], ["max_steps must be", "but is 0"]),
+        ([*GRPO, "--prompt_mask", "1"], ["prompt_mask must be", "but is 1.0", "[0, 1)"]),
+        ([*GRPO, "--ratio_clip", "0"], ["ratio_clip must be", "but is 0.0", "positive"]),
+        ([*GRPO, "--kl_weight", "-1"], ["kl_weight must be", "but is -1.0"]),
+        ([*GRPO, "--pass_k", "1"], ["pass_k must be", "but is 1", "at least 2"]),
+        ([*GRPO, "--clip", "0.1"], ["clip=0.1", "method=d_opsd", "not with diffu_grpo"]),
+        (["--kl_weight", "0.1"], ["kl_weight=0.1", "method=diffu_grpo", "not with d_opsd"]),
+        ([*EXACT, "--steps", "24"], ["likelihood='exact'", "steps=48", "remasking=leftmost", "cache=none"]),
+        ([*EXACT, "--steps", "48", "--cache", "prefix"], ["likelihood='exact'", "cache=none"]),
+        ([*EXACT, "--steps", "48", "--remasking", "margin"], ["likelihood='exact'", "remasking=leftmost"]),
+        ([*EXACT, "--share_prompt_mask", "true"], ["share_prompt_mask=True", "exact"]),
     ],
     ids=lambda part: "-".join(part).replace("--", "") if isinstance(part, list) else None,
 )
@@ -409,13 +423,13 @@ def test_every_option_has_a_help_text(group: type) -> None:
 
 
 def test_help_is_short_and_help_all_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    """Within 160 lines what is ours and usual; transformers' others, and options' second names, are elsewhere."""
+    """Within 170 lines what is ours and usual; transformers' others, and options' second names, are elsewhere."""
     text = {}
     for word in ("-h", "--help-all"):
         with pytest.raises(SystemExit):
             parse_train([word])
         text[word] = capsys.readouterr().out
-    assert text["-h"].count("\n") < 160 and max(map(len, text["-h"].splitlines())) <= 120
+    assert text["-h"].count("\n") < 170 and max(map(len, text["-h"].splitlines())) <= 120
     for name in ("--learning_rate", "--resume_from_checkpoint", "--clip_form", "--help-all"):
         assert f"  {name}" in text["-h"]
     assert "--adam_epsilon" in text["--help-all"] and "--adam_epsilon" not in text["-h"]
@@ -434,17 +448,18 @@ def test_help_says_that_a_tasks_file_is_run(parse: Any, capsys: pytest.CaptureFi
 def test_help_lists_every_option_in_its_group(
     parse: Any, groups: tuple[Any, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--help exits with 0 and shows each option and its text below its group's title."""
+    """--help exits with 0 and shows each option and its text below its group's title, or its methods'."""
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as done:
         parse(["--help"])
     assert not done.value.code
     text = capsys.readouterr().out
-    titles = [f"\n{group._argument_group_name}:\n" for group in groups]
-    starts = [text.index(title) for title in titles]
-    assert starts == sorted(starts)
-    for group, start, end in zip(groups, starts, [*starts[1:], len(text)], strict=True):
-        section = "".join(text[start:end].split())
+    sections = {part.partition(":\n")[0]: "".join(part.split()) for part in text.split("\n\n")}
+    titles = [group._argument_group_name for group in groups]
+    assert [title for title in sections if title in titles] == titles
+    for group in groups:
         for f in own_fields(group):
+            owners = config.OF_METHODS.get(f.name) if parse is parse_train else None
+            section = sections[f"method={' or '.join(owners)}" if owners else group._argument_group_name]
             assert f"--{f.name}" in section, f.name
             assert "".join(f.metadata["help"].split()) in section, f.name

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from dopsd.metrics import Figures, combined, means
+from dopsd.metrics import Figures, combined, means, of_groups
+from dopsd.rollout import Rollout
+from dopsd.trajectory import Trajectory
 
 
 def test_several_processes_log_what_one_would() -> None:
@@ -39,6 +41,23 @@ def test_several_processes_log_what_one_would() -> None:
     }
     found = combined([*first, *second])
     assert list(found) == list(expected) and found == pytest.approx(expected)
+
+
+def test_figures_of_groups() -> None:
+    """Two prompts with three tries each: two right, the first at the second try; none right, and all alike."""
+    trajectory = Trajectory(torch.arange(2), torch.tensor([5, 5, 0, 5]), torch.arange(4), 4)
+    scores = [0.0, 1.0, 1.0, 0.25, 0.25, 0.25]
+    found = of_groups([Rollout({}, trajectory, "", score, tries=1) for score in scores], size=3, eos_id=0)
+    assert found == pytest.approx(
+        {
+            "pass_rate": 1 / 2,
+            "first_try": 2 / 6,
+            "tries": (2 + 3) / 2,
+            "completion_length": 2,
+            "reward": 2.75 / 6,
+            "reward_std": (math.sqrt((4 / 9 + 1 / 9 + 1 / 9) / 2) + 0) / 2,
+        }
+    )
 
 
 def test_a_mean_of_nothing_is_nan() -> None:

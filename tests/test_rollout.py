@@ -163,6 +163,19 @@ def test_retry_goes_on_from_given_first_tries(model: LLaDAModelLM) -> None:
         check(rollout, index, K, tries)
 
 
+def test_a_group_is_tries_at_one_row(model: LLaDAModelLM) -> None:
+    """Side by side, each drawn for its number whatever the batches; rows are told of when all of theirs are done."""
+    decoder, _ = scripted(model, 4)
+    told: list[int] = []
+    found = decoder.group(ROWS, DECODING, SEEDS, 3, TEMPERATURE, on_rows=told.append)
+    assert [rollout.row["name"] for rollout in found] == [row["name"] for row in ROWS for _ in range(3)]
+    assert told == [1, 1, 2, 1, 1, 1]  # of batches of 4, 4, 4, 4, 4 and 1
+    for index, rollout in enumerate(found):
+        seed = mix_seeds(SEEDS[index // 3], 1 + index % 3)[None]
+        (alone,) = decoder.once([rollout.row], replace(DECODING, temperature=TEMPERATURE), seed)
+        assert torch.equal(alone.trajectory.tokens, rollout.trajectory.tokens)
+
+
 def test_responses_end_at_the_end_of_text(small_llada: Callable[..., LLaDAModelLM]) -> None:
     """The response is the text before the first end-of-text token, and what is graded."""
     network = small_llada()

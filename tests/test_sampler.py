@@ -77,6 +77,8 @@ def loop_decode(
                     sureness[i] = ranked[0] - ranked[1]
                 elif decoding.remasking == "entropy":
                     sureness[i] = sum(q * math.log(q) for q in p.tolist() if q > 0)
+                elif decoding.remasking == "leftmost":
+                    sureness[i] = -float(i)
                 else:
                     sureness[i] = float(splitmix(splitmix(seed, step, i), 1))
             order = sorted(choice, key=lambda i: -sureness[i])
@@ -135,6 +137,7 @@ CASES: list[dict[str, Any]] = [
     {"remasking": "entropy", "temperature": 0.9, "steps": 10},
     {"remasking": "random"},
     {"remasking": "random", "temperature": 0.9, "steps": 7},
+    {"remasking": "leftmost", "temperature": 0.9, "steps": 7},
     {"threshold": 0.3},
     {"threshold": 0.1, "temperature": 0.9},
     {"threshold": 1.0},
@@ -156,6 +159,16 @@ def test_decoding_equals_a_loop_over_full_logits(
     for got, want in zip(run(model, prompts, decoding, seeds), expected, strict=True):
         assert same(got, want)
     assert stop_at_eos or all(bool((t.reveal_step != NEVER).all()) for t in expected)
+
+
+def test_blocks_do_not_matter_from_left_to_right(small_llada: Callable[..., LLaDAModelLM]) -> None:
+    """One token a step, the leftmost: what a decoding in blocks of one token gives, whatever the blocks."""
+    model, prompts, seeds = eager_to_stop(small_llada()), make_prompts(5, 2, 9), torch.arange(3)
+    blocks = [Decoding(12, width, 12, temperature=1.0, remasking="leftmost") for width in (12, 4)]
+    expected = run(model, prompts, Decoding(12, 1, 12, temperature=1.0), seeds)
+    for decoding in blocks:
+        for one, other in zip(run(model, prompts, decoding, seeds), expected, strict=True):
+            assert torch.equal(one.tokens, other.tokens) and torch.equal(one.reveal_step, other.reveal_step)
 
 
 def test_some_of_those_loops_stop_early(small_llada: Callable[..., LLaDAModelLM]) -> None:
@@ -484,7 +497,7 @@ def test_decoding_leaves_the_mode_as_it_was(small_llada: Callable[..., LLaDAMode
         ("threshold", {"threshold": 0.0}),
         ("threshold", {"threshold": 1.1}),
         ("threshold", {"threshold": 0.5, "remasking": "margin"}),
-        ("threshold", {"threshold": 0.5, "remasking": "random"}),
+        ("threshold", {"threshold": 0.5, "remasking": "leftmost"}),
         ("remasking", {"remasking": "confidence"}),
         ("sampling_dtype", {"sampling_dtype": "bfloat16"}),
     ],

@@ -193,7 +193,7 @@ class DryRun:
 
         def example(length: int) -> Example:
             prompt_ids = torch.zeros(length, dtype=torch.int64)
-            trajectory = synthetic_trajectory(prompt_ids, decoding, self.vocab, eos_id=1)
+            trajectory = synthetic_trajectory(prompt_ids, decoding, self.vocab, 1)
             return objective.example(trajectory, prompt_ids, eos_id=1, seed=0)
 
         return example(max(1, self.prompt_length - several)), example(self.prompt_length)

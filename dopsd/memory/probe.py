@@ -20,13 +20,14 @@ from dopsd.tasks import Row
 from dopsd.trajectory import Trajectory
 
 
-def synthetic_trajectory(prompt_ids: Tensor, decoding: Decoding, vocab: int, eos_id: int) -> Trajectory:
-    """A response of random tokens with the most steps that ``decoding`` can make."""
+def synthetic_trajectory(prompt_ids: Tensor, decoding: Decoding, vocab: int, *special: int) -> Trajectory:
+    """A response of random tokens, none of them ``special``, with the most steps that ``decoding`` can make."""
     counts = [[1] * decoding.block_length] * decoding.blocks if decoding.threshold is not None else decoding.schedule()
     reveals = torch.tensor([count for block in counts for count in block])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (decoding.gen_length,), generator=generator)
-    tokens[tokens == eos_id] = (eos_id + 1) % vocab  # an end of the text would hide what is behind it
+    # An end of the text would hide what is behind it, and the mask has no probability.
+    tokens[torch.isin(tokens, torch.tensor(special))] = next(token for token in range(vocab) if token not in special)
     reveal_step = torch.arange(len(reveals)).repeat_interleave(reveals)
     return Trajectory(prompt_ids.cpu(), tokens, reveal_step, decoding.block_length)
 
@@ -59,7 +60,8 @@ class RunProbe:
         if method.shows_references:
             rows.sort(key=lambda row: len(decoder.encode(task.reference_prompt(row))))
         decoding, self.vocab = rollouts.decoding(), len(decoder.model.lm_head_weight)
-        trajectories = [synthetic_trajectory(prompt, decoding, self.vocab, decoder.eos_id) for prompt in self.prompts]
+        special = decoder.eos_id, decoder.mask_id
+        trajectories = [synthetic_trajectory(prompt, decoding, self.vocab, *special) for prompt in self.prompts]
         self.short, self.long = (
             Rollout(row, trajectory, "", score=1.0, tries=1)
             for row, trajectory in zip((rows[0], rows[-1]), trajectories, strict=True)
