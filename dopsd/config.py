@@ -204,7 +204,12 @@ class TeachingArguments:
         "self_future", "Shown to the teacher: its own future tokens, or a reference solution in the prompt."
     )
     retain_ratio: float = option(0.25, "rho: share of the candidate tokens revealed to the teacher.")
-    reveal_scope: RevealScope = option("future_blocks", "Where candidates lie.")
+    reveal_scope: RevealScope = option(
+        "future_blocks", "Where candidates lie: behind the current block, anywhere, or in a later state of the student."
+    )
+    reveal_gap: int | None = option(
+        1, "With later_state, by how many steps it is later; none: the response when all is revealed."
+    )
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Confidence = option("probability", "By what K is chosen.")
