@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .confidence.contracts import ConfidenceOutput
 from .step_kl.contracts import StepKLOptions, StepKLOutput
+from .token_logprob.contracts import TokenLogprob
 
 # ------------------------------------------------------------------------------------------------------------
 # Clipped divergence between a student and a fixed teacher
@@ -132,6 +133,28 @@ def _weighted_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp()
     impossible = (p > 0) & (log_q == torch.finfo(log_q.dtype).min)
     return torch.where(impossible, math.inf, p * (log_p - log_q))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Log-probabilities of given tokens, and the entropy
+# ------------------------------------------------------------------------------------------------------------
+
+
+def token_logprob(
+    hidden: Tensor,  # (..., d)
+    weight: Tensor,  # (V, d)
+    tokens: Tensor,  # (...) or (..., m) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    exclude: Sequence[int] = (),
+    temperature: float = 1.0,
+) -> TokenLogprob:
+    """Specify `dopsd_kernels.fused_token_logprob`, whose docstring defines the arguments."""
+    logits = _logits(hidden, weight, bias, hidden.dtype)
+    logits = logits.index_fill(-1, torch.tensor(exclude, dtype=torch.int64, device=hidden.device), -math.inf)
+    log_p = (logits / temperature).log_softmax(-1)
+    logprob = log_p.gather(-1, tokens.reshape(*hidden.shape[:-1], -1)).reshape(tokens.shape)
+    return TokenLogprob(logprob, -(log_p.exp() * _floored(log_p)).sum(-1))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .workspace import CPU_BYTES, GPU_BYTES
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -75,3 +78,32 @@ def check_integer(name: str, value: Any, low: int, high: int) -> None:
         raise TypeError(f"{name} must be an int, but is a {type(value).__name__}.")
     if not low <= value <= high:
         raise ValueError(f"{name} is {value}, but must be between {low} and {high}.")
+
+
+def check_settings(
+    workspace_bytes: int | None,
+    vocab_group: dist.ProcessGroup | None,
+    check_finite: bool,
+    backend: str,
+    device: torch.device,
+) -> tuple[int, str | None, bool, str]:
+    """Check what defines how an op is computed, and return it in the order of the operators."""
+    if workspace_bytes is None:
+        workspace_bytes = GPU_BYTES if device.type == "cuda" else CPU_BYTES
+    check_integer("workspace_bytes", workspace_bytes, 1, 1 << 62)
+    check_choice("backend", backend, ("auto", "triton", "torch"))
+    if not isinstance(check_finite, bool):
+        raise TypeError(f"check_finite must be a bool, but is a {type(check_finite).__name__}.")
+    if vocab_group is not None and not isinstance(vocab_group, dist.ProcessGroup):
+        raise TypeError(f"vocab_group must be a torch.distributed.ProcessGroup, but is a {type(vocab_group).__name__}.")
+    return workspace_bytes, None if vocab_group is None else vocab_group.group_name, check_finite, backend
+
+
+def check_entries(**tensors: Tensor | None) -> None:
+    """Require finite entries; of a bias, -inf is one."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.numel() == 0:
+            continue
+        low, high = tensor.aminmax()  # NaN if there is one; and no mask as large as the tensor
+        if not bool(high.isfinite() & (low.isfinite() if "bias" not in name else True)):
+            raise ValueError(f"{name} has {'+inf' if 'bias' in name else 'infinite'} or NaN entries.")

@@ -14,16 +14,13 @@ from ..common.arguments import (
     check_head,
     check_integer,
     check_number,
+    check_settings,
     check_shape,
 )
+from ..common.head import whole
 from .contracts import StepKLOptions, StepKLOutput
 from .divergences import DIVERGENCES
 from .operators import StepKL, StepKLFromLogits
-
-# On a CPU, products of about 190 rows at V = 32768, enough for their full rate. On a GPU, of 256 rows at
-# V = 126464: with fewer they are limited by reading the weight.
-_CPU_WORKSPACE_BYTES = 64 << 20
-_GPU_WORKSPACE_BYTES = 256 << 20
 
 
 def fused_step_kl(
@@ -126,8 +123,8 @@ def fused_step_kl(
         TypeError, ValueError: an argument is of the wrong type, shape, device or range, or `backend` is "triton" and
             the kernels cannot be used.
     """
-    weight, teacher_weight = _whole(weight), None if teacher_weight is None else _whole(teacher_weight)
-    bias, teacher_bias = (None if x is None else _whole(x) for x in (bias, teacher_bias))
+    weight, teacher_weight = whole(weight), None if teacher_weight is None else whole(teacher_weight)
+    bias, teacher_bias = (None if x is None else whole(x) for x in (bias, teacher_bias))
     check_head("student_hidden", student_hidden, "weight", weight)
     if teacher_weight is None:
         check_head("teacher_hidden", teacher_hidden, "weight", weight)
@@ -287,25 +284,6 @@ def check_options(
     return StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature)
 
 
-def check_settings(
-    workspace_bytes: int | None,
-    vocab_group: dist.ProcessGroup | None,
-    check_finite: bool,
-    backend: str,
-    device: torch.device,
-) -> tuple[int, str | None, bool, str]:
-    """Check what defines how a loss is computed, and return it in the order of the operators."""
-    if workspace_bytes is None:
-        workspace_bytes = _GPU_WORKSPACE_BYTES if device.type == "cuda" else _CPU_WORKSPACE_BYTES
-    check_integer("workspace_bytes", workspace_bytes, 1, 1 << 62)
-    check_choice("backend", backend, ("auto", "triton", "torch"))
-    if not isinstance(check_finite, bool):
-        raise TypeError(f"check_finite must be a bool, but is a {type(check_finite).__name__}.")
-    if vocab_group is not None and not isinstance(vocab_group, dist.ProcessGroup):
-        raise TypeError(f"vocab_group must be a torch.distributed.ProcessGroup, but is a {type(vocab_group).__name__}.")
-    return workspace_bytes, None if vocab_group is None else vocab_group.group_name, check_finite, backend
-
-
 def _check_frozen(name: str, tensor: Tensor | None) -> None:
     if tensor is not None and tensor.requires_grad:
         raise ValueError(f"{name} requires a gradient, but the teacher gets none: pass {name}.detach().")
@@ -324,16 +302,3 @@ def _check_row_weight(row_weight: Any, leading: torch.Size, device: torch.device
         raise ValueError("row_weight requires a gradient, but gets none: pass row_weight.detach().")
     flat: Tensor = row_weight.reshape(-1)
     return flat
-
-
-def _whole(tensor: Any) -> Any:
-    """Gather a parameter that FSDP2 has sharded; its gradient is averaged over the processes, as FSDP2 does."""
-    mesh = getattr(tensor, "device_mesh", None)
-    if mesh is None:
-        return tensor
-    from torch.distributed.tensor import Partial
-
-    whole = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
-    if whole.requires_grad:
-        whole.register_hook(lambda gradient: gradient / mesh.size())
-    return whole

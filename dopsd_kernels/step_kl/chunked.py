@@ -19,58 +19,18 @@ wanted. The passes in PyTorch take the student's rows and the teacher's apart, w
            | gradient, 16 bits: 0 | 1 | 2 | 3 | ...
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common import products, topk
+from ..common.head import FP16_BOOST, ChunkedGradients, Gradients, Head, gradient_dtype, new_gradients
 from ..common.vocab_group import VocabGroup
+from ..common.workspace import Plan, chunk_rows, divide
 from . import passes
 from .contracts import StepKLOptions
-
-# fp16 knows nothing below 6e-8, and a gradient with respect to logits has many such entries, which a loss scale comes
-# too late for. This factor leaves room for entries of 255, a divergence of that many nats.
-FP16_BOOST = 256
-# Chunks of several on a GPU are a multiple of so many rows, which products take together.
-_ROW_TILE = 16
-
-
-class Head(NamedTuple):
-    """One side's input and output layer."""
-
-    hidden: Tensor  # (N, d)
-    weight: Tensor  # (V, d)
-    bias: Tensor | None  # (V,)
-
-
-class Gradients(NamedTuple):
-    """Gradients of the weighted sum of row losses; None where none was asked for.
-
-    In fp32, or fp64 for fp64 hidden states; that of bf16 hidden states in bf16, which loses nothing more later.
-    """
-
-    hidden: Tensor | None  # (N, d)
-    weight: Tensor | None  # (V, d)
-    bias: Tensor | None  # (V,)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the workspace is divided."""
-
-    chunk_rows: int  # rows per product
-    block_rows: int  # rows per pass over logits
-    head_rows: int  # rows of gradient that fit before the logits; 0 if it lies where the logits were
-    tile_columns: int  # weight rows (vocabulary columns) converted at once
-    paired: bool = False  # whether both sides' rows of logits alternate
-
-
-def gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """Return the dtype in which the hidden states' gradient is returned."""
-    return hidden.dtype if hidden.dtype == torch.bfloat16 else products.compute_dtype(hidden)
 
 
 def plan_workspace(
@@ -114,45 +74,10 @@ def plan_workspace(
     return replace(plan, paired=paired)
 
 
-def divide(
-    workspace_bytes: int,
-    vocab: int,
-    row_bytes: int,  # of each row of a chunk
-    column_bytes: int,  # of each column of a tile
-    wanted_rows: int = 1,  # in a block, if they fit
-    block_row_bytes: int = 0,  # of each row of a block
-    head_row_bytes: int = 0,  # of each row of gradient before the logits
-) -> Plan:
-    """Give each part of a plan what it needs, and then its share of the rest; chunks get what is left."""
-    floor = row_bytes + block_row_bytes + column_bytes + head_row_bytes
-    if workspace_bytes < floor:
-        raise ValueError(f"workspace_bytes is {workspace_bytes}, but one row of {vocab} logits needs at least {floor}.")
-    spare = workspace_bytes - floor
-    block_rows = max(1, wanted_rows)
-    if block_row_bytes:
-        block_rows = min(block_rows, 1 + spare // 4 // block_row_bytes)
-        spare -= (block_rows - 1) * block_row_bytes
-    head_rows = 0
-    if head_row_bytes:
-        # Few, for they are rows less of the chunk, and blocks soon grow.
-        head_rows = 1 + min(block_rows // 16, 8, spare // 16 // head_row_bytes)
-        spare -= (head_rows - 1) * head_row_bytes
-    tile_columns = vocab
-    if column_bytes:
-        tile_columns = min(vocab, 1 + spare // 4 // column_bytes)
-        spare -= (tile_columns - 1) * column_bytes
-    return Plan(1 + spare // row_bytes, block_rows, head_rows, tile_columns)
-
-
 def new_outputs(student: Head, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Gradients]:
     """Return the row outputs (3, N) and the gradients, all 0."""
-    dtype, zeros = products.compute_dtype(student.hidden), student.hidden.new_zeros
-    gradients = Gradients(
-        zeros(student.hidden.shape, dtype=gradient_dtype(student.hidden)) if needs[0] else None,
-        zeros(student.weight.shape, dtype=dtype) if needs[1] else None,
-        zeros(student.weight.shape[:1], dtype=dtype) if needs[2] else None,
-    )
-    return zeros((3, student.hidden.shape[0]), dtype=dtype), gradients
+    dtype = products.compute_dtype(student.hidden)
+    return student.hidden.new_zeros((3, student.hidden.shape[0]), dtype=dtype), new_gradients(student, needs)
 
 
 def _triton() -> ModuleType:
@@ -186,11 +111,8 @@ def step_kl(
     bias_s, bias_t = (None if head.bias is None else head.bias.to(dtype) for head in (student, teacher))
     memory = _Memory(student, plan, min(active, chunk_rows(active, plan, student.hidden)))
     boost = FP16_BOOST if memory.operand == torch.float16 else 1
-    # dz is the gradient of each row's own loss; the row's factor enters on the narrow side.
-    scale = (row_scale / (options.temperature * boost))[:, None]
-    # For the weight's gradient that side is rounded to the operands' dtype, in which the factors, perhaps 1 / N and an
-    # upstream gradient, would underflow: only their ratios enter, and the largest at the end, once for all chunks.
-    largest = scale.abs().amax().clamp(min=torch.finfo(dtype).tiny) if memory.operand != dtype else scale.new_ones(())
+    # dz is the gradient of each row's own loss.
+    sums = ChunkedGradients(grads, student, row_scale / (options.temperature * boost), plan.tile_columns, group)
 
     for chunk in products.tiles(active, memory.chunk_rows):
         places = chunk if rows is None else rows[chunk]
@@ -201,17 +123,8 @@ def step_kl(
         boosts = None if boost == 1 else row_scale.new_full((size,), boost)
         stats[:, places] = go_over(z[0], z[1], bias_s, bias_t, options, group, _blocks(size, plan), dz, boosts)
         if dz is not None:
-            if grads.hidden is not None:
-                dh = products.hidden_gradient(dz, student.weight, plan.tile_columns)
-                grads.hidden[places] = group.sum(dh).mul_(scale[chunk]).to(grads.hidden.dtype)
-            if grads.weight is not None:
-                assert hidden is not None
-                products.add_matmul(grads.weight, dz.T, (hidden * (scale[chunk] / largest)).to(dz.dtype))
-            if grads.bias is not None:
-                products.add_bias_gradient(grads.bias, dz, scale[chunk])
-    if grads.weight is not None and memory.operand != dtype:
-        grads.weight.mul_(largest)
-    return stats, grads
+            sums.add(chunk, places, dz, hidden)
+    return stats, sums.finish()
 
 
 def step_kl_from_logits(
@@ -291,16 +204,6 @@ class _Memory:
         if self.operand == self.dtype:
             return self.logits(rows)[0]
         return self.memory.view(self.operand)[: rows * self.stride].view(rows, self.stride)[:, : self.vocab]
-
-
-def chunk_rows(active: int, plan: Plan, hidden: Tensor) -> int:
-    """Return the rows of a chunk: all chunks about equal, for every one reads the whole weight."""
-    limit = plan.chunk_rows
-    if not hidden.is_cuda:
-        return -(-active // -(-active // limit))
-    if limit >= _ROW_TILE:
-        limit = limit // _ROW_TILE * _ROW_TILE
-    return min(limit, -(-active // -(-active // limit) // 8) * 8)
 
 
 def _blocks(count: int, plan: Plan) -> list[slice]:

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..common.arguments import check_choice
-from .api import check_options, check_settings, fused_step_kl
+from ..common.arguments import check_choice, check_settings
+from .api import check_options, fused_step_kl
 from .contracts import StepKLOutput
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common.arguments import check_integer
+from ..common.arguments import check_entries, check_integer
 from ..common.backends import as_traced, choose_backend, undisturbed
+from ..common.head import Head, gradient_dtype
 from ..common.products import compute_dtype
 from ..common.vocab_group import VocabGroup
 from . import chunked, renormalized
-from .chunked import Head, gradient_dtype
 from .contracts import StepKLOptions
 
 
@@ -46,7 +46,7 @@ def _step_kl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the row outputs (3, N), and the gradients of the weighted sum of row losses; (0,) for one not needed."""
     if check_finite:
-        _check_finite(
+        check_entries(
             student_hidden=hidden,
             weight=weight,
             bias=bias,
@@ -116,7 +116,7 @@ def _step_kl_from_logits(
 ) -> tuple[Tensor, Tensor]:
     """Return the row outputs (3, N), and the gradient (N, V) of the weighted sum of row losses, (0,) if not wanted."""
     if check_finite:
-        _check_finite(student_logits=student, teacher_logits=teacher)
+        check_entries(student_logits=student, teacher_logits=teacher)
     rows, scale = _selected_rows(row_weight, upstream, mean, student)
     options = StepKLOptions(divergence, beta, clip, clip_form, top_k, tail, temperature)
     backend = choose_backend(backend, (student, teacher))
@@ -142,16 +142,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     stats = student.new_empty((3, student.shape[0]), dtype=compute_dtype(student))
     return stats, student.new_empty(student.shape if want_grad else (0,))
-
-
-def _check_finite(**tensors: Tensor | None) -> None:
-    """Require finite entries; of a bias, -inf is one."""
-    for name, tensor in tensors.items():
-        if tensor is None or tensor.numel() == 0:
-            continue
-        low, high = tensor.aminmax()  # NaN if there is one; and no mask as large as the tensor
-        if not bool(high.isfinite() & (low.isfinite() if "bias" not in name else True)):
-            raise ValueError(f"{name} has {'+inf' if 'bias' in name else 'infinite'} or NaN entries.")
 
 
 def _group(name: str | None, vocab: int, device: torch.device, top_k: int | None) -> VocabGroup:

@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 
 from ..common import products, topk
+from ..common.head import FP16_BOOST, Gradients, Head, gradient_dtype
 from ..common.topk import TopK, group_topk
 from ..common.vocab_group import VocabGroup
-from .chunked import (
-    FP16_BOOST,
-    Gradients,
-    Head,
-    Plan,
-    chunk_rows,
-    divide,
-    gradient_dtype,
-    head_logits,
-    new_outputs,
-)
+from ..common.workspace import Plan, chunk_rows, divide
+from .chunked import head_logits, new_outputs
 from .contracts import StepKLOptions
 from .passes import TOP_K_TEMPORARIES, divergence
 
