@@ -27,14 +27,15 @@ from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
-MethodName = Literal["d_opsd"]
+MethodName = Literal["d_opsd", "vrpo"]
 
 # Which methods an option is for, if not for all.
 OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     **dict.fromkeys([f.name for f in fields(Objective) if f.name != "workspace_bytes"], ("d_opsd",)),
     **dict.fromkeys(["teacher", "ema_decay", "drift_samples", "drift_limit"], ("d_opsd",)),
-    **dict.fromkeys(["correct_only", "score_threshold"], ("d_opsd",)),
-    **dict.fromkeys(["pass_k", "temperature"], ("d_opsd",)),
+    "correct_only": ("d_opsd",),
+    **dict.fromkeys(["score_threshold", "pass_k", "temperature"], ("d_opsd", "vrpo")),
+    **dict.fromkeys(["elbo_draws", "preference_beta", "sft_weight"], ("vrpo",)),
 }
 
 TASK_HELP = (
@@ -226,7 +227,10 @@ class TeachingArguments:
     )
     skip_last_block: bool = option(False, "Leave the steps of the last block out.")
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
-    score_threshold: float = option(1.0, "Least grade of a response that trains.")
+    score_threshold: float = option(1.0, "Least grade of a response that trains, or, with vrpo, is preferred.")
+    elbo_draws: int = option(8, "Times, with a mask each, from which the ELBO of a response is estimated.")
+    preference_beta: float = option(0.2, "By what a difference of ELBOs is multiplied inside the sigmoid.")
+    sft_weight: float = option(0.05, "Weight of the cross-entropy per token of the response that is preferred.")
     updates_per_batch: int = option(1, "Optimiser updates per batch: its states are cut into so many slices.")
     reuse: Reuse = option(
         "none",
@@ -251,7 +255,9 @@ class TeachingArguments:
         must_be_choices(self)
         must_be(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         must_be(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "in [0, 1]")
-        at_least_one(self, "updates_per_batch", "states_per_forward")
+        at_least_one(self, "updates_per_batch", "states_per_forward", "elbo_draws")
+        must_be(self.preference_beta > 0, "preference_beta", self.preference_beta, "positive")
+        must_be(self.sft_weight >= 0, "sft_weight", self.sft_weight, "at least 0")
         must_be(self.drift_samples >= 0, "drift_samples", self.drift_samples, "at least 0")
         limit = self.drift_limit
         must_be(limit is None or limit >= 0, "drift_limit", limit, "at least 0, or none")

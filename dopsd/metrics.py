@@ -51,6 +51,20 @@ def of_rollouts(rollouts: Sequence[Rollout], eos_id: int) -> dict[str, float]:
     }
 
 
+def of_groups(rollouts: Sequence[Rollout], size: int, eos_id: int) -> dict[str, float]:
+    """As :func:`of_rollouts`, of tries that are ``size`` side by side for each prompt; with their rewards."""
+    groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+    rewards = [torch.tensor([rollout.score for rollout in group], dtype=torch.float64) for group in groups]
+    right = [[rollout.score >= 1 for rollout in group] for group in groups]
+    return {
+        **of_rollouts(rollouts, eos_id),  # whose share of right first tries is that of all, for each is one
+        "pass_rate": mean([float(any(group)) for group in right]),
+        "tries": mean([float(group.index(True) + 1 if any(group) else size) for group in right]),
+        "reward": mean([float(reward.mean()) for reward in rewards]),
+        "reward_std": mean([float(reward.std()) for reward in rewards]),
+    }
+
+
 def combined(parts: Iterable[Figures]) -> dict[str, float]:
     """Each metric of several updates and processes; nan for a mean of nothing."""
     found: dict[str, list[tuple[int, int, float]]] = {}

@@ -15,6 +15,8 @@ DRIFT = -2  # states whose drift is measured
 REMASKING = 1  # which positions random remasking reveals
 REVEAL = 2  # what a teacher is shown of a trajectory
 OWN_FUTURE = 3  # what an evaluation reveals of the model's own answer
+MASKING = 4  # what of a response is masked to be learnt
+PAIRING = 5  # which two responses to a prompt are compared
 
 
 def mix_seeds(*values: Tensor | int) -> Tensor:

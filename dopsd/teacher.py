@@ -92,7 +92,7 @@ class TeacherView:
         gap, scope = self.reveal_gap, self.reveal_scope
         must_be(gap is None or gap >= 1, "reveal_gap", gap, "at least 1, or none")
         require(gap == 1 or scope == "later_state", "reveal_gap", gap, "it goes with reveal_scope=later_state")
-        hint = "the states of a block would share one draw, and their later states are not the same: reuse=none or prompt"
+        hint = "a block then has one draw, but each of its states has later ones of its own: reuse=none or prompt"
         require(scope != "later_state" or self.reuse != "block", "reveal_scope", scope, hint)
 
     def example(

@@ -1,0 +1,1 @@
+"""Other methods of training than d-OPSD, in the same harness."""
