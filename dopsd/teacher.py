@@ -91,7 +91,7 @@ class TeacherView:
         must_be(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "in [0, 1]")
         gap, scope = self.reveal_gap, self.reveal_scope
         must_be(gap is None or gap >= 1, "reveal_gap", gap, "at least 1, or none")
-        require(gap == 1 or scope == "later_state", "reveal_gap", gap, "it goes with reveal_scope=later_state")
+        require(gap in (1, None) or scope == "later_state", "reveal_gap", gap, "it goes with reveal_scope=later_state")
         hint = "a block then has one draw, but each of its states has later ones of its own: reuse=none or prompt"
         require(scope != "later_state" or self.reuse != "block", "reveal_scope", scope, hint)
 

@@ -140,7 +140,6 @@ def test_what_a_later_state_does_not_go_with() -> None:
     view = {"teacher_context": "self_future", "retain_ratio": 1.0, "reveal_tail": True, "skip_last_block": False}
     for changes, said in (
         ({"reveal_scope": "masked", "reveal_gap": 2}, "reveal_gap=2 .* reveal_scope=later_state"),
-        ({"reveal_scope": "masked", "reveal_gap": None}, "reveal_gap=None .* reveal_scope=later_state"),
         ({"reveal_scope": "later_state", "reveal_gap": 0}, "reveal_gap must be at least 1, or none, but is 0"),
         ({"reveal_scope": "later_state", "reuse": "block"}, "reveal_scope='later_state' .* reuse=none or prompt"),
     ):
