@@ -52,7 +52,7 @@ def train(*, progress: bool = False, **options: Any) -> Run:
         RunError: the run can't start or go on.
         Interrupted: a signal ended it; ``resume_from_checkpoint=True`` goes on.
     """
-    from dopsd.config import parse_train
+    from dopsd.commands import parse_train
     from dopsd.console import console
     from dopsd.run import run
 

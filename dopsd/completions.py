@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from dopsd.config import SampleArguments, parse_sample
+from dopsd.commands import parse_sample
+from dopsd.config import SampleArguments
 from dopsd.errors import must_be
 from dopsd.generate import Sample, load
 from dopsd.rollout import Decoder

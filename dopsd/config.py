@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -16,10 +16,10 @@ from dopsd import ranks
 from dopsd.cache import Cache
 from dopsd.confidence import Confidence
 from dopsd.errors import must_be, must_be_choices, require
-from dopsd.models import SHIPPED, add_lora, load_adapter
+from dopsd.models import add_lora, load_adapter
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective
-from dopsd.parser import Parser, check_numbers
+from dopsd.parser import check_numbers
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading
@@ -27,18 +27,20 @@ from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
-MethodName = Literal["d_opsd", "sft", "rejection", "diffu_grpo", "off_policy"]
+MethodName = Literal["d_opsd", "sft", "rejection", "diffu_grpo", "vrpo", "off_policy"]
 
 # Which methods an option is for, if not for all.
 OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     **dict.fromkeys([f.name for f in fields(Objective) if f.name != "workspace_bytes"], ("d_opsd",)),
     **dict.fromkeys(["teacher", "ema_decay", "drift_samples", "drift_limit"], ("d_opsd",)),
-    **dict.fromkeys(["correct_only", "score_threshold"], ("d_opsd", "rejection")),
-    **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection", "diffu_grpo")),
+    "correct_only": ("d_opsd", "rejection"),
+    "score_threshold": ("d_opsd", "rejection", "vrpo"),
+    **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection", "diffu_grpo", "vrpo")),
     "learn_tail": ("sft", "rejection"),
     **dict.fromkeys(["mask_ratio", "entropy_weight"], ("off_policy",)),
     **dict.fromkeys(["advantage", "likelihood", "prompt_mask", "share_prompt_mask"], ("diffu_grpo",)),
     **dict.fromkeys(["ratio_clip", "kl_weight"], ("diffu_grpo",)),
+    **dict.fromkeys(["elbo_draws", "preference_beta", "sft_weight"], ("vrpo",)),
 }
 
 TASK_HELP = (
@@ -208,7 +210,12 @@ class TeachingArguments:
         "self_future", "Shown to the teacher: its own future tokens, or a reference solution in the prompt."
     )
     retain_ratio: float = option(0.25, "rho: share of the candidate tokens revealed to the teacher.")
-    reveal_scope: RevealScope = option("future_blocks", "Where candidates lie.")
+    reveal_scope: RevealScope = option(
+        "future_blocks", "Where candidates lie: behind the current block, anywhere, or in a later state of the student."
+    )
+    reveal_gap: int | None = option(
+        1, "With later_state, by how many steps it is later; none: the response when all is revealed."
+    )
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Confidence = option("probability", "By what K is chosen.")
@@ -225,7 +232,7 @@ class TeachingArguments:
     )
     skip_last_block: bool = option(False, "Leave the steps of the last block out.")
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
-    score_threshold: float = option(1.0, "Least grade of a response that trains.")
+    score_threshold: float = option(1.0, "Least grade of a response that trains, or, with vrpo, is preferred.")
     learn_tail: bool = option(True, "Whether the end-of-text behind the first is learnt too, up to gen_length.")
     mask_ratio: float = option(0.8, "Largest share of a window that is masked; the least rises to it over the run.")
     entropy_weight: float = option(1.0, "Of the entropy of tokens that are predicted right, beside cross-entropies.")
@@ -239,6 +246,9 @@ class TeachingArguments:
     share_prompt_mask: bool = option(False, "Whether a group has one mask of the prompt, and so one pass for all.")
     ratio_clip: float = option(0.5, "How far from 1 the ratio to the policy that responded still gains.")
     kl_weight: float = option(0.04, "Weight of the divergence from the policy at the start; 0: not computed.")
+    elbo_draws: int = option(8, "Times, with a mask each, from which the ELBO of a response is estimated.")
+    preference_beta: float = option(0.2, "By what a difference of ELBOs is multiplied inside the sigmoid.")
+    sft_weight: float = option(0.05, "Weight of the cross-entropy per token of the response that is preferred.")
     updates_per_batch: int = option(
         1, "Optimiser updates per batch: each has a slice of what is learnt of it; of diffu_grpo all."
     )
@@ -267,7 +277,9 @@ class TeachingArguments:
         must_be(0 <= self.score_threshold <= 1, "score_threshold", self.score_threshold, "in [0, 1]")
         must_be(0 < self.mask_ratio <= 1, "mask_ratio", self.mask_ratio, "above 0 and at most 1")
         must_be(self.entropy_weight >= 0, "entropy_weight", self.entropy_weight, "at least 0")
-        at_least_one(self, "updates_per_batch", "states_per_forward")
+        at_least_one(self, "updates_per_batch", "states_per_forward", "elbo_draws")
+        must_be(self.preference_beta > 0, "preference_beta", self.preference_beta, "positive")
+        must_be(self.sft_weight >= 0, "sft_weight", self.sft_weight, "at least 0")
         must_be(self.drift_samples >= 0, "drift_samples", self.drift_samples, "at least 0")
         must_be(0 <= self.prompt_mask < 1, "prompt_mask", self.prompt_mask, "in [0, 1)")
         must_be(self.ratio_clip > 0, "ratio_clip", self.ratio_clip, "positive")
@@ -439,97 +451,3 @@ class SampleArguments(LoadArguments):
         """What :meth:`dopsd.generate.Model.generate` is told about lengths."""
         given = {name: getattr(self, name) for name in ("gen_length", "block_length", "steps")}
         return {name: value for name, value in given.items() if value is not None}
-
-
-# The options of a training run, in the order of its groups.
-TRAINING = (ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments)
-
-
-def parse_train(
-    argv: Sequence[str] = (), **options: Any
-) -> tuple[ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
-    """The options of a training run: a recipe's, overridden by those in ``argv`` and by ``options``."""
-    parser = Parser(
-        *TRAINING,
-        owners=OF_METHODS,
-        prog="python -m dopsd.train",
-        description="A diffusion language model learns from its own future tokens (d-OPSD), or by another method.",
-    )
-    words = [*argv, *parser.tokens(options)]
-    groups = parser.parse(with_recipe(parser, words, default_recipe))
-    for_method(groups, words)
-    require_comparable(groups[2], groups[3])
-    return groups
-
-
-def for_method(groups: Sequence[Any], words: Sequence[str]) -> None:
-    """Put options of other methods than the one chosen back to their defaults: a recipe may have them.
-
-    Raises:
-        UsageError: one of ``words``, a command line, is such an option.
-    """
-    method = next(group.method for group in groups if isinstance(group, TeachingArguments))
-    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-    for group in groups:
-        for f in fields(group):
-            owners = OF_METHODS.get(f.name, (method,))
-            if method not in owners:
-                hint = f"it goes with method={' or '.join(owners)}, and not with {method}"
-                require(f.name not in given, f.name, getattr(group, f.name), hint)
-                setattr(group, f.name, f.default)
-
-
-def require_comparable(rollouts: RolloutArguments, teaching: TeachingArguments) -> None:
-    """Raise UsageError unless the responses of a group can be compared as is asked for."""
-    several = teaching.method != "diffu_grpo" or rollouts.pass_k >= 2
-    must_be(several, "pass_k", rollouts.pass_k, "at least 2: a response is compared with others")
-    decoding = rollouts.decoding()
-    one_by_one = decoding.remasking == "leftmost" and decoding.total_steps == decoding.gen_length
-    hint = f"it goes with remasking=leftmost, one token a step (steps={decoding.gen_length}) and cache=none"
-    possible = teaching.likelihood == "one_step" or (one_by_one and decoding.cache == "none")
-    require(possible, "likelihood", teaching.likelihood, hint)
-
-
-def default_recipe(model: str | None) -> str:
-    """The recipe that a model, the default one if none is named, is trained with unless one is named."""
-    return "tiny" if model is None or model in SHIPPED else "paper"
-
-
-def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None], str]) -> list[str]:
-    """``words`` behind the options of the recipe that they name, or else of their model's ``default``."""
-    probe = Parser(ModelArguments, add_help=False)
-    probe.set_defaults(model=None)
-    known, _ = probe.parse_known_args(words)
-    name = default(known.model) if known.recipe is None else known.recipe
-    return [*parser.recipe(name, known.model, default_recipe), f"--recipe={name}", *words]
-
-
-def parse_plan(
-    argv: Sequence[str],
-) -> tuple[PlanArguments, ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
-    """The options of a plan without a run: a recipe's (``paper`` unless one is named), overridden by those in ``argv``.
-
-    The GPU that is planned for computes in bf16 unless it is told not to, whatever this machine does.
-    """
-    parser = Parser(
-        PlanArguments,
-        *TRAINING,
-        owners=OF_METHODS,
-        prog="python -m dopsd.plan",
-        description="Which sizes of a training run fit on a GPU, from a config.json alone.",
-    )
-    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), lambda _: "paper")])
-
-
-def parse_sample(argv: Sequence[str]) -> SampleArguments:
-    """The options of ``python -m dopsd.sample``."""
-    description = "Completions of prompts, by a run, an adapter or a model."
-    (arguments,) = Parser(SampleArguments, prog="python -m dopsd.sample", description=description).parse(argv)
-    return arguments
-
-
-def parse_load(**options: Any) -> LoadArguments:
-    """How a model is loaded."""
-    parser = Parser(LoadArguments)
-    (arguments,) = parser.parse(parser.tokens(options))
-    return arguments

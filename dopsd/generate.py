@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from dopsd.config import LoadArguments, RolloutArguments, parse_load, parse_train
+from dopsd.commands import parse_load, parse_train
+from dopsd.config import LoadArguments, RolloutArguments
 from dopsd.errors import UsageError, require
 from dopsd.models import load_adapter, load_model, require_layers
 from dopsd.parser import did_you_mean

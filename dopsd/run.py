@@ -15,13 +15,13 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from dopsd import checkpoints, cli, model_card, report
+from dopsd.commands import parse_train
 from dopsd.config import (
     ModelArguments,
     RolloutArguments,
     TaskArguments,
     TeachingArguments,
     TrainingArguments,
-    parse_train,
 )
 from dopsd.interruption import Interruption
 from dopsd.models import adapter_files, check_model, load_model

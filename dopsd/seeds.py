@@ -17,6 +17,7 @@ REVEAL = 2  # what a teacher is shown of a trajectory
 OWN_FUTURE = 3  # what an evaluation reveals of the model's own answer
 MASKING = 4  # what of a response is masked to be learnt
 PROMPT_MASK = 6  # which tokens of a prompt are masked where a likelihood is estimated
+PAIRING = 5  # which two responses to a prompt are compared
 
 
 def mix_seeds(*values: Tensor | int) -> Tensor:

@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from dopsd.errors import must_be, must_be_choices
+from dopsd.errors import must_be, must_be_choices, require
 from dopsd.models import STUDENT
 from dopsd.sampler import inference
 from dopsd.step_batch import Example, Reuse
 from dopsd.trajectory import Trajectory
 
 TeacherContext = Literal["self_future", "reference"]
-RevealScope = Literal["future_blocks", "masked"]
+RevealScope = Literal["future_blocks", "masked", "later_state"]
 TeacherKind = Literal["fixed", "ema", "live"]
 
 TEACHER = "teacher"
@@ -30,6 +30,7 @@ def self_future(
     *,
     retain_ratio: float,
     scope: RevealScope,
+    gap: int | None = None,
     tail: bool,
     eos_id: int,
     generator: torch.Generator,
@@ -40,15 +41,22 @@ def self_future(
         trajectory: a decoded response.
         steps: the steps to draw for.
         retain_ratio: share of the candidates that is revealed, rounded to the nearest count.
-        scope: candidates are the masked positions behind the current block (``future_blocks``) or all masked ones
-            (``masked``).
+        scope: candidates are the masked positions behind the current block (``future_blocks``), all masked ones
+            (``masked``), or those that the student's own ``gap`` steps after this one reveal (``later_state``). What
+            this step itself reveals stays masked for ``later_state``, so that K is never empty.
+        gap: of ``later_state``; with None candidates are all that is masked when this step is done.
         tail: whether positions behind the first end-of-text token are candidates. A step whose block reaches that
             token has no ``future_blocks`` candidates either way: what follows says nothing.
         eos_id: the end-of-text token.
         generator: the source of the draw, on the CPU.
     """
     positions = torch.arange(len(trajectory.tokens))
-    candidates = trajectory.reveal_step >= steps[:, None]
+    reveal_step = trajectory.reveal_step
+    candidates = reveal_step >= steps[:, None]
+    if scope == "later_state":
+        candidates = reveal_step > steps[:, None]
+        if gap is not None:
+            candidates = candidates & (reveal_step <= steps[:, None] + gap)
     end = trajectory.text_length(eos_id)
     if not tail:
         candidates = candidates & (positions <= end)
@@ -76,10 +84,16 @@ class TeacherView:
     reveal_tail: bool
     skip_last_block: bool
     reuse: Reuse = "none"
+    reveal_gap: int | None = 1
 
     def __post_init__(self) -> None:
         must_be_choices(self)
         must_be(0 <= self.retain_ratio <= 1, "retain_ratio", self.retain_ratio, "in [0, 1]")
+        gap, scope = self.reveal_gap, self.reveal_scope
+        must_be(gap is None or gap >= 1, "reveal_gap", gap, "at least 1, or none")
+        require(gap in (1, None) or scope == "later_state", "reveal_gap", gap, "it goes with reveal_scope=later_state")
+        hint = "a block then has one draw, but each of its states has later ones of its own: reuse=none or prompt"
+        require(scope != "later_state" or self.reuse != "block", "reveal_scope", scope, hint)
 
     def example(
         self,
@@ -109,6 +123,7 @@ class TeacherView:
             steps,
             retain_ratio=self.retain_ratio,
             scope=self.reveal_scope,
+            gap=self.reveal_gap,
             tail=self.reveal_tail,
             eos_id=eos_id,
             generator=torch.Generator().manual_seed(seed),

@@ -164,7 +164,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def make_trainer(tmp_path: Path, small_run: list[str]) -> Callable[..., Trainer]:
     """Builds a Trainer as ``dopsd.train`` does, writing to a new folder unless ``argv`` names one."""
-    from dopsd.config import parse_train
+    from dopsd.commands import parse_train
     from dopsd.tasks.sudoku import Sudoku
     from dopsd.trainer import Trainer
 

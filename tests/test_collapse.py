@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from dopsd import checkpoints, collapse, plots, report, run
 from dopsd.collapse import CollapseGuard, Tally, first_try_fall, fisher, tallies_of, validation_fall
-from dopsd.config import parse_train
+from dopsd.commands import parse_train
 from dopsd.errors import UsageError
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer

@@ -12,7 +12,7 @@ import transformers
 import yaml
 
 from dopsd import config
-from dopsd.config import parse_train
+from dopsd.commands import parse_train
 from dopsd.errors import UsageError
 from dopsd.evaluation.options import EvaluationArguments, parse_evaluate
 from dopsd.tasks.sudoku import Sudoku

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dopsd import plan, run
 from dopsd.baselines.masked import MaskedBatch
 from dopsd.baselines.off_policy import window
-from dopsd.config import parse_train
+from dopsd.commands import parse_train
 from dopsd.errors import RunError, UsageError
 from dopsd.memory.meter import ResidentMeter
 from dopsd.memory.probe import RunProbe

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub.utils import filter_repo_objects
 
 from dopsd import model_card, report, run
-from dopsd.config import parse_train
+from dopsd.commands import parse_train
 
 COLLAPSE = {"update": 5, "measure": "validation accuracy", "from": 0.9, "best_update": 4, "to": 0.1, "action": "stop"}
 

@@ -360,6 +360,7 @@ def test_update_equals_eq_12_for_every_teacher(
         {"top_k": 5, "tail": "bucket", "clip_form": "nonnegative"},
         {"teacher_context": "reference"},
         {"reveal_tail": False, "retain_ratio": 0.5},
+        {"reveal_scope": "later_state", "reveal_gap": None, "retain_ratio": 1.0},
     ],
     ids=str,
 )

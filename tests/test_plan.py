@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dopsd.assets
-from dopsd.config import parse_plan
+from dopsd.commands import parse_plan
 from dopsd.memory import command as plan
 from dopsd.memory import dry_run as dry_runs
 from dopsd.memory.dry_run import DryProbe, DryRun

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dopsd import report
-from dopsd.config import parse_train
+from dopsd.commands import parse_train
 from dopsd.errors import RunError, UsageError
 from dopsd.evaluation import command as evaluate
 from dopsd.evaluation.options import parse_evaluate

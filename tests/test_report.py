@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dopsd import files, report, versions
-from dopsd.config import parse_train
+from dopsd.commands import parse_train
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
 

@@ -576,7 +576,7 @@ def test_a_training_file_gives_validation_rows_too(tmp_path: Path, hub: Counter[
 
 def test_the_grading_is_an_option_and_in_the_report() -> None:
     """Both commands have it, and both write down every option."""
-    from dopsd.config import parse_train
+    from dopsd.commands import parse_train
     from dopsd.evaluation.options import parse_evaluate
 
     assert parse_evaluate(["--grading", "strict"]).grading == "strict"

@@ -15,9 +15,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from dopsd.errors import UsageError
 from dopsd.models import add_lora, load_adapter
 from dopsd.models.llada import LLaDAModelLM
-from dopsd.teacher import STUDENT, TEACHER, TeacherWeights, adapter_parameters, self_future
+from dopsd.step_batch import Example, collate
+from dopsd.teacher import STUDENT, TEACHER, TeacherView, TeacherWeights, adapter_parameters, self_future
 from dopsd.trajectory import NEVER, Trajectory
 
 EOS, BLOCK, LENGTH = 0, 4, 16
@@ -54,10 +56,20 @@ def candidates_of(trajectory: Trajectory, step: int, scope: str, tail: bool) -> 
     return found
 
 
-def draw(trajectory: Trajectory, steps: Tensor, ratio: float, scope: Any, tail: bool, seed: int = 0) -> Tensor:
+def draw(
+    trajectory: Trajectory, steps: Tensor, ratio: float, scope: Any, tail: bool, seed: int = 0, gap: int | None = None
+) -> Tensor:
     """`self_future` with this file's end-of-text token."""
-    generator = torch.Generator().manual_seed(seed)
-    return self_future(trajectory, steps, retain_ratio=ratio, scope=scope, tail=tail, eos_id=EOS, generator=generator)
+    return self_future(
+        trajectory,
+        steps,
+        retain_ratio=ratio,
+        scope=scope,
+        gap=gap,
+        tail=tail,
+        eos_id=EOS,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 @pytest.mark.parametrize("tail", [True, False])
@@ -95,6 +107,45 @@ def test_candidates_by_hand() -> None:
     assert shown("future_blocks", False) == [list(range(4, 10)), [8, 9], [], []]
     assert shown("masked", True) == [list(range(first, 16)) for first in (0, 4, 8, 12)]
     assert shown("masked", False) == [list(range(10)), list(range(4, 10)), [8, 9], []]
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("gap", [1, 3, None])
+@pytest.mark.parametrize(("end", "decoded"), [(None, 4), (5, 4), (6, 2)])
+def test_a_later_state_is_the_students_own(end: int | None, decoded: int, gap: int | None, tail: bool) -> None:
+    """All of it shown, the teacher sees the state so many steps later, or the whole response, with the commits of this
+    step masked again, and nothing behind the end of the text without the tail. They are then left for K."""
+    trajectory, mask = make_trajectory(end, decoded), 99
+    tokens, reveal_step = trajectory.tokens.tolist(), trajectory.reveal_step.tolist()
+    steps = torch.arange(trajectory.num_steps)
+    reveal = draw(trajectory, steps, 1.0, "later_state", tail, gap=gap)
+    example = Example(trajectory, steps, reveal, trajectory.prompt_ids)
+    now, shown = example.views(steps, mask)
+    for step in steps.tolist():
+        for i in range(LENGTH):
+            taken = gap is None or reveal_step[i] < step + 1 + gap  # of the later state
+            if reveal_step[i] == step or (not tail and end is not None and i > end and reveal_step[i] > step):
+                taken = False
+            assert int(shown[step, i]) == (tokens[i] if taken else mask), (step, i)
+    assert (now != shown).any(-1)[:-1].any()
+    index = [(0, step) for step in steps.tolist()]
+    batch = collate([example], index, mask_id=mask, pad_id=EOS, device=torch.device("cpu"))
+    assert torch.equal(batch.rows_by_commit, batch.k) and torch.equal(batch.rows_by_confidence, batch.k)
+    half = draw(trajectory, steps, 0.5, "later_state", tail, gap=gap)
+    assert not (half & ~reveal).any() and torch.equal(half.sum(-1), (reveal.sum(-1) * 0.5 + 0.5).long())
+
+
+def test_what_a_later_state_does_not_go_with() -> None:
+    """A gap of another scope, none of at least a step, and reuse in which a block has one draw."""
+    view = {"teacher_context": "self_future", "retain_ratio": 1.0, "reveal_tail": True, "skip_last_block": False}
+    for changes, said in (
+        ({"reveal_scope": "masked", "reveal_gap": 2}, "reveal_gap=2 .* reveal_scope=later_state"),
+        ({"reveal_scope": "later_state", "reveal_gap": 0}, "reveal_gap must be at least 1, or none, but is 0"),
+        ({"reveal_scope": "later_state", "reuse": "block"}, "reveal_scope='later_state' .* reuse=none or prompt"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            TeacherView(**{**view, **changes})  # type: ignore[arg-type]
+    assert TeacherView(**view, reveal_scope="later_state", reveal_gap=None, reuse="prompt")  # type: ignore[arg-type]
 
 
 def test_a_tail_that_was_never_decoded_can_be_shown() -> None:

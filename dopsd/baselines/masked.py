@@ -54,6 +54,28 @@ class MaskedResponse:
         return cls(prompt_ids, tokens, masked, learnt, torch.tensor(fields["weight"], dtype=torch.float32))
 
 
+# No share of masked positions is less than this, by which cross-entropies are divided.
+LEAST_SHARE = 1e-3
+
+
+def denoising(
+    prompt_ids: Tensor,  # (P,) int64
+    tokens: Tensor,  # (L,) int64
+    length: int,
+    draws: int,
+    generator: torch.Generator,
+) -> MaskedResponse:
+    """A response in states that give a bound on -log p of its first ``length`` tokens: the mean of ``draws`` estimates.
+
+    Each has a share t ~ U(0, 1) of its positions masked, by chance. Those behind ``length`` are as hidden as the text,
+    so that they do not tell where it ends, but are not learnt.
+    """
+    share = (1 - LEAST_SHARE) * torch.rand(draws, generator=generator) + LEAST_SHARE
+    masked = torch.rand(draws, len(tokens), generator=generator) < share[:, None]
+    learnt = masked & (torch.arange(len(tokens)) < length)
+    return MaskedResponse(prompt_ids, tokens, masked, learnt, 1 / (draws * share))
+
+
 @dataclass(frozen=True, eq=False)
 class MaskedBatch:
     """S states, ready for the student, with N learnt tokens in all.

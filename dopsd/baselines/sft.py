@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dopsd.baselines.masked import MaskedLearning, MaskedResponse
+from dopsd.baselines.masked import MaskedLearning, MaskedResponse, denoising
 from dopsd.baselines.solutions import check_solutions, solution_tokens
 from dopsd.rollout import Decoder, Rollout
 from dopsd.seeds import MASKING, mix_seeds
 from dopsd.tasks import Row
 from dopsd.trajectory import text_length
-
-# No share of masked positions is less than this, by which cross-entropies are divided.
-LEAST_SHARE = 1e-3
 
 
 class Denoising(MaskedLearning):
@@ -24,14 +22,11 @@ class Denoising(MaskedLearning):
     def example(self, prompt_ids: Tensor, tokens: Tensor, seed: Tensor) -> MaskedResponse:
         """A response (L,) in a state in which each position is masked with a share that is drawn, all from ``seed``."""
         generator = torch.Generator().manual_seed(int(mix_seeds(seed, MASKING)))
-        share = (1 - LEAST_SHARE) * float(torch.rand((), generator=generator)) + LEAST_SHARE
-        masked = torch.rand(len(tokens), generator=generator) < share
-        learnt, length = masked, len(tokens)
+        length = len(tokens)
         if not self.teaching.learn_tail:
-            # The tail stays as hidden as the text, so that it does not tell where that ends.
             length = min(text_length(tokens, self.decoder.eos_id) + 1, length)
-            learnt = masked & (torch.arange(len(tokens)) < length)
-        return MaskedResponse(prompt_ids, tokens, masked[None], learnt[None], torch.tensor([1 / (share * length)]))
+        bound = denoising(prompt_ids, tokens, length, 1, generator)
+        return replace(bound, weight=bound.weight / length)
 
 
 class SFT(Denoising):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from dopsd.config import parse_plan
+from dopsd.commands import parse_plan
 from dopsd.errors import RunError, must_be, require
 from dopsd.files import first_line, read_json
 from dopsd.memory.dry_run import DryProbe, DryRun

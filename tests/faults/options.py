@@ -7,7 +7,8 @@ from argparse import SUPPRESS
 from functools import partial
 from pathlib import Path
 
-from dopsd.config import TRAINING, PlanArguments
+from dopsd.commands import TRAINING
+from dopsd.config import PlanArguments
 from dopsd.evaluation.options import EvaluationArguments
 from dopsd.parser import Parser
 

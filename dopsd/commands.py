@@ -1,0 +1,115 @@
+"""What the commands and the functions of the same names are asked, from a command line, a recipe and arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+from dopsd.config import (
+    OF_METHODS,
+    LoadArguments,
+    ModelArguments,
+    PlanArguments,
+    RolloutArguments,
+    SampleArguments,
+    TaskArguments,
+    TeachingArguments,
+    TrainingArguments,
+)
+from dopsd.errors import must_be, require
+from dopsd.models import SHIPPED
+from dopsd.parser import Parser
+
+# The options of a training run, in the order of its groups.
+TRAINING = (ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments)
+
+
+def parse_train(
+    argv: Sequence[str] = (), **options: Any
+) -> tuple[ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
+    """The options of a training run: a recipe's, overridden by those in ``argv`` and by ``options``."""
+    parser = Parser(
+        *TRAINING,
+        owners=OF_METHODS,
+        prog="python -m dopsd.train",
+        description="A diffusion language model learns from its own future tokens (d-OPSD), or by another method.",
+    )
+    words = [*argv, *parser.tokens(options)]
+    groups = parser.parse(with_recipe(parser, words, default_recipe))
+    for_method(groups, words)
+    require_comparable(groups[2], groups[3])
+    return groups
+
+
+def for_method(groups: Sequence[Any], words: Sequence[str]) -> None:
+    """Put options of other methods than the one chosen back to their defaults: a recipe may have them.
+
+    Raises:
+        UsageError: one of ``words``, a command line, is such an option.
+    """
+    method = next(group.method for group in groups if isinstance(group, TeachingArguments))
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    for group in groups:
+        for f in fields(group):
+            owners = OF_METHODS.get(f.name, (method,))
+            if method not in owners:
+                hint = f"it goes with method={' or '.join(owners)}, and not with {method}"
+                require(f.name not in given, f.name, getattr(group, f.name), hint)
+                setattr(group, f.name, f.default)
+
+
+def require_comparable(rollouts: RolloutArguments, teaching: TeachingArguments) -> None:
+    """Raise UsageError unless the responses of a group can be compared as is asked for."""
+    several = teaching.method not in ("diffu_grpo", "vrpo") or rollouts.pass_k >= 2
+    must_be(several, "pass_k", rollouts.pass_k, "at least 2: a response is compared with others")
+    decoding = rollouts.decoding()
+    one_by_one = decoding.remasking == "leftmost" and decoding.total_steps == decoding.gen_length
+    hint = f"it goes with remasking=leftmost, one token a step (steps={decoding.gen_length}) and cache=none"
+    possible = teaching.likelihood == "one_step" or (one_by_one and decoding.cache == "none")
+    require(possible, "likelihood", teaching.likelihood, hint)
+
+
+def default_recipe(model: str | None) -> str:
+    """The recipe that a model, the default one if none is named, is trained with unless one is named."""
+    return "tiny" if model is None or model in SHIPPED else "paper"
+
+
+def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None], str]) -> list[str]:
+    """``words`` behind the options of the recipe that they name, or else of their model's ``default``."""
+    probe = Parser(ModelArguments, add_help=False)
+    probe.set_defaults(model=None)
+    known, _ = probe.parse_known_args(words)
+    name = default(known.model) if known.recipe is None else known.recipe
+    return [*parser.recipe(name, known.model, default_recipe), f"--recipe={name}", *words]
+
+
+def parse_plan(
+    argv: Sequence[str],
+) -> tuple[PlanArguments, ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
+    """The options of a plan without a run: a recipe's (``paper`` unless one is named), overridden by those in ``argv``.
+
+    The GPU that is planned for computes in bf16 unless it is told not to, whatever this machine does.
+    """
+    parser = Parser(
+        PlanArguments,
+        *TRAINING,
+        owners=OF_METHODS,
+        prog="python -m dopsd.plan",
+        description="Which sizes of a training run fit on a GPU, from a config.json alone.",
+    )
+    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), lambda _: "paper")])
+
+
+def parse_sample(argv: Sequence[str]) -> SampleArguments:
+    """The options of ``python -m dopsd.sample``."""
+    description = "Completions of prompts, by a run, an adapter or a model."
+    (arguments,) = Parser(SampleArguments, prog="python -m dopsd.sample", description=description).parse(argv)
+    return arguments
+
+
+def parse_load(**options: Any) -> LoadArguments:
+    """How a model is loaded."""
+    parser = Parser(LoadArguments)
+    (arguments,) = parser.parse(parser.tokens(options))
+    return arguments
