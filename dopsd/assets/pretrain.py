@@ -82,7 +82,7 @@ def diffusion_loss(model: LLaDAModelLM, ids: Tensor, prompt_length: int, generat
 
 
 def pretrain(steps: int, batch_size: int, seed: int) -> tuple[LLaDAModelLM, PreTrainedTokenizerFast]:
-    """Train from scratch: Muon on the matrices of the blocks, AdamW on the rest, at constant rates but for both ends."""
+    """Train from scratch: Muon on the matrices of blocks, AdamW on the rest, at rates constant but for both ends."""
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     tokenizer, task = character_tokenizer(), Sudoku()
