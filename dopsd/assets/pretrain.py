@@ -29,7 +29,7 @@ from dopsd.tasks.task import Row
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
 RESPONSE_LENGTH = 48
 REFERENCE_EVERY = 4  # one batch in so many is behind reference prompts
-WARM_UP, COOL_DOWN = 40, 200  # steps in which the learning rate rises from 0 and falls to it
+WARM_UP, COOL_DOWN = 40, 160  # steps in which the learning rate rises from 0 and falls to it
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
