@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-from dopsd.assets.pretrain import MASK, RESPONSE_LENGTH, character_tokenizer, diffusion_loss, pretrain, sample_batch
+import dopsd.assets.pretrain
+from dopsd.assets.pretrain import (
+    MASK,
+    REFERENCE_EVERY,
+    RESPONSE_LENGTH,
+    character_tokenizer,
+    diffusion_loss,
+    pretrain,
+    sample_batch,
+)
 from dopsd.models import load_model
+from dopsd.tasks.sudoku import Sudoku
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
@@ -39,9 +52,30 @@ def test_the_loss_of_a_uniform_model_is_the_entropy_of_the_vocabulary() -> None:
     model = pretrain(0, 4, 0)[0]
     torch.nn.init.zeros_(model.model.transformer.ff_out.weight)
     del model.model.transformer.blocks[1:]  # nothing that they compute is seen
-    ids, prompt_length = sample_batch(tokenizer, 64, random.Random(0))
+    ids, prompt_length = sample_batch(tokenizer, 64, Sudoku().prompt, random.Random(0))
     assert ids.shape == (64, prompt_length + RESPONSE_LENGTH)
     generator = torch.Generator().manual_seed(0)
     losses = torch.stack([diffusion_loss(model, ids, prompt_length, generator).detach() for _ in range(30)])
     expected = torch.log(torch.tensor(float(len(tokenizer))))
     assert abs(losses.mean() - expected) < 4 * losses.std() / 30**0.5
+
+
+def test_one_batch_in_four_is_behind_solved_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its prompts are an AR-style teacher's, others the student's; each response solves the problem that it follows."""
+    tokenizer, task = character_tokenizer(), Sudoku()
+    kinds = []
+
+    def look(model: Any, ids: Tensor, prompt_length: int, generator: torch.Generator) -> Tensor:
+        batch = set()
+        for row in ids.tolist():
+            text, response = tokenizer.decode(row[:prompt_length]), tokenizer.decode(row[prompt_length:])
+            response = response.removesuffix(tokenizer.eos_token * response.count(tokenizer.eos_token))
+            problem = {"puzzle": text[-17:-1], "solution": response[-16:]}
+            assert task.score(problem, response) == 1
+            batch.add(next(name for name in ("prompt", "reference_prompt") if getattr(task, name)(problem) == text))
+        kinds.extend(batch)
+        return diffusion_loss(model, ids, prompt_length, generator)
+
+    monkeypatch.setattr(dopsd.assets.pretrain, "diffusion_loss", look)
+    pretrain(2 * REFERENCE_EVERY, 2, 0)
+    assert kinds == [*["prompt"] * (REFERENCE_EVERY - 1), "reference_prompt"] * 2

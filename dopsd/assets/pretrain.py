@@ -1,8 +1,10 @@
 """Makes the tiny model that ships with the package: ``python -m dopsd.assets.pretrain --output_dir DIR``.
 
 A 1.2M-parameter LLaDA learns to solve 4x4 Sudoku with the masked-diffusion objective (LLaDA, Nie et al. 2025, Eq. 3):
-a share t ~ U(0, 1) of the response is masked and the cross-entropy of the masked tokens is weighted by 1/t. The run is
-deterministic for a given seed and thread count.
+a share t ~ U(0, 1) of the response is masked and the cross-entropy of the masked tokens is weighted by 1/t. Every
+fourth batch has its problems behind a solved copy (``Sudoku.reference_prompt``), which the model learns to read: a
+teacher that is shown one knows more than the student, instead of being lost. The run is deterministic for a given seed
+and thread count.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,10 +23,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
-from dopsd.tasks.sudoku import CELLS, grids_of, make_problem
+from dopsd.tasks.sudoku import CELLS, Sudoku, grids_of, make_problem
+from dopsd.tasks.task import Row
 
 EOS, MASK = "<|endoftext|>", "<|mdm_mask|>"
 RESPONSE_LENGTH = 48
+REFERENCE_EVERY = 4  # one batch in so many is behind reference prompts
+WARM_UP, COOL_DOWN = 40, 160  # steps in which the learning rate rises from 0 and falls to it
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -52,12 +58,14 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> LLaDAConfig:
     )
 
 
-def sample_batch(tokenizer: PreTrainedTokenizerFast, size: int, rng: random.Random) -> tuple[Tensor, int]:
+def sample_batch(
+    tokenizer: PreTrainedTokenizerFast, size: int, prompt_of: Callable[[Row], str], rng: random.Random
+) -> tuple[Tensor, int]:
     """Token ids (size, P + 48) of fresh training problems with worked responses, and the prompt length P."""
     rows = []
     for _ in range(size):
         problem, response = make_problem(grids_of("train"), rng)
-        prompt = tokenizer.encode(problem["puzzle"] + ":")
+        prompt = tokenizer.encode(prompt_of(problem))
         answer = tokenizer.encode(response)
         rows.append(prompt + answer + [tokenizer.eos_token_id] * (RESPONSE_LENGTH - len(answer)))
     return torch.tensor(rows), len(rows[0]) - RESPONSE_LENGTH
@@ -75,10 +83,10 @@ def diffusion_loss(model: LLaDAModelLM, ids: Tensor, prompt_length: int, generat
 
 
 def pretrain(steps: int, batch_size: int, seed: int) -> tuple[LLaDAModelLM, PreTrainedTokenizerFast]:
-    """Train from scratch: Muon on the matrices of the blocks, AdamW on the rest, 40 steps of warm-up, no decay."""
+    """Train from scratch: Muon on the matrices of blocks, AdamW on the rest, at rates constant but for both ends."""
     torch.manual_seed(seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    tokenizer = character_tokenizer()
+    tokenizer, task = character_tokenizer(), Sudoku()
     model = LLaDAModelLM(tiny_config(tokenizer))
     matrices = [p for p in model.model.transformer.blocks.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
@@ -87,13 +95,17 @@ def pretrain(steps: int, batch_size: int, seed: int) -> tuple[LLaDAModelLM, PreT
         torch.optim.AdamW([p for p in model.parameters() if id(p) not in inside], lr=2e-3, betas=(0.9, 0.99)),
     ]
     schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 40)) for optimizer in optimizers
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / WARM_UP, (steps - step) / COOL_DOWN)
+        )
+        for optimizer in optimizers
     ]
     model.train()
     average = None
     with tqdm(total=steps, desc="pretrain", unit="step") as bar:
-        for _ in range(steps):
-            ids, prompt_length = sample_batch(tokenizer, batch_size, rng)
+        for step in range(1, steps + 1):
+            prompt_of = task.prompt if step % REFERENCE_EVERY else task.reference_prompt
+            ids, prompt_length = sample_batch(tokenizer, batch_size, prompt_of, rng)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = diffusion_loss(model, ids, prompt_length, generator)
             loss.backward()
