@@ -172,7 +172,7 @@ class RolloutArguments(DecodingArguments):
     gen_length: int = option(256, "L: response length in tokens.")
     block_length: int = option(32, "B: tokens per block.")
     steps: int | None = option(None, "T: denoising steps; none: gen_length / 2.")
-    pass_k: int = option(8, "Tries at each prompt: until one is correct, or a group for diffu_grpo.")
+    pass_k: int = option(8, "Tries at each prompt: until one is correct; diffu_grpo and vrpo make all.")
     temperature: float = option(0.9, "Gumbel temperature of tries; the first is greedy but in a group.")
     eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
 

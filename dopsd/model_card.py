@@ -29,7 +29,8 @@ TOLD = {
     "rollout": ("gen_length", "block_length", "steps", "pass_k", "temperature"),
     "teaching": (
         *("method", "teacher", "teacher_context", "retain_ratio", "reveal_scope", "divergence", "clip", "clip_form"),
-        *("learn_tail", "mask_ratio", "entropy_weight"),
+        *("learn_tail", "mask_ratio", "entropy_weight", "likelihood", "updates_per_batch", "kl_weight"),
+        *("elbo_draws", "preference_beta", "sft_weight"),
     ),
     "model": ("lora_r", "lora_alpha", "dtype", "quantize"),
     "training": ("learning_rate", "per_device_train_batch_size", "seed"),
