@@ -24,14 +24,14 @@ from dopsd.tasks.sudoku import Sudoku
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
-    first, second, other = (pretrain(2, 4, seed)[0].state_dict() for seed in (0, 0, 1))
+    first, second, other = (pretrain(2, 2, 4, seed)[0].state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_the_shipped_files_have_the_architecture_and_tokenizer_that_the_script_makes() -> None:
     model, tokenizer = load_model("tiny")
-    fresh, made = pretrain(0, 4, 0)
+    fresh, made = pretrain(0, 0, 4, 0)
     assert {name: value.shape for name, value in model.state_dict().items()} == {
         name: value.shape for name, value in fresh.state_dict().items()
     }
@@ -49,7 +49,7 @@ def test_every_character_is_one_token_and_comes_back() -> None:
 def test_the_loss_of_a_uniform_model_is_the_entropy_of_the_vocabulary() -> None:
     """Cross-entropy over the mask ratio is unbiased for the mean over tokens: log V for uniform predictions."""
     tokenizer = character_tokenizer()
-    model = pretrain(0, 4, 0)[0]
+    model = pretrain(0, 0, 4, 0)[0]
     torch.nn.init.zeros_(model.model.transformer.ff_out.weight)
     del model.model.transformer.blocks[1:]  # nothing that they compute is seen
     ids, prompt_length = sample_batch(tokenizer, 64, Sudoku().prompt, random.Random(0))
@@ -77,5 +77,5 @@ def test_one_batch_in_four_is_behind_solved_copies(monkeypatch: pytest.MonkeyPat
         return diffusion_loss(model, ids, prompt_length, generator)
 
     monkeypatch.setattr(dopsd.assets.pretrain, "diffusion_loss", look)
-    pretrain(2 * REFERENCE_EVERY, 2, 0)
+    pretrain(REFERENCE_EVERY, REFERENCE_EVERY, 2, 0)
     assert kinds == [*["prompt"] * (REFERENCE_EVERY - 1), "reference_prompt"] * 2
