@@ -14,10 +14,12 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +64,7 @@ class Variant:
 
     options: Options = field(default_factory=dict)
     rates: tuple[float, ...] | str = ()
-    seconds: float = 450
+    seconds: float = 430
 
 
 LOW, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (5e-4, 1e-3, 2e-3, 4e-3)
@@ -70,22 +72,22 @@ FIXED, OURS, AR_STYLE = "d-OPSD, fixed teacher", "d-OPSD, averaged teacher", "AR
 TOY = "toy"
 # Updates are such that a method computes about as much as d-OPSD in the recipe's 36; what it really took is measured.
 METHODS = {
-    "base": Variant({"tokens_per_step": [2, 1]}, seconds=110),
-    FIXED: Variant({"teacher": "fixed"}, HIGH, 550),
-    OURS: Variant({}, HIGH, 550),
-    AR_STYLE: Variant({"teacher_context": "reference"}, HIGH, 550),
+    "base": Variant({"tokens_per_step": [2, 1]}, seconds=60),
+    FIXED: Variant({"teacher": "fixed"}, HIGH, 470),
+    OURS: Variant({}, HIGH, 470),
+    AR_STYLE: Variant({"teacher_context": "reference"}, HIGH, 470),
     "SFT": Variant({"method": "sft", "max_steps": 600, "eval_steps": 100}, LOW, 350),
-    "rejection": Variant({"method": "rejection", "max_steps": 72, "eval_steps": 12}, LOW, 550),
+    "rejection": Variant({"method": "rejection", "max_steps": 72, "eval_steps": 12}, LOW, 470),
     "diffu-GRPO": Variant(
         {
             **{"method": "diffu_grpo", "per_device_train_batch_size": 16, "updates_per_batch": 4},
             **{"max_steps": 144, "eval_steps": 24},
         },
         LOW,
-        550,
+        470,
     ),
-    "VRPO": Variant({"method": "vrpo", "per_device_train_batch_size": 16}, LOW, 550),
-    "off-policy": Variant({"method": "off_policy", "max_steps": 150, "eval_steps": 25}, LOW, 450),
+    "VRPO": Variant({"method": "vrpo", "per_device_train_batch_size": 16}, LOW, 470),
+    "off-policy": Variant({"method": "off_policy", "max_steps": 150, "eval_steps": 25}, LOW, 350),
 }
 ABLATIONS = {
     name: Variant({"eval_tokens_per_step": [], **options}, OURS)
@@ -119,16 +121,16 @@ STABILITY = {
             **{"max_steps": 150, "per_device_train_batch_size": 8, "eval_steps": 10, "eval_tokens_per_step": []},
         },
         (rate,),
-        400,
+        350,
     )
     for form, options in CLIPS.items()
     for rate in (1e-3, 2e-3, 4e-3)
 }
-TOYS = {TOY: Variant({"tokens_per_step": [2], "pass_k": 8, "reveal": [0.1, 0.25, 0.5]}, seconds=300)}
+TOYS = {TOY: Variant({"tokens_per_step": [2], "pass_k": 8, "reveal": [0.1, 0.25, 0.5]}, seconds=150)}
 REUSES = {
     **{f"reuse {kind}": Variant({"reuse": kind, "eval_tokens_per_step": []}, OURS) for kind in ("prompt", "block")},
     **{
-        f"cache {kind}": Variant({"cache": kind, "tokens_per_step": [2, 1]}, seconds=60) for kind in ("prefix", "block")
+        f"cache {kind}": Variant({"cache": kind, "tokens_per_step": [2, 1]}, seconds=20) for kind in ("prefix", "block")
     },
 }
 VARIANTS: dict[str, Variant] = {**METHODS, **STABILITY, **TOYS, **ABLATIONS, **REUSES}
@@ -323,7 +325,9 @@ def evaluate(options: Options, seed: int) -> Row:
 
 def run(name: str, options: Options, seed: int, path: Path) -> None:
     """Run a cell and write its file, in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that started it
+    # It ends with the process that started it, however that ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     try:
         with console(sentences=False, bars=False):
@@ -390,7 +394,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{duration(cell):5.0f} s  {cell.name}{'' if cell.ready else ' (at the rate that is chosen)'}")
         print(f"{len(missing)} cells, about {sum(map(duration, missing)) / args.jobs / 3600:.1f} h")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs ends too
     missing = run_all(lambda: cells(args.tables, args.seeds), args.jobs)
     for name in missing:
         print(f"not run: {name}")
@@ -398,4 +401,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     raise SystemExit(main())

@@ -355,17 +355,15 @@ def savings() -> str:
 def missing() -> str:
     """Which runs there are not, and how the others were made."""
     everything = {cell: record(cell) for cell in cells(sorted(TABLES), SEEDS)}
-    left = [cell.variant for cell, row in everything.items() if row is None]
     made = [row for row in everything.values() if row is not None]
-    counts = "; ".join(f"{name}: {left.count(name)}" for name in dict.fromkeys(left))
+    left = [cell.variant for cell, row in everything.items() if row is None]
+    lines = [f"There are {len(made)} of {len(everything)} runs. Not run:", ""] if left else ["All runs are there."]
+    for number, (variants, _) in sorted(TABLES.items()):
+        counts = ", ".join(f"{name} {left.count(name)}" for name in variants if name in left)
+        lines += [f"- table {number}: {counts}"] if counts and number != 2 else []
+    lines += [f"- {row['name']} ended early: {row['ended']}" for row in made if row.get("ended")]
     machines = {f"{row['machine']['device']}, torch {row['machine']['versions']['torch']}" for row in made}
-    return "\n".join(
-        [
-            f"Runs: {len(made)} of {len(everything)}. Not run: {counts or 'none'}.",
-            *(f"One CPU thread each: {machine}." for machine in sorted(machines)),
-            *(f"- {row['name']} ended early: {row['ended']}" for row in made if row.get("ended")),
-        ]
-    )
+    return "\n".join([*lines, "", *(f"One thread each of: {machine}." for machine in sorted(machines))])
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
