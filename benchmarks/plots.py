@@ -94,8 +94,8 @@ def draw_reuse(rows: Sequence[Row], folder: Path) -> None:
 def draw_reproduction(runs: Mapping[str, Sequence[Sequence[Row]]], units: Sequence[str], folder: Path) -> None:
     """Draw ``reproduction.png``: accuracy against each unit of cost, and overlap against updates, by method.
 
-    Points of a method's runs that have the same number are one point, their mean. What is before the first update is not
-    on an axis that is logarithmic.
+    Points of a method's runs that have the same number are one point, their mean. What is before the first update has
+    no place on a logarithmic axis.
     """
     figure = _figure(11, 6)
     panels = [(unit, "validation accuracy (%)") for unit in units] + [("updates", "overlap (%)")]
@@ -111,6 +111,7 @@ def draw_reproduction(runs: Mapping[str, Sequence[Sequence[Row]]], units: Sequen
         axes.set_xlabel(x, fontsize=FONT)
         axes.set_ylabel(y, fontsize=FONT)
         axes.set_xscale("log", nonpositive="mask")
+        axes.xaxis.set_minor_formatter("")
         _plain(axes)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), **LEGEND)
     figure.savefig(folder / "reproduction.png")

@@ -76,7 +76,7 @@ METHODS = {
     FIXED: Variant({"teacher": "fixed"}, HIGH, 470),
     OURS: Variant({}, HIGH, 470),
     AR_STYLE: Variant({"teacher_context": "reference"}, HIGH, 470),
-    "SFT": Variant({"method": "sft", "max_steps": 600, "eval_steps": 100}, LOW, 350),
+    "SFT": Variant({"method": "sft", "max_steps": 600, "eval_steps": 100}, LOW, 270),
     "rejection": Variant({"method": "rejection", "max_steps": 72, "eval_steps": 12}, LOW, 470),
     "diffu-GRPO": Variant(
         {
