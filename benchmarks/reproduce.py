@@ -167,7 +167,7 @@ class Cell:
         """Of the training run, or of the evaluation."""
         given = VARIANTS[self.variant].options
         if self.rate is None:
-            return {"eval_problems": 512, "sequences_per_forward": 128, "bf16": has_bf16(cpu=True), **given}
+            return {"eval_problems": 512, "sequences_per_forward": 128, **given}
         # The recipe's schedule: down to a tenth.
         schedule = {"learning_rate": self.rate, "lr_scheduler_kwargs": {"lr_end": self.rate / 10, "power": 1.0}}
         return {"recipe": "tiny", **schedule, "eval_steps": 6, "save_strategy": "no", **given}
@@ -313,11 +313,13 @@ def train(options: Options, seed: int) -> Row:
 
 
 def evaluate(options: Options, seed: int) -> Row:
-    """Grade the model as it ships on the test problems."""
-    found = dopsd.evaluate("tiny", seed=seed, **options)
+    """Grade the model as it ships on the test problems, in the precision that a run would train in."""
+    bf16 = has_bf16(cpu=not torch.accelerator.is_available())
+    found = dopsd.evaluate("tiny", seed=seed, bf16=bf16, **options)
     assert found is not None  # one process
     by_name = {f"{one['measure']}, {one['tokens_per_step']}": one for one in found.content["results"]}
     return {
+        "bf16": bf16,
         "seconds": {name: one["seconds"] for name, one in by_name.items()},
         "scores": {name: bits([response["score"] for response in one["responses"]]) for name, one in by_name.items()},
     }

@@ -362,8 +362,11 @@ def missing() -> str:
         counts = ", ".join(f"{name} {left.count(name)}" for name in variants if name in left)
         lines += [f"- table {number}: {counts}"] if counts and number != 2 else []
     lines += [f"- {row['name']} ended early: {row['ended']}" for row in made if row.get("ended")]
-    machines = {f"{row['machine']['device']}, torch {row['machine']['versions']['torch']}" for row in made}
-    return "\n".join([*lines, "", *(f"One thread each of: {machine}." for machine in sorted(machines))])
+    machines = {
+        f"{row['machine']['device']}, torch {row['machine']['versions']['torch']}, {'bf16' if row['bf16'] else 'fp32'}"
+        for row in made
+    }
+    return "\n".join([*lines, "", *(f"Each on one thread: {machine}." for machine in sorted(machines))])
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

@@ -146,7 +146,7 @@ def made(cell: Cell, share: float = 0.5, **others: Any) -> dict[str, Any]:
     ]
     names = [f"{measure}, 2" for measure in ("greedy", "pass@8", *map(reproduction.revealed, (0.1, 0.25, 0.5)))]
     about = {"name": cell.name, "seed": cell.seed, "options": cell.options, "model": reproduce.model()}
-    about["machine"] = {"device": "some CPU", "versions": {"torch": "2"}}
+    about |= {"bf16": True, "machine": {"device": "some CPU", "versions": {"torch": "2"}}}
     about |= {"curve": points, "updates": 20, "collapse": [], "ended": None} if variant.rates else {}
     return {**about, "seconds": {"train": 1.0, "greedy, 2": 1.0}, "scores": dict.fromkeys(names, scores), **others}
 
@@ -237,6 +237,7 @@ def test_the_page_says_what_the_files_say(folder: Path) -> None:
     assert "| 50 % revealed is less than 5 points below the best of 8 | +5.0 (+5.0 to +5.0) | holds |" in text["toy"]
     assert re.search(r"\| greedy \| 75\.0 \(.*\) \| 100\.0 \(100\.0 to 100\.0\) \|", text["toy"])
     assert "SFT" not in text["missing"] and "rejection 8, off-policy 8\n" in text["missing"]
+    assert "Each on one thread: some CPU, torch 2, bf16." in text["missing"]
     plots.draw_reproduction(reproduction.curves(), reproduction.UNITS, folder)
     assert (folder / "reproduction.png").stat().st_size > 1000
 
