@@ -47,7 +47,7 @@ FOLDER = results.FOLDER / "reproduction"
 Options = dict[str, Any]
 
 # What a point of a run's curve has: sums since the run began, and means since the point before.
-COSTS = ("rollouts", "sampled_tokens", "decode_tokens", "tokens", "forward_tokens", "states")
+COSTS = ("rollouts", "decode_tokens", "forward_tokens", "tokens", "states")
 MEANS = ("loss", "kl", "overlap_top20", "clip_fraction", "first_try", "pass_rate", "tries", "accepted", "drift")
 
 
@@ -103,7 +103,7 @@ ABLATIONS = {
         "1 try": {"pass_k": 1},
         "all responses": {"correct_only": False},
         "reveal among all masked": {"reveal_scope": "masked"},
-        "reveal a later state": {"reveal_scope": "later_state"},
+        "reveal the next state": {"reveal_scope": "later_state", "retain_ratio": 1.0},
         "top 20, renormalized": {"top_k": 20},
         "top 20, rest as one entry": {"top_k": 20, "tail": "bucket"},
     }.items()
@@ -275,7 +275,7 @@ def curve(points: Sequence[Row], log: Sequence[Row], prompts: int, slices: int) 
     for point in points:
         so_far = [row for row in rows if row["step"] <= point["update"]]
         new = [row for row in so_far if row["step"] > before]
-        spent = {name: sum(row.get(name, 0) for row in so_far) for name in COSTS if any(name in row for row in rows)}
+        spent = {name: sum(row.get(name, 0) for row in so_far) for name in COSTS}
         values = {name: [row[name] for row in new if math.isfinite(row.get(name, math.nan))] for name in MEANS}
         means = {name: round(mean(some), 5) for name, some in values.items() if some}
         found.append({**point, "prompts": -(-point["update"] // slices) * prompts, **spent, **means})

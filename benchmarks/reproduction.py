@@ -38,7 +38,7 @@ SEEDS = max(seeds for _, seeds in TABLES.values())
 # secondary summaries as `PUBLISHED`.
 PAPER = {"rho 0.1": 80.5, FIXED: 81.0, "rho 0.5": 79.8, "K by student": 78.6, "1 try": 80.4, "live teacher": 79.7}
 PAPERS_UPDATES = {"diffu-GRPO": "3800", FIXED: "425"}
-UNITS = ("updates", "prompts", "sampled tokens", "computed tokens", "seconds")
+UNITS = ("updates", "prompts", "responses", "computed tokens", "seconds")
 
 
 class Estimate(NamedTuple):
@@ -197,11 +197,10 @@ def rates() -> str:
 
 
 def spent(point: Row) -> dict[str, float]:
-    """What a run had spent at a point, as far as it is known; forward and backward compute three times a forward."""
-    parts = [point.get(name) for name in ("decode_tokens", "forward_tokens", "tokens")]
-    computed = None if None in parts else parts[0] + parts[1] + 3 * parts[2]
-    values = (point["update"], point["prompts"], point.get("sampled_tokens"), computed, point["seconds"])
-    return {unit: value for unit, value in zip(UNITS, values, strict=True) if value is not None}
+    """What a run had spent at a point; to compute forward and backward is three times a forward."""
+    computed = point["decode_tokens"] + point["forward_tokens"] + 3 * point["tokens"]
+    values = (point["update"], point["prompts"], point["rollouts"], computed, point["seconds"])
+    return dict(zip(UNITS, values, strict=True))
 
 
 def reached(curve: Sequence[Row]) -> dict[str, float]:
@@ -232,7 +231,7 @@ def costs() -> str:
     for name, by_seed in found.items():
         known = {unit: [costs[unit] for costs in by_seed.values() if unit in costs] for unit in UNITS}
         if by_seed:
-            means = {unit: f"{mean(values):,.0f}" if values else "" for unit, values in known.items()}
+            means = {unit: f"{mean(values):,.0f}" if any(values) else "" for unit, values in known.items()}
             gained = f"{len(known['updates'])} of {len(by_seed)}"
             rows.append({"": name, "seeds that gain": gained, **means, "paper: updates": PAPERS_UPDATES.get(name, "")})
 
@@ -240,7 +239,7 @@ def costs() -> str:
         """Over the seeds, the logarithm of what diffu-GRPO spends for each that ours does."""
         both = {seed: (theirs, found[ours].get(seed, {})) for seed, theirs in found["diffu-GRPO"].items()}
         ratios = [
-            math.log10(theirs[unit] / own[unit]) for theirs, own in both.values() if unit in theirs and unit in own
+            math.log10(theirs[unit] / own[unit]) for theirs, own in both.values() if theirs.get(unit) and own.get(unit)
         ]
         return estimate(torch.tensor(ratios).double()[:, None]) if ratios else None
 
