@@ -1,14 +1,15 @@
-"""Plots of the result files: time relative to the bare products and peak memory by op; reuse."""
+"""Plots of the result files: time relative to the bare products and peak memory by op; reuse; the methods' curves."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Content, Row, cases, name_of
-from dopsd.plots import BLUE, FONT, GRAY, LEGEND, ORANGE, TITLE_FONT, VERMILLION
+from dopsd.plots import BLACK, BLUE, FONT, GRAY, GREEN, LEGEND, ORANGE, TITLE_FONT, VERMILLION
 
 # By Okabe and Ito, as everywhere; ours are the saturated ones.
 COLORS = {
@@ -92,6 +93,32 @@ def draw_reuse(rows: Sequence[Row], folder: Path) -> None:
         axes.margins(x=0.2)
         _plain(axes)
     figure.savefig(folder / "reuse.png")
+
+
+def draw_reproduction(runs: Mapping[str, Sequence[Sequence[Row]]], units: Sequence[str], folder: Path) -> None:
+    """Draw ``reproduction.png``: accuracy against each unit of cost, and overlap against updates, by method.
+
+    Points of a method's runs that have the same number are one point, their mean. What is before the first update has
+    no place on a logarithmic axis.
+    """
+    figure = _figure(11, 6)
+    panels = [(unit, "validation accuracy (%)") for unit in units] + [("updates", "overlap (%)")]
+    lines = {}
+    colors = (BLUE, VERMILLION, ORANGE, GREEN, GRAY, BLACK, "#CC79A7", "#56B4E9")
+    for axes, (x, y) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for (name, curves), color in zip(runs.items(), colors, strict=False):
+            columns = [[point for point in column if point] for column in zip_longest(*curves)]
+            known = [column for column in columns if all(x in point and y in point for point in column)]
+            means = [[statistics.mean(point[axis] for point in column) for column in known] for axis in (x, y)]
+            if known:
+                (lines[name],) = axes.plot(*means, "o-", color=color, markersize=3, linewidth=1)
+        axes.set_xlabel(x, fontsize=FONT)
+        axes.set_ylabel(y, fontsize=FONT)
+        axes.set_xscale("log", nonpositive="mask")
+        axes.xaxis.set_minor_formatter("")
+        _plain(axes)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), **LEGEND)
+    figure.savefig(folder / "reproduction.png")
 
 
 def _figure(width: float, height: float) -> Any:

@@ -1,5 +1,5 @@
-"""Renders the tables of README.md and docs/performance.md, and the plots, from the files under ``benchmarks/results``,
-and each of these as comma-separated values too.
+"""Renders the tables of README.md, docs/performance.md and docs/reproduction.md, and the plots, from the files under
+``benchmarks/results``, and what was timed as comma-separated values too.
 
     python -m benchmarks.report                          # rewrites them
     python -m benchmarks.report --check                  # changes nothing; exit status 1 if a table and its file differ
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from benchmarks import plots, results
+from benchmarks import plots, reproduction, results
 from benchmarks.results import ABOUT, COLUMNS, FOLDER, ROOT, Content, Row, cases, name_of
 from dopsd.cache import todays
 from dopsd.evaluation.accuracy import standard_error
@@ -31,7 +31,7 @@ from dopsd.tables import markdown_table
 
 # Written by `benchmarks.tiny_recipe` and `benchmarks.reuse`, in their own form.
 RECIPE, REUSE = "tiny_recipe.json", "reuse.json"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "reproduction.md")
 KINDS = ("cpu", "gpu")
 NOT_MEASURED = "Not measured."
 
@@ -346,6 +346,7 @@ def rows_of(content: Content, part: str) -> list[Row]:
 
 
 SECTIONS = {f.__name__: f for f in (gain, tiny_recipe, reuse, caches, kernels, details, tests, step, train, schema)}
+SECTIONS |= reproduction.SECTIONS
 
 
 def render(text: str) -> str:
@@ -426,6 +427,8 @@ def main(argv: list[str] | None = None) -> int:
         path.write_text(wanted[path])
     plots.draw_ops([content for kind in KINDS if (content := newest(kind, "kernels"))], ROOT / "docs")
     plots.draw_reuse([row for row in _read(REUSE) if "reuse" in row], ROOT / "docs")
+    if curves := reproduction.curves():
+        plots.draw_reproduction(curves, reproduction.UNITS, ROOT / "docs")
     return 0
 
 
