@@ -129,7 +129,7 @@ class Distillation(Method[Example, StepBatch]):
         """
         # Trajectories that drift too far are computed without reuse, and all of them may.
         reuse = self.objective.reuse if self.teaching.drift_limit is None else "none"
-        few, many = self.example(short, seed=0), self.example(long, seed=0)
+        few, many = self.example(short if states > 1 else long, seed=0), self.example(long, seed=0)
         return costliest_batch(few, many, states, reuse=reuse, **self.collation())
 
 

@@ -21,8 +21,9 @@ import pytest
 import torch
 from pages import PAGES, ROOT, blocks, run_python, write_files
 
-from dopsd import config
+from dopsd import parser
 from dopsd.assets.pretrain import character_tokenizer
+from dopsd.commands import parse_train
 from dopsd.models import MODELS, STUDENT
 from dopsd.objective import Objective
 from dopsd.tasks import check_golds, draw, load_task
@@ -101,7 +102,7 @@ def check_module(module: str, options: list[str]) -> None:
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # it has been imported before
-        patch.setattr(config.Parser, "parse", stop_behind(config.Parser.parse))
+        patch.setattr(parser.Parser, "parse", stop_behind(parser.Parser.parse))
         patch.setattr(argparse.ArgumentParser, "parse_args", stop_behind(argparse.ArgumentParser.parse_args))
         patch.setattr(sys, "argv", [module, *options])
         if "--help" in options:
@@ -135,13 +136,13 @@ def options() -> set[str]:
     """Every option of the package's commands, and of any command that a block shows."""
     found: set[str] = set()
 
-    def note(parser: config.Parser, argv: Any) -> None:
+    def note(parser: parser.Parser, argv: Any) -> None:
         found.update(parser._option_string_actions)
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        patch.setattr(config.Parser, "parse", note)
+        patch.setattr(parser.Parser, "parse", note)
         patch.setattr(sys, "argv", ["command"])
         for module in ("train", "evaluate", "plan", "sample"):
             with pytest.raises(Parsed):
@@ -192,7 +193,7 @@ def test_every_block_is_of_a_kind_that_is_checked(page: Path, tmp_path: Path) ->
         if block.language == "yaml":
             recipe = tmp_path / "recipe.yaml"
             recipe.write_text(block.text)
-            config.parse_train(["--recipe", str(recipe), "--output_dir", str(tmp_path)])
+            parse_train(["--recipe", str(recipe), "--output_dir", str(tmp_path)])
 
 
 @pages

@@ -19,11 +19,12 @@ from test_resume import Lottery, state_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd import plan, run
+from dopsd import run
 from dopsd.baselines.masked import MaskedBatch
 from dopsd.baselines.off_policy import window
 from dopsd.commands import parse_train
 from dopsd.errors import RunError, UsageError
+from dopsd.memory import command as plan
 from dopsd.memory.meter import ResidentMeter
 from dopsd.memory.probe import RunProbe
 from dopsd.seeds import MASKING, mix_seeds
@@ -384,7 +385,7 @@ def check_files(folder: Path, method: str) -> None:
     [
         (
             "--method sft --pass_k 2",
-            "pass_k=2 can't be used: it goes with method=d_opsd or rejection, and not with sft",
+            "pass_k=2 can't be used: it goes with method=d_opsd or rejection or diffu_grpo or vrpo, and not with sft",
         ),
         ("--learn_tail false", "learn_tail=False can't be used: it goes with method=sft or rejection"),
         ("--method rejection --clip 0.1", "clip=0.1 can't be used: it goes with method=d_opsd, and not with rejection"),

@@ -30,7 +30,7 @@ from dopsd.step_batch import collate, step_batches
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
 from dopsd.units import GIB, read_bytes
-from dopsd_kernels.step_kl import api as step_kl
+from dopsd_kernels.common import workspace
 
 ROOT = Path(run.__file__).parents[1]
 Make = Callable[..., Trainer]
@@ -66,8 +66,8 @@ def test_budgets_that_are_none(text: str) -> None:
 
 
 def test_the_largest_workspace_is_the_ops_default() -> None:
-    """Which the private constants of the op say."""
-    defaults = {"cpu": step_kl._CPU_WORKSPACE_BYTES, "cuda": step_kl._GPU_WORKSPACE_BYTES}
+    """Which the constants of the ops say."""
+    defaults = {"cpu": workspace.CPU_BYTES, "cuda": workspace.GPU_BYTES}
     assert defaults == planner.MOST_WORKSPACE
     assert [planner.workspace_for(size * GIB, "cuda") >> 20 for size in (0, 4, 100)] == [16, 64, 256]
 

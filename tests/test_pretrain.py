@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,9 @@ from dopsd.assets.pretrain import (
     sample_batch,
 )
 from dopsd.models import load_model
+from dopsd.rollout import Decoder
+from dopsd.sampler import Decoding
+from dopsd.tasks import Row
 from dopsd.tasks.sudoku import Sudoku
 
 
@@ -79,3 +83,18 @@ def test_one_batch_in_four_is_behind_solved_copies(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(dopsd.assets.pretrain, "diffusion_loss", look)
     pretrain(REFERENCE_EVERY, REFERENCE_EVERY, 2, 0)
     assert kinds == [*["prompt"] * (REFERENCE_EVERY - 1), "reference_prompt"] * 2
+
+
+def test_the_shipped_model_reads_a_solved_copy(shipped: Decoder) -> None:
+    """Behind one it is right nine times in ten or more, and without it less often: there is something to teach."""
+
+    class Shown(Sudoku):
+        def prompt(self, row: Row) -> str:
+            return self.reference_prompt(row)
+
+    rows = Sudoku().problems("validation", 48)
+    with_copy, without = (
+        sum(r.score for r in replace(shipped, task=task).once(rows, Decoding(48, 8, 24), torch.arange(48))) / 48
+        for task in (Shown(), Sudoku())
+    )
+    assert with_copy >= 0.9 and 0.2 < without < 0.85

@@ -275,8 +275,8 @@ def test_two_processes_give_what_one_gives(small_run: list[str], random_model: P
     expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for name, value in expected.items():
         assert "lora_B" not in name or value.abs().max() > 0
-        # Sums of some thousand fp32 terms in another order, over a few updates.
-        bound = 100 * torch.finfo(torch.float32).eps * float(value.abs().max())
+        # Sums of some thousand fp32 terms in another order, over a few updates; the terms are weighted by up to 1 / p.
+        bound = 1000 * torch.finfo(torch.float32).eps * float(value.abs().max())
         assert float((found[name] - value).abs().max()) <= bound, name
     for name in ("report.json", "README.md", "metrics.csv"):
         assert (tmp_path / "one" / name).is_file()
@@ -302,5 +302,5 @@ def test_bad_options(argv: str, said: str) -> None:
 
 def test_a_pair_needs_two_tries(make_trainer: Make, random_model: Path) -> None:
     """One is refused before anything is decoded."""
-    with pytest.raises(UsageError, match="pass_k must be at least 2: a pair is of two tries, but is 1"):
+    with pytest.raises(UsageError, match="pass_k must be at least 2: a response is compared with others, but is 1"):
         make_trainer("--model", str(random_model), "--method", "vrpo", "--pass_k", "1")

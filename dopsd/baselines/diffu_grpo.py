@@ -29,6 +29,7 @@ class DiffuGRPO(Method[Group, LikelihoodBatch]):
     """PPO's clipped surrogate over tokens, with a penalty for leaving a reference; arguments as of :class:`Method`."""
 
     example_type = Group
+    summary = "the model decodes several answers to a problem, and what is better than their mean becomes likelier"
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -169,7 +169,7 @@ class MaskedLearning(Method[MaskedResponse, MaskedBatch]):
 
     def costliest(self, short: Rollout, long: Rollout, states: int) -> MaskedBatch:
         """States in which as much is learnt as can be; prompts of two lengths need a mask."""
-        rollouts = [short, *[long] * (states - 1)]
+        rollouts = [short, *[long] * (states - 1)] if states > 1 else [long]
         learnt = (torch.arange(self.decoding.gen_length) < self.most_learnt())[None]
         responses = [
             MaskedResponse(one.trajectory.prompt_ids, one.trajectory.tokens, learnt, learnt, torch.ones(1))
