@@ -36,7 +36,8 @@ import dopsd
 from benchmarks import results
 from benchmarks.results import Row
 from dopsd import collapse, report
-from dopsd.config import has_bf16, parse_train
+from dopsd.commands import parse_train
+from dopsd.config import has_bf16
 from dopsd.console import console
 from dopsd.errors import RunError, ending
 from dopsd.files import sha256, write_json

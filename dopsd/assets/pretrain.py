@@ -129,7 +129,7 @@ def pretrain(steps: int, anneal_steps: int, batch_size: int, seed: int) -> tuple
     train(model, tokenizer, steps, batch_size, seed, lambda step: min(1.0, (step + 1) / 40))
     train(
         *(model, tokenizer, anneal_steps, batch_size, seed + 99),
-        lambda step: min(1.0, (step + 1) / 10, 1 - step / anneal_steps),
+        lambda step: min(1.0, (step + 1) / 10, 1 - step / max(1, anneal_steps)),
     )
     return model.eval(), tokenizer
 
