@@ -17,7 +17,8 @@ import torch
 from benchmarks import plots, reproduce, reproduction
 from benchmarks.reproduce import FIXED, METHODS, OURS, TOY, VARIANTS, Cell, Keeper, Variant, record
 from benchmarks.reproduction import Estimate, estimate, student, variance_of_mean, verdict
-from dopsd.config import MethodName, parse_train
+from dopsd.commands import parse_train
+from dopsd.config import MethodName
 from dopsd.evaluation.options import parse_evaluate
 from dopsd.files import write_json
 from dopsd.teacher import RevealScope
