@@ -1,4 +1,4 @@
-"""Plots of the result files: time relative to the bare products and peak memory by op; reuse; the methods' curves."""
+"""Plots of the result files: time relative to the bare products and peak memory by op; the methods' curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Content, Row, cases, name_of
-from dopsd.plots import BLACK, BLUE, FONT, GRAY, GREEN, LEGEND, ORANGE, TITLE_FONT, VERMILLION
+from dopsd.plots import BLACK, BLUE, FONT, GRAY, GREEN, LEGEND, ORANGE, VERMILLION
 
 # By Okabe and Ito, as everywhere; ours are the saturated ones.
 COLORS = {
@@ -55,44 +55,6 @@ def draw_ops(runs: Sequence[Content], folder: Path) -> None:
             _plain(axes)
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), **LEGEND)
         figure.savefig(folder / name)
-
-
-def draw_reuse(rows: Sequence[Row], folder: Path) -> None:
-    """Draw ``reuse.png``: accuracy after training by kind and seed, tokens and seconds of an update by kind."""
-    kinds = list(dict.fromkeys(row["reuse"] for row in rows))
-    figure = _figure(9, 2.9)
-    accuracy, tokens, seconds = figure.subplots(1, 3)
-    for axes, title, middle, quantity in (
-        (accuracy, "held-out accuracy (%)", statistics.mean, lambda row: 100 * row["accuracy_after"]),
-        (
-            tokens,
-            "student tokens per update (thousands)",
-            statistics.mean,
-            lambda row: row["update_means"]["tokens"] / 1000,
-        ),
-        (
-            seconds,
-            "seconds per update to distil",
-            statistics.median,
-            lambda row: row["update_means"]["learn_seconds"],
-        ),
-    ):
-        means = [middle(quantity(row) for row in rows if row["reuse"] == kind) for kind in kinds]
-        if axes is accuracy:
-            for seed in dict.fromkeys(row["seed"] for row in rows):
-                of_seed = [
-                    quantity(row) for kind in kinds for row in rows if (row["seed"], row["reuse"]) == (seed, kind)
-                ]
-                axes.plot(kinds, of_seed, "o-", color=BLUE, alpha=0.4, markersize=4)
-            axes.plot(kinds, means, "_", color="black", markersize=24, label="mean")
-            axes.axhline(100 * rows[0]["accuracy_before"], color=GRAY, linewidth=0.8, label="before")
-            axes.legend(**LEGEND)
-        else:
-            axes.bar(kinds, means, color=BLUE, width=0.6)
-        axes.set_title(title, fontsize=TITLE_FONT)
-        axes.margins(x=0.2)
-        _plain(axes)
-    figure.savefig(folder / "reuse.png")
 
 
 def draw_reproduction(runs: Mapping[str, Sequence[Sequence[Row]]], units: Sequence[str], folder: Path) -> None:

@@ -13,24 +13,18 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean, median
 
 from benchmarks import plots, reproduction, results
 from benchmarks.results import ABOUT, COLUMNS, FOLDER, ROOT, Content, Row, cases, name_of
-from dopsd.cache import todays
-from dopsd.evaluation.accuracy import standard_error
 from dopsd.evaluation.results import percent
 from dopsd.tables import markdown_table
 
-# Written by `benchmarks.tiny_recipe` and `benchmarks.reuse`, in their own form.
-RECIPE, REUSE = "tiny_recipe.json", "reuse.json"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "reproduction.md")
 KINDS = ("cpu", "gpu")
 NOT_MEASURED = "Not measured."
@@ -237,77 +231,6 @@ def train() -> str:
     return "\n".join([_shown(rows_of(content, "train"), *columns), _where(content)])
 
 
-def gain() -> str:
-    """What the tiny recipe reaches at its own rate, over its seeds."""
-    rows = _read(RECIPE)
-    before, after, gains = ([100 * row[f"accuracy_{moment}"] for row in rows] for moment in ("before", "after", "gain"))
-    problems, threads = rows[0]["eval_problems"], rows[0]["threads"]
-    return (
-        f"Accuracy on {problems} held-out problems goes from {mean(before):.1f}% to {mean(after):.1f}%: "
-        f"{mean(gains):+.1f} points in the mean of {len(rows)} seeds, between {min(gains):+.1f} and {max(gains):+.1f}, "
-        f"in {median(row['seconds'] for row in rows):.0f} seconds on {threads} CPU threads."
-    )
-
-
-def tiny_recipe() -> str:
-    """Gain of the tiny recipe by seed."""
-    rows = _read(RECIPE)
-    lines = [
-        {**row, **at_rate, "tokens_per_step": rate} for row in rows for rate, at_rate in row["tokens_per_step"].items()
-    ]
-    versions = rows[0]["versions"]
-    about = f"{gain()} (torch {versions['torch']}, transformers {versions['transformers']})"
-    return "\n".join([_shown(lines, "seed", "tokens per step", "before", "after", "gain", "seconds"), about])
-
-
-def reuse() -> str:
-    """What the tiny recipe reaches with each kind of reuse, and what it computes for it."""
-    rows = [row for row in _read(REUSE) if "reuse" in row]
-    exact = {row["seed"]: 100 * row["accuracy_after"] for row in rows if row["reuse"] == "none"}
-    lines = []
-    for kind in dict.fromkeys(row["reuse"] for row in rows):
-        of_kind = [row for row in rows if row["reuse"] == kind]
-        updates = [row["update_means"] for row in of_kind]
-        after = [100 * row["accuracy_after"] for row in of_kind]
-        against = [value - exact[row["seed"]] for value, row in zip(after, of_kind, strict=True)]
-
-        def update(name: str, middle: Callable[[list[float]], float] = mean) -> float:
-            return middle([update[name] for update in updates])  # noqa: B023
-
-        # What else a machine does makes runs slower, never faster: seconds are medians.
-        lines.append(
-            {
-                "reuse": kind,
-                "accuracy after, by seed": ", ".join(f"{value:.1f}" for value in after),
-                "mean": f"{mean(after):.1f} ± {standard_error(after):.1f}",
-                "against none": f"{mean(against):+.1f} ± {standard_error(against):.1f}" if kind != "none" else "",
-                "tokens": f"{update('tokens') / 1000:.1f}k",
-                "distil (s)": f"{update('learn_seconds', median):.1f}",
-                "roll out (s)": f"{update('rollout_seconds', median):.1f}",
-                "run (s)": f"{median(row['seconds'] for row in of_kind):.0f}",
-                "KL taught": f"{update('kl'):.3f}",
-                "drift": f"{update('drift'):.3f}" if "drift" in updates[0] else "",
-            }
-        )
-    first = rows[0]
-    about = (
-        f"{first['eval_problems']} held-out problems, {100 * first['accuracy_before']:.1f} before; seeds "
-        f"{', '.join(map(str, exact))}; ± is the standard error over seeds. Tokens that the student "
-        f"computes, and median seconds, are per update of 32 prompts, at {first['threads']} CPU thread(s), torch "
-        f"{first['versions']['torch']}."
-    )
-    return "\n".join([markdown_table(lines), about])
-
-
-def caches() -> str:
-    """What the model as shipped reaches with each cache."""
-    rows = [{**row, "cache": todays(row["cache"])} for row in _read(REUSE) if "cache" in row]
-    table = _shown(
-        sorted(rows, key=lambda row: -row["tokens_per_step"]), "cache", "tokens per step", "accuracy", "seconds"
-    )
-    return f"{table}\n{rows[0]['problems']} held-out problems, greedy."
-
-
 def schema() -> str:
     """The columns of a run's rows."""
     lines = [{"column": f"`{name}`", "meaning": meaning} for name, meaning in COLUMNS.items()]
@@ -320,14 +243,9 @@ def schema() -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _read(name: str) -> list[Row]:
-    rows: list[Row] = json.loads((FOLDER / name).read_text())
-    return rows
-
-
 def runs(kind: str) -> list[tuple[Path, Content]]:
     """The files of a kind of machine, "cpu" or "gpu", oldest first; ValueError if one is no run, or a rehearsal."""
-    files = [(path, results.load(path)) for path in sorted(FOLDER.glob("*.json")) if path.name not in (RECIPE, REUSE)]
+    files = [(path, results.load(path)) for path in sorted(FOLDER.glob("*.json"))]
     of_kind = [(path, content) for path, content in files if content["machine"]["kind"] == kind]
     # On one day, the second file's name ends in _2.
     return sorted(of_kind, key=lambda file: (file[1]["machine"]["date"], len(file[0].stem), file[0].stem))
@@ -345,7 +263,7 @@ def rows_of(content: Content, part: str) -> list[Row]:
     return [row for row in content["rows"] if row["part"] == part]
 
 
-SECTIONS = {f.__name__: f for f in (gain, tiny_recipe, reuse, caches, kernels, details, tests, step, train, schema)}
+SECTIONS = {f.__name__: f for f in (kernels, details, tests, step, train, schema)}
 SECTIONS |= reproduction.SECTIONS
 
 
@@ -426,7 +344,6 @@ def main(argv: list[str] | None = None) -> int:
     for path in stale:
         path.write_text(wanted[path])
     plots.draw_ops([content for kind in KINDS if (content := newest(kind, "kernels"))], ROOT / "docs")
-    plots.draw_reuse([row for row in _read(REUSE) if "reuse" in row], ROOT / "docs")
     if curves := reproduction.curves():
         plots.draw_reproduction(curves, reproduction.UNITS, ROOT / "docs")
     return 0

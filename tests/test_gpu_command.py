@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, outcomes, report, results, reuse, tiny_recipe
+from benchmarks import gpu, outcomes, report, results
 from benchmarks.results import Recorder, Row
 
 
@@ -176,27 +176,33 @@ def test_every_tests_outcome_is_written_and_a_lost_gpu_costs_one_test(tmp_path: 
 
 
 def test_training_is_judged_by_two_standard_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [row for row in json.loads(reuse.FILE.read_text()) if row.get("reuse") == "none"]
-    reached, error = (sum(row[f"{name}_after"] for row in rows) / len(rows) for name in ("accuracy", "standard_error"))
+    """Of the difference to the mean of the recorded runs, of which there may be none."""
+    old = {"scores": {gpu.TWO: "10" * 50}}
+    error = float(gpu.grades(old, gpu.TWO).std()) / 100 / 10
     run = {"accuracy_before": 0.5, "standard_error_before": 0.1, "standard_error_after": error, "seconds": 1}
 
-    def train(outcome: Row | Exception) -> tuple[bool, Row]:
-        def ran(*_: Any, **__: Any) -> Row:
+    def train(outcome: Row | Exception, recorded: list[Row]) -> tuple[bool, Row]:
+        def ran(command: list[str], **_: Any) -> None:
             if isinstance(outcome, Exception):
                 raise outcome
-            return outcome
+            folder = Path(command[command.index("--output_dir") + 1])
+            folder.mkdir()
+            (folder / "report.json").write_text(json.dumps(outcome))
 
-        monkeypatch.setattr(tiny_recipe, "run", ran)
+        monkeypatch.setattr(gpu.subprocess, "run", ran)
+        monkeypatch.setattr(gpu, "recipe_runs", lambda: recorded)
         recorder = Recorder(None)
         return gpu.train(recorder, float("inf"), False), recorder.rows[0]
 
     two = 2 * (2 * error**2) ** 0.5
     for off, fine in ((0.99 * two, True), (-0.99 * two, True), (1.01 * two, False), (-1.01 * two, False)):
-        passed, row = train({**run, "accuracy_after": reached + off})
+        passed, row = train({**run, "accuracy_after": 0.5 + off}, [old, old])
         assert passed is row["agrees"] is fine
+    passed, row = train({**run, "accuracy_after": 0.9}, [])
+    assert passed and row["agrees"] is None
     for failure, status, fine in (
         (subprocess.TimeoutExpired("a", 1), "out of time", True),
         (subprocess.CalledProcessError(3, "a"), "failed: dopsd.train ended with 3", False),
     ):
-        passed, row = train(failure)
+        passed, row = train(failure, [])
         assert passed is fine and row["status"] == status
