@@ -25,9 +25,10 @@ from dopsd.tasks.answers import boxed, marked, tagged
         ("<answer>4</answer> no: <answer>5", "4", "5"),
         ("<answer>5", None, "5"),
         ("5</answer>", None, None),
-        ("</answer><answer>", None, ""),
+        ("</answer><answer>", None, None),
         ("<answer><answer>5</answer></answer>", "5", "5"),
-        ("<answer></answer>", "", ""),
+        ("<answer></answer>", None, None),
+        ("<answer>5</answer><answer> </answer>", "5", "5"),
         ("", None, None),
     ],
 )
