@@ -19,8 +19,8 @@ ENDS = (
     "</s>",
 )
 END = re.compile("|".join(map(re.escape, ENDS)))
-# Characters of a response that are read: what 32768 tokens of eight characters make.
-MOST = 1 << 18
+# Characters of a response that are read: what 32768 tokens of four characters make.
+MOST = 1 << 17
 # What an answer is wrapped in, and ends with, without being a part of it.
 WRAPPERS = (("**", "**"), ("`", "`"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("*", "*"))
 PUNCTUATION = ".,;: \t\n"
@@ -65,7 +65,7 @@ def tagged(text: str, *, closed: bool = True) -> str | None:
 
 
 def boxed(text: str, *, closed: bool = True) -> str | None:
-    r"""What the last ``\boxed{}`` or ``\fbox{}`` with something in it holds, or else follows a ``\boxed`` without braces.
+    r"""What the last ``\boxed{}`` or ``\fbox{}`` that is not empty holds, or else follows a ``\boxed`` without braces.
 
     Its braces are balanced. Unless it has to be ``closed``, a last one may be cut off by the end of the text.
     """
@@ -91,7 +91,7 @@ def boxed(text: str, *, closed: bool = True) -> str | None:
 
 
 def marked(text: str, *, closed: bool = True) -> str | None:
-    r"""What is marked as the answer, bare: the last tag's text (or a ``\boxed{}`` in it), or else the last ``\boxed{}``."""
+    r"""What is marked as the answer, bare: the last tag's text, or a ``\boxed{}`` in it, or else the last ``\boxed{}``."""
     answer = tagged(text, closed=closed)
     box = boxed(text if answer is None else answer, closed=closed)
     answer = answer if box is None else box

@@ -65,7 +65,7 @@ def plain(text: str) -> str:
 
 
 def expression(text: str, *, closed: bool) -> str | None:
-    """What is marked as the answer, or, if that is no computation, what it stands in: its tag, or the line of its box."""
+    """What is marked as the answer, or, if that is no computation, what it stands in: the tag, or the box's line."""
     answer = marked(text, closed=closed)
     if answer is None or OPERATION.search(plain(answer)):
         return answer
@@ -237,7 +237,7 @@ class Countdown(Benchmark):
         answer = plain(response if answer is None else answer)
         if not strict:
             runs = [match.group() for match in COMPUTATION.finditer(answer)]
-            answer = next((run for run in reversed(runs) if OPERATION.search(run)), "")
+            answer = next((run.strip(" \t*") for run in reversed(runs) if OPERATION.search(run)), "")
         left, equals, right = (side.strip() for side in answer.strip().removesuffix(".").partition("="))
         target = str(int(row["output"]))
         if left == target:

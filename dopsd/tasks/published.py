@@ -18,6 +18,7 @@ from dopsd.tasks.answers import CLOSE, OPEN
 
 BRACE = re.compile("[{}]")
 
+
 def first_tag(text: str) -> str | None:
     """What the first ``<answer>`` that is closed holds."""
     start = text.find(OPEN)
