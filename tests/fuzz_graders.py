@@ -25,7 +25,20 @@ ROWS: dict[str, dict[str, str]] = {
 PIECES = [
     *"0123456789+-*/().,=<>[]{}|$#\\ \n\t%_^!:;`&",
     *("<answer>", "</answer>", r"\boxed{", r"\frac{", r"\frac", r"\times", r"\left(", "#### ", "30", "93", "100", "23"),
-    *(r"\sqrt{", r"\sqrt", r"\text{ ", r"\text{", r"\pi", r"\{", r"\\", "x", "x=", "1,234", "3142243142131324", "Row 1: "),
+    *(
+        r"\sqrt{",
+        r"\sqrt",
+        r"\text{ ",
+        r"\text{",
+        r"\pi",
+        r"\{",
+        r"\\",
+        "x",
+        "x=",
+        "1,234",
+        "3142243142131324",
+        "Row 1: ",
+    ),
     *("**", "//", "```", "<|eot_id|>", "</s>", "\x00", "\ud800", "\u0663", "\u00b2", "\u22ef", "\u200f", "\U0001d7d8"),
     *("e999", "nan", "inf", "1_0", r"\begin{bmatrix}", r"\infty", r"\pm", r"\in", r"\le "),
 ]
@@ -39,7 +52,22 @@ SEEDS = [
 ]
 # A text of so many characters is more than is read of one; a grade takes at most so long.
 LONG, SECONDS = 10_000_000, 1.0
-LONGER = ["1 ", "1", "1,", "=", "-", "(", "\\", "<answer>", "</answer>", "<answer></answer>", r"\boxed{", "\n", "3142|", "`"]
+LONGER = [
+    "1 ",
+    "1",
+    "1,",
+    "=",
+    "-",
+    "(",
+    "\\",
+    "<answer>",
+    "</answer>",
+    "<answer></answer>",
+    r"\boxed{",
+    "\n",
+    "3142|",
+    "`",
+]
 
 
 def fuzz(rng: random.Random) -> str:
@@ -102,7 +130,9 @@ def main() -> None:
             assert 0 <= task.score(ROWS[name], (piece * LONG)[:LONG]) <= 1
             worst = max(worst, time.process_time() - begin)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    print(f"{LONG >> 20} MiB of each of {len(LONGER)} pieces: the slowest in {worst:.2f} s; the process's peak {peak} MiB")
+    print(
+        f"{LONG >> 20} MiB of each of {len(LONGER)} pieces: the slowest in {worst:.2f} s; the process's peak {peak} MiB"
+    )
     if slowest > SECONDS or worst > SECONDS:
         sys.exit("a grade took too long")
 

@@ -246,7 +246,9 @@ def test_a_decoder_ends_a_response_at_such_a_token_unless_all_of_it_is_graded() 
     assert found == {"strict": "twenty", "lenient": "twenty", "published": "<|start|> twenty <|eot_id|> nothing"}
 
 
-@pytest.mark.parametrize("answer", ["**6**", "`6`", "$6$", r"\(6\)", r"$$\n 6 $$".replace(r"\n", "\n"), "6.,;", "*`6`*."])
+@pytest.mark.parametrize(
+    "answer", ["**6**", "`6`", "$6$", r"\(6\)", r"$$\n 6 $$".replace(r"\n", "\n"), "6.,;", "*`6`*."]
+)
 def test_markup_is_no_part_of_an_answer(answer: str) -> None:
     assert bare(answer) == bare(f"\u200e {answer}\u200b ") == "6"
 
@@ -276,7 +278,14 @@ SPELLINGS = (
     "\n{}\n",
 )
 NUMBERS = ("18", "-3", "0", "1234", r"\frac{4}{9}", r"-\frac{1}{7}")
-EXPRESSIONS = (r"6\sqrt{5}", r"\frac{\pi}{6}", "15x-80", r"\left(3, \frac{\pi}{2}\right)", r"(-\infty,2)\cup(3,5]", "6+9i")
+EXPRESSIONS = (
+    r"6\sqrt{5}",
+    r"\frac{\pi}{6}",
+    "15x-80",
+    r"\left(3, \frac{\pi}{2}\right)",
+    r"(-\infty,2)\cup(3,5]",
+    "6+9i",
+)
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math"])

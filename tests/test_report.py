@@ -49,6 +49,7 @@ def test_a_gain_is_paired() -> None:
     assert numbers["standard_error_gain"] == pytest.approx(math.sqrt((0.8 / 4) / 5))
     assert numbers["standard_error_before"] == pytest.approx(math.sqrt((2 * 0.36 + 3 * 0.16) / 4 / 5))
     assert numbers["standard_error_after"] == pytest.approx(math.sqrt((3 * 0.16 + 2 * 0.36) / 4 / 5))
+    assert (numbers["fully_correct_before"], numbers["fully_correct_after"]) == (0.4, 0.6)
     one = report.compare([0.0], [1.0])
     assert (one["accuracy_gain"], one["standard_error_gain"]) == (1.0, 0.0)
     with pytest.raises(ValueError):

@@ -91,7 +91,7 @@ def boxed(text: str, *, closed: bool = True) -> str | None:
 
 
 def marked(text: str, *, closed: bool = True) -> str | None:
-    r"""What is marked as the answer, bare: the last tag's text, or a ``\boxed{}`` in it, or else the last ``\boxed{}``."""
+    r"""What is marked as the answer: the last tag's text, or a ``\boxed{}`` in it, or else the last ``\boxed{}``."""
     answer = tagged(text, closed=closed)
     box = boxed(text if answer is None else answer, closed=closed)
     answer = answer if box is None else box

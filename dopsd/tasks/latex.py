@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from math import gcd
 
 # ---- one spelling ----
 
-SPELLINGS = [
+SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?)(?![A-Za-z])", ""),
@@ -65,7 +66,7 @@ INEQUALITIES = [
 def spelled(answer: str) -> str:
     """``answer`` in one of the spellings that LaTeX has for it, without units."""
     for pattern, new in SPELLINGS:
-        answer = pattern.sub(new, answer)  # type: ignore[arg-type]
+        answer = pattern.sub(new, answer)
     answer = re.sub(r"\\text *\{ *(?:or|and) *\}", ",", answer).strip()
     without = TEXT.sub("", answer)
     without = re.sub(r"\^[23] *$", "", without) if without != answer and answer.endswith(("}^2", "}^3")) else without
@@ -76,21 +77,17 @@ def spelled(answer: str) -> str:
 
 
 def named(answer: str) -> tuple[str, str]:
-    """What ``answer`` says it is the value of, if it does, and the value; an inequality's is its interval."""
+    """What ``answer`` says it is the value of, or nothing, and the value; an inequality's is its interval."""
     for pattern, places in INEQUALITIES:
-        found = pattern.fullmatch(answer)
-        if found:
-            low, left, name, right, high = (None if place is None else found[place] for place in places)
-            return name or "", (
-                f"{'[' if left and 'e' in left else '('}{low or '-' + chr(92) + 'infty'},"
-                f"{high or chr(92) + 'infty'}{']' if right and 'e' in right else ')'}"
-            )
-    values = parts(answer)
-    found = [NAME.match(value.strip()) for value in values]
-    names = {one[1].replace(" ", "") if one else "" for one in found}
-    if len(names) > 1 or names == {""}:
+        if found := pattern.fullmatch(answer):
+            low, above, name, below, high = ("" if place is None else found[place] for place in places)
+            opening, closing = "[" if "e" in above else "(", "]" if "e" in below else ")"
+            return name, opening + (low or r"-\infty") + "," + (high or r"\infty") + closing
+    values = [value.strip() for value in parts(answer)]
+    names = [match for value in values if (match := NAME.match(value))]
+    if len(names) < len(values) or len({match[1] for match in names}) > 1 or not names[0][1]:
         return "", answer
-    return names.pop(), ",".join(v.strip()[one.end() :].strip() for v, one in zip(values, found, strict=True) if one)
+    return names[0][1], ",".join(value[match.end() :].strip() for value, match in zip(values, names, strict=True))
 
 
 def parts(answer: str) -> list[str]:
