@@ -236,6 +236,9 @@ def test_countdown_signs(numbers: str, target: str, expression: str, grade: floa
     [
         ("<answer>3142243142131324</answer>", 1, 1),
         ("<answer>3142\n2431\n4213\n1324</answer>", 1, 1),
+        ("<answer>```\n3142\n2431\n4213\n1324\n```</answer>", 1, 1),
+        ("<answer>| R1: 3142 | R2: 2431 | R3: 4213 | R4: 1324 |</answer>", 1, 1),
+        ("<answer>3142243142131324 3142243142131324</answer>", 0, 1),
         ("<answer>3 1 4 2 | 2 4 3 1 | 4 2 1 3 | 1 3 2 4</answer>", 1, 1),
         ("<answer>| 31 | 42 |\n+----+----+\n| 24 | 31 |\n| 42 | 13 |\n| 13 | 24 |</answer>", 1, 1),
         ("<answer>[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]</answer>", 1, 1),

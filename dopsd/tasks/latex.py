@@ -21,7 +21,8 @@ SPELLINGS: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = 
     for pattern, new in (
         (r"\\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?)(?![A-Za-z])", ""),
         (r"\{,\}", ","),
-        (r"(\\\\)|\\[!,;:> ]|\\q?quad(?![A-Za-z])|~|\u202f|\u00a0", lambda match: match[1] or " "),
+        (r"(\\\\)|\\!", lambda match: match[1] or ""),
+        (r"(\\\\)|\\[,;:> ]|\\q?quad(?![A-Za-z])|~|\u202f|\u00a0", lambda match: match[1] or " "),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\(?:leq?|leqslant)(?![A-Za-z])|\u2264", r"\\le "),
         (r"\\(?:geq?|geqslant)(?![A-Za-z])|\u2265", r"\\ge "),
@@ -49,7 +50,7 @@ NAME = re.compile(
 )
 TEXT = re.compile(r"\\text *\{([^{}]*)\}")
 THOUSANDS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
-CHOICE = re.compile(r"\([A-Z]\)")
+ONE_IN_PARENTHESES = re.compile(r"\(([^()\[\],]*)\)")
 DECIMAL = re.compile(r"(?<![0-9.])([0-9]*\.[0-9]+|[0-9]+\.(?![0-9]))")
 BOUND = r"(-?[0-9.]+|-?\\[a-z]+(?:\{[^<>]*\})?(?:\{[^<>]*\})?)"
 LESS, MORE = r"(<|\\le )", r"(>|\\ge )"
@@ -71,8 +72,8 @@ def spelled(answer: str) -> str:
     without = TEXT.sub("", answer)
     without = re.sub(r"\^[23] *$", "", without) if without != answer and answer.endswith(("}^2", "}^3")) else without
     answer = without.strip(" .,;:") or TEXT.sub(r"\1", answer).strip(" .,;:")
-    if CHOICE.fullmatch(answer):
-        return answer[1]
+    if within := ONE_IN_PARENTHESES.fullmatch(answer):
+        answer = within[1].strip()
     return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
 
 
@@ -126,9 +127,10 @@ BELOW = re.compile(
     r"(?:\\frac *\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\} *|/ *)(\{(?:[^{}]|\{[^{}]*\})*\}|\\sqrt)",
 )
 ROOT = re.compile(r"\\sqrt *(?:\[ *([0-9]+) *\])? *\{ *([0-9]+) *\}")
+ROOT_OF_FRACTION = re.compile(r"\\sqrt *(?:\[[^\]]*\])? *\{[^{}]*(?:\\frac|/)")
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9]*\.?[0-9]+|[A-Za-z]|\S")
 SIGNED = re.compile(r"(?:^|[({\[,=^_&<>*/]|\\\\|\\[a-z]+ ?)\s*[-+]")
-PRODUCTS = {r"\cdot": "*", r"\times": "*", r"\ast": "*", "*": "*", r"\div": r"\frac", "/": r"\frac", r"\mp": r"\pm"}
+PRODUCTS = {r"\cdot": "*", r"\times": "*", r"\ast": "*", "*": "*", r"\div": r"\frac", "/": r"\frac"}
 # What stands for a value or holds values, and computes none.
 NEUTRAL = {*"{},&)]", r"\\", r"\{", r"\}", r"\begin", r"\end", r"\infty", r"\pi", "#"}
 LARGEST_ROOT = 10**9
@@ -157,6 +159,7 @@ def operations(answer: str, *, numbers: bool = True) -> Counter[str]:
         return " # " if numbers and not unreduced(match) else match[0]
 
     count["a root with a square"] += sum(map(has_square, ROOT.finditer(answer)))
+    count["a root below"] += len(ROOT_OF_FRACTION.findall(answer))
     for below in BELOW.finditer(answer):
         count["a root below"] += below[1].count(r"\sqrt")
         count["a sum below"] += len(re.findall(r"(?<=[^{])[-+]", below[1]))
@@ -197,6 +200,11 @@ def kind(answer: str) -> str:
     return ""
 
 
+def both_signs(answer: str) -> str:
+    r"""``a \pm b`` as its two values."""
+    return answer.replace(r"\pm", "+") + "," + answer.replace(r"\pm", "-") if r"\pm" in answer else answer
+
+
 def based(answer: str) -> bool:
     """Whether it is a number to a base."""
     return re.search(r"[0-9] *_", answer) is not None
@@ -204,6 +212,7 @@ def based(answer: str) -> bool:
 
 def is_final(answer: str, gold: str) -> bool:
     """Whether ``answer``, spelled as ``gold`` is, is as far computed as that one is."""
+    answer, gold = both_signs(answer), both_signs(gold)
     if based(answer) or based(gold) or kind(answer) != kind(gold):
         return False
     ours, theirs = letters(answer), letters(gold)
