@@ -129,7 +129,8 @@ BELOW = re.compile(
 ROOT = re.compile(r"\\sqrt *(?:\[ *([0-9]+) *\])? *\{ *([0-9]+) *\}")
 ROOT_OF_FRACTION = re.compile(r"\\sqrt *(?:\[[^\]]*\])? *\{[^{}]*(?:\\frac|/)")
 TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9]*\.?[0-9]+|[A-Za-z]|\S")
-SIGNED = re.compile(r"(?:^|[({\[,=^_&<>*/]|\\\\|\\[a-z]+ ?)\s*[-+]")
+# A sign of what follows it, which adds nothing to what stands before.
+SIGNED = re.compile(r"(?:^|[({\[,=^_&<>*/]|\\\\|\\(?:cdot|times|div|in|cup|cap|le|ge) ?)\s*[-+]")
 PRODUCTS = {r"\cdot": "*", r"\times": "*", r"\ast": "*", "*": "*", r"\div": r"\frac", "/": r"\frac"}
 # What stands for a value or holds values, and computes none.
 NEUTRAL = {*"{},&)]", r"\\", r"\{", r"\}", r"\begin", r"\end", r"\infty", r"\pi", "#"}
