@@ -16,7 +16,7 @@ from dopsd.limits import limited
 from dopsd.sampler import Decoding, decode
 from dopsd.seeds import mix_seeds
 from dopsd.tasks import Row, Task
-from dopsd.tasks.answers import ENDS
+from dopsd.tasks.answers import END, ENDS
 from dopsd.trajectory import Trajectory
 
 # Characters of a prompt. That is far more than a model's context, and less than takes all memory to cut into tokens.
@@ -129,11 +129,12 @@ class Decoder:
     def text(self, trajectory: Trajectory) -> str:
         """The response up to the end-of-text, or to the end of its turn; the published grading reads on behind that."""
         tokens = trajectory.tokens[: trajectory.text_length(self.eos_id)].tolist()
+        whole = self.tokenizer.decode(tokens, skip_special_tokens=False)
         if self.task.grading == "published":
-            return self.tokenizer.decode(tokens)
-        ends = {number for token, number in self.tokenizer.get_added_vocab().items() if token in ENDS}
-        turn = list(takewhile(lambda token: token not in ends, tokens))
-        return self.tokenizer.decode(turn, skip_special_tokens=True)
+            return whole
+        if END.search(whole):
+            tokens = list(takewhile(lambda token: self.tokenizer.decode([token]).strip() not in ENDS, tokens))
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def once(
         self,

@@ -233,9 +233,6 @@ def test_a_decoder_ends_a_response_at_such_a_token_unless_all_of_it_is_graded() 
     class Tokenizer:
         words = ("twenty", "<|eot_id|>", "nothing", "<|endoftext|>", "<|start|>")
 
-        def get_added_vocab(self) -> dict[str, int]:
-            return {word: number for number, word in enumerate(self.words) if word.startswith("<")}
-
         def decode(self, tokens: list[int], skip_special_tokens: bool = False) -> str:
             return " ".join(w for w in map(self.words.__getitem__, tokens) if not (skip_special_tokens and w[0] == "<"))
 
