@@ -47,7 +47,10 @@ TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
     "path/to/file.py:ClassName, whose code then runs (so a recipe can't name a file)."
 )
-GRADING_HELP = "Whether only an answer marked as such counts, or else one is looked for; sudoku is strict anyway."
+GRADING_HELP = (
+    "strict: only an answer marked as such counts; lenient: or else one is looked for; published: as the literature's "
+    "figures were graded. sudoku has one way of grading."
+)
 
 
 def option(default: Any, help: str) -> Any:

@@ -219,7 +219,10 @@ def finish(
 
 
 def show_result(result: Mapping[str, Any], output: Path) -> None:
-    """Show what a report says."""
+    """Show what a report says; with partial grades, also how many answers are right as a whole."""
+    rates = result["tokens_per_step"]
+    moments = ("before", "after")
+    partial = any(row[f"accuracy_{when}"] != row[f"fully_correct_{when}"] for row in rates.values() for when in moments)
     rows = [
         {
             "tokens per step": rate,
@@ -227,8 +230,9 @@ def show_result(result: Mapping[str, Any], output: Path) -> None:
                 moment: f"{100 * row[f'accuracy_{moment}']:{sign}.1f} ± {100 * row[f'standard_error_{moment}']:.1f}"
                 for moment, sign in (("before", ""), ("after", ""), ("gain", "+"))
             },
+            **({"fully correct": whole(row)} if partial else {}),
         }
-        for rate, row in result["tokens_per_step"].items()
+        for rate, row in rates.items()
     ]
     memory, left_out = result["memory"], result["left_out"]
     notes = [collapse.sentence(one) for one in result["collapse"]]
@@ -244,12 +248,17 @@ def show_result(result: Mapping[str, Any], output: Path) -> None:
     show(rows, f"held-out accuracy, {result['eval_problems']} problems", notes)
 
 
+def whole(row: Mapping[str, Any]) -> str:
+    """The shares of responses that are right as a whole, before and after, in percent."""
+    return f"{100 * row['fully_correct_before']:.1f} to {100 * row['fully_correct_after']:.1f}"
+
+
 def compare(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Accuracies (mean scores) with standard errors and 95% intervals, and their paired difference."""
+    """Accuracies (mean scores) with standard errors and 95% intervals, their paired difference, and the shares of 1."""
     gain = difference(before, after)
     numbers = {"before": summary(before), "after": summary(after), "gain": {**gain, "accuracy": gain["difference"]}}
     return {
         f"{name}_{moment}": one[name]
         for name in ("accuracy", "standard_error", "interval")
         for moment, one in numbers.items()
-    }
+    } | {f"fully_correct_{moment}": numbers[moment]["fully_correct"] for moment in ("before", "after")}

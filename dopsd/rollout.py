@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dopsd.limits import limited
 from dopsd.sampler import Decoding, decode
 from dopsd.seeds import mix_seeds
 from dopsd.tasks import Row, Task
+from dopsd.tasks.answers import END, ENDS
 from dopsd.trajectory import Trajectory
 
 # Characters of a prompt or a solution. That is far more than a model's context, and less than takes all memory to cut
@@ -29,7 +31,7 @@ class Rollout:
     Args:
         row: the task row.
         trajectory: how the response was decoded.
-        response: its text up to the first end-of-text token.
+        response: its text, see :meth:`Decoder.text`.
         score: its grade in [0, 1].
         tries: tries until the first correct one; all of them if there was none.
         decoded: tries that were decoded, some of them beside that one.
@@ -129,6 +131,16 @@ class Decoder:
                 f"{context - gen_length}; prompts are never cut"
             )
 
+    def text(self, trajectory: Trajectory) -> str:
+        """The response up to the end-of-text, or to the end of its turn; the published grading reads on behind that."""
+        tokens = trajectory.tokens[: trajectory.text_length(self.eos_id)].tolist()
+        whole = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        if self.task.grading == "published":
+            return whole
+        if END.search(whole):
+            tokens = list(takewhile(lambda token: self.tokenizer.decode([token]).strip() not in ENDS, tokens))
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
     def once(
         self,
         rows: Sequence[Row],
@@ -154,8 +166,7 @@ class Decoder:
                 on_step=on_step,
             )
             for index, trajectory in enumerate(trajectories, start):
-                text = trajectory.tokens[: trajectory.text_length(self.eos_id)]
-                response = self.tokenizer.decode(text.tolist(), skip_special_tokens=True)
+                response = self.text(trajectory)
                 score = float(self.task.score(rows[index], response))
                 if not 0 <= score <= 1:
                     raise RunError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import re
 import time
+import tracemalloc
 from fractions import Fraction
-from typing import Any
 
 import pytest
+from fuzz_graders import PUZZLE, ROWS, SECONDS, run, tasks
 
 from dopsd.tasks import Row, load_task
 from dopsd.tasks.answers import boxed, marked, tagged
@@ -25,9 +25,10 @@ from dopsd.tasks.answers import boxed, marked, tagged
         ("<answer>4</answer> no: <answer>5", "4", "5"),
         ("<answer>5", None, "5"),
         ("5</answer>", None, None),
-        ("</answer><answer>", None, ""),
+        ("</answer><answer>", None, None),
         ("<answer><answer>5</answer></answer>", "5", "5"),
-        ("<answer></answer>", "", ""),
+        ("<answer></answer>", None, None),
+        ("<answer>5</answer><answer> </answer>", "5", "5"),
         ("", None, None),
     ],
 )
@@ -105,7 +106,8 @@ def grades(name: str, row: Row, response: str) -> tuple[float, float]:
         ("-5", "<answer>$-5</answer>", 1, 1),
         ("-5", "<answer>-$5</answer>", 1, 1),
         ("-0.5", r"<answer>-\frac{1}{2}</answer>", 1, 1),
-        ("5", "<answer>10-5</answer>", 0, 1),
+        ("5", "<answer>10-5</answer>", 0, 0),
+        ("5", "<answer>10-</answer> 5", 0, 0),
         ("5", "<answer>Total - 5</answer>", 1, 1),
         ("5", "<answer>- 5 eggs</answer>", 1, 1),
         ("5", "<answer>step-5</answer>", 1, 1),
@@ -229,14 +231,14 @@ def test_countdown_signs(numbers: str, target: str, expression: str, grade: floa
     assert load_task("countdown", "strict").score(row, f"<answer>{expression}</answer>") == grade
 
 
-PUZZLE = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
-
-
 @pytest.mark.parametrize(
     ("response", "strict", "lenient"),
     [
         ("<answer>3142243142131324</answer>", 1, 1),
         ("<answer>3142\n2431\n4213\n1324</answer>", 1, 1),
+        ("<answer>```\n3142\n2431\n4213\n1324\n```</answer>", 1, 1),
+        ("<answer>| R1: 3142 | R2: 2431 | R3: 4213 | R4: 1324 |</answer>", 1, 1),
+        ("<answer>3142243142131324 3142243142131324</answer>", 0, 1),
         ("<answer>3 1 4 2 | 2 4 3 1 | 4 2 1 3 | 1 3 2 4</answer>", 1, 1),
         ("<answer>| 31 | 42 |\n+----+----+\n| 24 | 31 |\n| 42 | 13 |\n| 13 | 24 |</answer>", 1, 1),
         ("<answer>[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]</answer>", 1, 1),
@@ -269,75 +271,32 @@ def test_a_sudoku_without_blanks_is_right_as_it_is() -> None:
 
 # ---- nothing stops a grader ----
 
-ROWS: dict[str, dict[str, str]] = {
-    "gsm8k": {"question": "?", "answer": "#### 23"},
-    "countdown": {"input": "30,100,93", "output": "23"},
-    "sudoku4x4": PUZZLE,
-    "sudoku": PUZZLE,
-}
-PIECES = [
-    *"0123456789+-*/().,=<>[]{}|$#\\ \n\t%_^!",
-    *("<answer>", "</answer>", r"\boxed{", r"\frac{", r"\times", r"\left(", "#### ", "30", "93", "100", "23", "1,234"),
-    *(
-        "3142243142131324",
-        "**",
-        "//",
-        "\x00",
-        "\ud800",
-        "\u0663",
-        "\u00b2",
-        "\u22ef",
-        "\U0001d7d8",
-        "e999",
-        "nan",
-        "inf",
-    ),
-]
-SEEDS = ["<answer>30 + 93 - 100 = 23</answer>", "c4=3142243142131324", "so 23\n#### 23", r"\boxed{\frac{46}{2}}"]
 
-
-def fuzz(rng: random.Random) -> str:
-    """Random pieces, or a right answer with some of its characters replaced by them."""
-    if rng.random() < 0.5:
-        return "".join(rng.choices(PIECES, k=rng.randint(0, 30)))
-    text = [*rng.choice(SEEDS)]
-    for _ in range(rng.randint(0, 4)):
-        text[rng.randrange(len(text))] = rng.choice(PIECES)
-    return "".join(text)
-
-
-def test_a_hundred_thousand_texts() -> None:
+def test_ten_thousand_texts() -> None:
     """Every text has a grade in [0, 1], at once; a right Countdown is right by Python's own arithmetic too."""
-    rng = random.Random(0)
-    tasks: list[tuple[str, Any]] = [(n, load_task(n, g)) for n in ROWS for g in ("strict", "lenient")]  # type: ignore[arg-type]
-    right = dict.fromkeys(ROWS, 0)
-    slowest = 0.0
-    for number in range(100_000):
-        name, task = tasks[number % len(tasks)]
-        text = fuzz(rng)
+    names = [name for name in ROWS if name != "math"]
+    right, slowest = run(12_000, names)
+    assert slowest < SECONDS
+    assert min(right[name] for name in names) > 10, "the mutations are too wild to say much"
+
+
+def test_a_text_is_read_as_far_as_one_can_be_decoded() -> None:
+    """Of ten megabytes the answer at the end is not seen, and what is kept of them is little."""
+    for name, task in tasks([name for name in ROWS if name != "math"]):
         start = time.process_time()
-        grade = task.score(ROWS[name], text)
-        slowest = max(slowest, time.process_time() - start)
-        assert isinstance(grade, float) and 0 <= grade <= 1
-        right[name] += grade == 1
-        expression = (tagged(text) or "").partition("=")[0]
-        if (
-            name == "countdown"
-            and task.grading == "strict"
-            and grade == 1
-            and tagged(text)
-            and set(expression) <= set("0123456789+-*/() ")
-        ):
-            assert sorted(map(int, re.findall("[0-9]+", expression))) == [30, 93, 100]
-            assert eval(re.sub("([0-9]+)", r"Fraction(\1)", expression)) == 23
-    assert slowest < 1
-    assert min(right.values()) > 100, "the mutations are too wild to say much"
+        assert task.score(ROWS[name], "1 " * 5_000_000 + "<answer>23</answer>") < 1
+        assert time.process_time() - start < SECONDS
+    tracemalloc.start()
+    load_task("gsm8k").score(ROWS["gsm8k"], "1 " * 5_000_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 << 20
 
 
 LONG = 300_000
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "math"])
 @pytest.mark.parametrize(
     "text",
     [
@@ -376,8 +335,7 @@ LONG = 300_000
 )
 def test_a_long_text_takes_no_longer_than_reading_it(name: str, text: str) -> None:
     """All patterns are linear: a quadratic one would take hours here."""
-    for grading in ("strict", "lenient"):
-        task = load_task(name, grading)  # type: ignore[arg-type]
+    for _, task in tasks([name]):
         start = time.process_time()
         assert 0 <= task.score(ROWS[name], text) <= 1
         assert time.process_time() - start < 5

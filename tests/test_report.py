@@ -49,6 +49,7 @@ def test_a_gain_is_paired() -> None:
     assert numbers["standard_error_gain"] == pytest.approx(math.sqrt((0.8 / 4) / 5))
     assert numbers["standard_error_before"] == pytest.approx(math.sqrt((2 * 0.36 + 3 * 0.16) / 4 / 5))
     assert numbers["standard_error_after"] == pytest.approx(math.sqrt((3 * 0.16 + 2 * 0.36) / 4 / 5))
+    assert (numbers["fully_correct_before"], numbers["fully_correct_after"]) == (0.4, 0.6)
     one = report.compare([0.0], [1.0])
     assert (one["accuracy_gain"], one["standard_error_gain"]) == (1.0, 0.0)
     with pytest.raises(ValueError):
@@ -123,3 +124,15 @@ def test_held_out_responses_are_kept_and_not_decoded_again(
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(TypeError):
         report.held_out(trainer, rows, "after", tmp_path, "a hash")
+
+
+def test_with_partial_grades_whole_answers_are_shown_too(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Half of the cells right in every grid is no grid right."""
+    rest = {"memory": None, "left_out": {}, "collapse": [], "eval_problems": 4, "seconds": 1.0, "best_checkpoint": None}
+    rest["config"] = {"training": {"load_best_model_at_end": False}}
+    caplog.set_level("INFO")
+    for scores, shown in (([0.5] * 4, True), ([1.0, 0.0, 1.0, 0.0], False)):
+        caplog.clear()
+        rates = {"2": report.compare(scores, [*scores[1:], 1.0])}
+        report.show_result({"tokens_per_step": rates, **rest}, tmp_path)
+        assert ("fully correct" in caplog.text) == ("0.0 to 25.0" in caplog.text) == shown

@@ -34,6 +34,8 @@ class Words:
 class Scripted:
     """A task that grades responses by a table and notes what it graded."""
 
+    grading = "lenient"
+
     def __init__(self, grades: Mapping[tuple[str, str], float]) -> None:
         self.grades, self.graded = grades, []
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 LABEL = "published, LLaDA-8B-Instruct, secondary summaries"
 METHODS = ("base", "SFT", "diffu-GRPO", "VRPO", "d-OPSD")
 
@@ -17,7 +20,28 @@ PUBLISHED: dict[tuple[str, int], dict[str, float]] = {
 }
 
 
-def published(task: str, gen_length: int, tokens_per_step: int, block_length: int, measure: str) -> dict[str, float]:
-    """The published percentages of a setting, by method; empty if there are none for a decoding like that."""
-    same = (tokens_per_step, block_length, measure) == (2, 32, "greedy")
-    return PUBLISHED.get((task, gen_length), {}) if same else {}
+# The protocol that they were made by: its grading, how many rows of each task, and what the response starts with.
+GRADING = "published"
+ROWS = {"gsm8k": 1319, "math": 500, "countdown": 256, "sudoku4x4": 256}
+FILES = ("countdown", "sudoku4x4")  # whose rows are those of a file
+PREFILL = "<reasoning>"
+# Options that say how problems were posed; a result has those that the evaluation knew.
+POSED = ("test_file", "prompt_file", "prefill")
+
+
+def published(result: Mapping[str, Any]) -> dict[str, float]:
+    """The published percentages for a result's task, length and decoding, by method; empty if there are none."""
+    same = (result["tokens_per_step"], result["block_length"], result["measure"]) == (2, 32, "greedy")
+    return PUBLISHED.get((result["task"], result["gen_length"]), {}) if same else {}
+
+
+def departures(result: Mapping[str, Any]) -> list[str]:
+    """In what a result that has published figures, an entry of a file of results, was not made by their protocol."""
+    found = {
+        f"grading={result['grading']}": result["grading"] == GRADING,
+        f"{result['problems']} problems": result["problems"] == ROWS[result["task"]],
+        "made-up problems": result["task"] not in FILES or result.get("test_file") is not None,
+        "another prompt (no prompt_file)": result.get("prompt_file") is not None,
+        f"prefill={result.get('prefill')!r}": (result.get("prefill") or "").strip() == PREFILL,
+    }
+    return [departure for departure, kept in found.items() if not kept]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dopsd.evaluation.accuracy import mean, summary
-from dopsd.evaluation.published import LABEL, METHODS, published
+from dopsd.evaluation.published import LABEL, METHODS, departures, published
 from dopsd.evaluation.settings import Setting
 from dopsd.rollout import Rollout
 from dopsd.tables import markdown_table
@@ -31,6 +31,7 @@ def result(
     rollouts: Sequence[Rollout],
     eos_id: int,
     seconds: float,
+    posed: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The numbers of one measure and its responses, in the order of the rows.
 
@@ -42,6 +43,7 @@ def result(
         rollouts: a response per row.
         eos_id: the end-of-text token, up to which a response's length counts.
         seconds: spent on decoding and grading, summed over processes.
+        posed: the options that say how problems were posed.
     """
     responses = [rollout.outcome(eos_id) for rollout in rollouts]
     tokens, steps = (mean([one[name] for one in responses]) for name in ("tokens", "steps"))
@@ -50,6 +52,7 @@ def result(
         "measure": measure,
         "block_length": block_length,
         "grading": task.grading,
+        **posed,
         "problems": len(responses),
         **summary([one["score"] for one in responses]),
         "mean_tokens": tokens,
@@ -103,18 +106,25 @@ def columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def markdown(results: Sequence[Mapping[str, Any]], about: Sequence[str]) -> str:
     """A page with what was measured, beside what has been published for the same task, length and decoding.
 
+    A published figure stands beside a result of the same protocol only; of another, a line says what differs.
+
     Args:
         results: entries of :func:`result`.
         about: sentences on what was evaluated.
     """
     rows = columns(results)
-    names = (*SETTING[:3], "block_length", "measure")
-    theirs = [published(*(result[name] for name in names)) for result in results]
+    theirs = [published(result) for result in results]
+    differing = [departures(result) if figures else [] for result, figures in zip(results, theirs, strict=True)]
     notes = [*about, DEFINITIONS]
-    if any(theirs):
-        for row, figures in zip(rows, theirs, strict=True):
-            row |= {f"{name} (published)": str(figures.get(name, "")) for name in METHODS}
+    if any(figures and not differ for figures, differ in zip(theirs, differing, strict=True)):
+        for row, figures, differ in zip(rows, theirs, differing, strict=True):
+            row |= {f"{name} (published)": "" if differ else str(figures.get(name, "")) for name in METHODS}
         notes.append(f"(published): {LABEL}; not measured here.")
+    notes += [
+        f"{label(result)}: published figures are of another protocol than {', '.join(differ)}."
+        for result, differ in zip(results, differing, strict=True)
+        if differ
+    ]
     methods = dict.fromkeys(INTERVALS[result["interval_method"]] for result in results)
     gradings = dict.fromkeys(f"{result['task']} {result['grading']}" for result in results)
     notes += [f"Interval: {'; for partial grades '.join(methods)}.", f"Grading: {', '.join(gradings)}."]

@@ -23,6 +23,7 @@ from dopsd.evaluation.accuracy import is_grade
 from dopsd.evaluation.decoding import decode_all
 from dopsd.evaluation.journal import Journal
 from dopsd.evaluation.options import EvaluationArguments
+from dopsd.evaluation.published import POSED
 from dopsd.evaluation.results import markdown, result
 from dopsd.evaluation.settings import Setting, hashed, identity, measures, plan, sentence, taken
 from dopsd.interruption import Interruption
@@ -176,6 +177,7 @@ def collect(
     entries: dict[journal.Key, journal.Entry],
 ) -> list[dict[str, Any]]:
     """The results of every setting and measure."""
+    posed = {name: value for name, value in vars(args).items() if name in POSED}
     results = []
     for setting, decoding in plan(args, decoders):
         decoder = decoders[setting.task]
@@ -185,7 +187,7 @@ def collect(
             rollouts = [Rollout.from_json(entry) for entry in found]
             seconds = round(sum(entry["seconds"] for entry in found), 1)
             results.append(
-                result(setting, decoding.block_length, measure, decoder.task, rollouts, decoder.eos_id, seconds)
+                result(setting, decoding.block_length, measure, decoder.task, rollouts, decoder.eos_id, seconds, posed)
             )
     return results
 

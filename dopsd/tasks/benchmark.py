@@ -1,4 +1,4 @@
-"""What the paper's benchmarks share: one prompt template, files of rows, datasets on the hub."""
+"""What the paper's benchmarks share: one prompt template, what is read of a response, files of rows, the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from dopsd.errors import must_be
-from dopsd.tasks.answers import in_tags
+from dopsd.tasks.answers import MOST, ended, in_tags
 from dopsd.tasks.rows import hub_rows, read_rows
 from dopsd.tasks.task import SPLITS, Row, Task, check_golds, part
 
@@ -19,7 +19,7 @@ class Benchmark(Task):
     """A task with problem statements in words; training and evaluation use the same template.
 
     A subclass names its ``columns`` and the ``answer_form`` asked for, and has ``statement``, ``reference`` and
-    ``answer``.
+    ``answer``, and two ways of grading: its own, ``strict`` or lenient, and the published one.
     """
 
     columns: ClassVar[tuple[str, ...]]
@@ -40,6 +40,19 @@ class Benchmark(Task):
     def reasoning(self, row: Row) -> str:
         """The steps of the reference solution."""
         return self.reference(row)
+
+    @abstractmethod
+    def grade(self, row: Row, response: str, *, strict: bool) -> float:
+        """The grade of a response, up to the end of its turn; ``strict``: of an answer that is marked."""
+
+    @abstractmethod
+    def published_grade(self, row: Row, response: str) -> float:
+        """The grade of a response, whatever is in it, as :mod:`~dopsd.tasks.published` describes."""
+
+    def score(self, row: Row, response: str) -> float:
+        if self.grading == "published":
+            return self.published_grade(row, response[:MOST])
+        return self.grade(row, ended(response), strict=self.grading == "strict")
 
     def check(self, row: Row) -> None:
         """Raise ValueError, in a clause that says why, for a row of a file that can't be used."""

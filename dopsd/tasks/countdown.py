@@ -4,13 +4,15 @@ Columns: ``input`` (the numbers, ``30,100,93``) and ``output`` (the target). Row
 in the published test set: numbers and targets from 1 to 100, reachable by whole numbers of at least 0 throughout.
 
 An expression is parsed (nothing is evaluated as code), of at most 200 characters and 20 nested levels, and computed in
-exact fractions. It has whole numbers, ``+ - * /`` or their typographic signs or ``\times \cdot \div \frac{}{}``,
+exact fractions. It has whole numbers, ``+ - * /`` or their typographic signs or ``x \times \cdot \div \frac{}{}``,
 parentheses, and minus signs in front of operands, which use no number. Powers, decimals and products without a sign are
-not known. ``= target`` may follow.
+not known. ``= target`` may follow, or ``target =`` stand before it.
 
-- ``strict``: the expression is what is marked, in ``<answer>`` tags or else ``\boxed{}``.
-- ``lenient``: a last tag may be cut off, and the last text in it that looks like a computation counts; where nothing is
-  marked, the last one of all.
+- ``strict``: the expression is what is marked, in ``<answer>`` tags or else ``\boxed{}``; where the box holds no
+  computation, only the target, what its line or its tag holds.
+- ``lenient``: a last tag or box may be cut off, and the last text in it that looks like a computation counts; where
+  nothing is marked, the last one of all.
+- ``published``: see ``published.countdown``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from fractions import Fraction
 from itertools import combinations
 
 from dopsd.errors import must_be
-from dopsd.tasks.answers import marked
+from dopsd.tasks import published
+from dopsd.tasks.answers import bare, marked, tagged
 from dopsd.tasks.benchmark import Benchmark
 from dopsd.tasks.task import SPLITS, Row, split_of
 
@@ -44,6 +47,10 @@ LATEX = {
     r"\dfrac": r"\frac",
     r"\tfrac": r"\frac",
 }
+# ``\frac63``, of which TeX takes a digit each; a box's braces; a letter that multiplies.
+ABOVE, BELOW = re.compile(r"\\frac *([0-9])"), re.compile(r"(\\frac *\{[^{}]*\}) *([0-9])")
+BOX = re.compile(r"\\boxed *\{([^{}]*)\}?")
+TIMES = re.compile(r"(?<=[0-9)}]) *[xX] *(?=[-0-9({\\])")
 COMMAND = re.compile(r"\\(?:[a-z]+|[^a-z])")
 TOKEN = re.compile(r"[0-9]+|\\frac|[-+*/(){}]")
 OPERATION = re.compile(r"[0-9][^0-9]*[-+*/]|\\frac")
@@ -53,7 +60,19 @@ COMPUTATION = re.compile(r"(?:\\frac|[-0-9+*/(){}= \t])+")
 def plain(text: str) -> str:
     """``text`` with signs in ASCII and without LaTeX decoration."""
     text = COMMAND.sub(lambda match: LATEX.get(match.group(), match.group()), text.replace("$", ""))
-    return text.translate(SIGNS)
+    text = BELOW.sub(r"\1{\2}", ABOVE.sub(r"\\frac{\1}", text))
+    return TIMES.sub("*", text).translate(SIGNS)
+
+
+def expression(text: str, *, closed: bool) -> str | None:
+    """What is marked as the answer, or, if that is no computation, what it stands in: the tag, or the box's line."""
+    answer = marked(text, closed=closed)
+    if answer is None or OPERATION.search(plain(answer)):
+        return answer
+    around = tagged(text, closed=closed)
+    if around is None:
+        around = next((line for line in reversed(text.splitlines()) if BOX.search(line)), answer)
+    return bare(BOX.sub(r"\1", around))
 
 
 class Expression:
@@ -211,20 +230,24 @@ class Countdown(Benchmark):
     def answer(self, row: Row) -> str:
         return str(solve(numbers_of(row), int(row["output"])))
 
-    def score(self, row: Row, response: str) -> float:
-        strict = self.grading == "strict"
-        answer = marked(response, closed=strict)
+    def grade(self, row: Row, response: str, *, strict: bool) -> float:
+        answer = expression(response, closed=strict)
         if answer is None and strict:
             return 0.0
         answer = plain(response if answer is None else answer)
         if not strict:
             runs = [match.group() for match in COMPUTATION.finditer(answer)]
-            answer = next((run for run in reversed(runs) if OPERATION.search(run)), "")
-        expression, equals, result = answer.strip().removesuffix(".").partition("=")
+            answer = next((run.strip(" \t*") for run in reversed(runs) if OPERATION.search(run)), "")
+        left, equals, right = (side.strip() for side in answer.strip().removesuffix(".").partition("="))
+        target = str(int(row["output"]))
+        if left == target:
+            left, right = right, left
         try:
-            parsed = Expression(expression)
+            parsed = Expression(left)
         except (ValueError, ZeroDivisionError):
             return 0.0
-        target = int(row["output"])
-        stated = not equals or result.strip() == str(target)
-        return float(stated and parsed.numbers == sorted(numbers_of(row)) and parsed.value == target)
+        stated = not equals or right == target
+        return float(stated and parsed.numbers == sorted(numbers_of(row)) and parsed.value == int(target))
+
+    def published_grade(self, row: Row, response: str) -> float:
+        return published.countdown(response, numbers_of(row), int(row["output"]))

@@ -1,14 +1,17 @@
-"""4x4 Sudoku in words, as the paper's LLaDA is asked it.
+r"""4x4 Sudoku in words, as the paper's LLaDA is asked it.
 
 Columns: ``puzzle`` and ``solution``, sixteen digits each in reading order, 0 for a blank. Rows are generated, with
 eight blanks as in the published test set, and one solution. (Of its 500 puzzles, 124 have more; the row's own counts.)
 
-The grade is the share of the blank cells that have the solution's digit, and 0 where a given cell is changed. A grid is
-sixteen digits; spaces, line ends and frames between them make no difference.
+The grade is the share of the blank cells that have the solution's digit, and 0 where a given cell is changed; results
+say beside it how many grids are right as a whole, since one digit in all blanks has a quarter of them right. A grid is
+sixteen digits; spaces, line ends, slashes, frames, LaTeX's matrices and ``Row 1:`` between them make no difference.
 
-- ``strict``: the grid is all that is marked, in ``<answer>`` tags or else ``\\boxed{}``.
-- ``lenient``: a last tag may be cut off, and the last grid in it counts, or else the last of the response. Of grids
-  with nothing but spaces and frames between them that is the last sixteen digits.
+- ``strict``: the grid is all that is marked, in ``<answer>`` tags or else ``\boxed{}``.
+- ``lenient``: a last tag or box may be cut off, and the last grid in it counts, or else the last of the response. Of
+  grids with nothing but spaces and frames between them that is the last sixteen digits.
+- ``published``: see ``published.sudoku4x4``. A published accuracy is the right share of all blanks. It is the mean
+  grade, since the published puzzles have eight blanks each.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ from __future__ import annotations
 import random
 import re
 
+from dopsd.tasks import published
 from dopsd.tasks.answers import marked
 from dopsd.tasks.benchmark import Benchmark
 from dopsd.tasks.sudoku import all_grids, check_grids, grids_of
 from dopsd.tasks.task import Row
 
 BLANKS = 8
-GRIDS = re.compile(r"[0-9\s|+\-_,;\[\]]+")
+GRIDS = re.compile(r"""[0-9\s|+\-_,;/&\\\[\](){}`*'"]+""")
+# What stands between the rows of a grid: their names, and LaTeX's commands.
+BETWEEN = re.compile(r"\b[Rr]o?w? ?[1-4] ?[:.=]|\\(?:begin|end) ?\{[a-z*]+\}(?:\{[c|]+\})?|\\hline")
 
 
 def has_one_solution(puzzle: str) -> bool:
@@ -33,7 +39,7 @@ def has_one_solution(puzzle: str) -> bool:
 
 def last_grid(text: str) -> str | None:
     """The last sixteen digits of the last stretch of digits and frames that holds whole grids."""
-    for stretch in reversed(GRIDS.findall(text)):
+    for stretch in reversed(GRIDS.findall(BETWEEN.sub(" ", text))):
         digits = re.sub("[^0-9]", "", stretch)
         if digits and len(digits) % 16 == 0:
             return digits[-16:]
@@ -81,14 +87,13 @@ class Sudoku4x4(Benchmark):
     def answer(self, row: Row) -> str:
         return row["solution"]
 
-    def score(self, row: Row, response: str) -> float:
-        strict = self.grading == "strict"
-        answer = marked(response, closed=strict)
+    def grade(self, row: Row, response: str, *, strict: bool) -> float:
+        answer = marked(response, closed=strict) or ""
         if strict:
-            whole = answer is not None and GRIDS.fullmatch(answer)
-            grid = re.sub("[^0-9]", "", answer) if answer is not None and whole else ""
+            answer = BETWEEN.sub(" ", answer)
+            grid = re.sub("[^0-9]", "", answer) if GRIDS.fullmatch(answer) else ""
         else:
-            grid = last_grid(answer or "") or last_grid(response) or ""
+            grid = last_grid(answer) or last_grid(response) or ""
         if len(grid) != 16:
             return 0.0
         cells = list(zip(row["puzzle"], row["solution"], grid, strict=True))
@@ -96,3 +101,6 @@ class Sudoku4x4(Benchmark):
             return 0.0
         blanks = [right == digit for given, right, digit in cells if given == "0"]
         return sum(blanks) / len(blanks) if blanks else 1.0
+
+    def published_grade(self, row: Row, response: str) -> float:
+        return published.sudoku4x4(response, row["puzzle"], row["solution"])

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from dopsd.errors import RunError, must_be
 
 Row = Mapping[str, str]
-Grading = Literal["strict", "lenient"]
+Grading = Literal["strict", "lenient", "published"]
 SPLITS = ("train", "validation", "test")
 SHOWN = 5
 # Problems that are made up for a split; more take minutes.
@@ -25,7 +25,8 @@ class Task(ABC):
     """
 
     #: Set on each task by ``load_task``. ``strict``: only an answer marked as such counts. ``lenient``: one that is not
-    #: marked is looked for. A task with one way of grading has no use for it.
+    #: marked is looked for. ``published``: as published figures were graded. A task with one way of grading has no use
+    #: for it.
     grading: Grading = "lenient"
     #: Whether ``problems`` makes up its rows. If not, they are a dataset's, and a file of training rows that comes
     #: without one of validation rows is split.
