@@ -45,7 +45,9 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "tokens per step": lambda row: str(row["tokens_per_step"]),
     "before": lambda row: percent(row["accuracy_before"], row["standard_error_before"]),
     "after": lambda row: percent(row["accuracy_after"], row["standard_error_after"]),
-    "after, on CPUs": lambda row: percent(row["accuracy_recorded"], row["standard_error_recorded"]),
+    "after, on CPUs": lambda row: (
+        percent(row["accuracy_recorded"], row["standard_error_recorded"]) if "accuracy_recorded" in row else ""
+    ),
     "within two standard errors": lambda row: "yes" if row["agrees"] else "no",
     "accuracy": lambda row: percent(row["accuracy"], row["standard_error"]),
     "gain": lambda row: f"{100 * row['accuracy_gain']:+.1f} ± {100 * row['standard_error_gain']:.1f}",
