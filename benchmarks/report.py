@@ -48,7 +48,7 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "after, on CPUs": lambda row: (
         percent(row["accuracy_recorded"], row["standard_error_recorded"]) if "accuracy_recorded" in row else ""
     ),
-    "within two standard errors": lambda row: "yes" if row["agrees"] else "no",
+    "within two standard errors": lambda row: {True: "yes", False: "no", None: ""}[row["agrees"]],
     "accuracy": lambda row: percent(row["accuracy"], row["standard_error"]),
     "gain": lambda row: f"{100 * row['accuracy_gain']:+.1f} ± {100 * row['standard_error_gain']:.1f}",
     "seconds": lambda row: f"{row['seconds']:.0f}",
