@@ -120,8 +120,9 @@ def train(
 def pretrain(steps: int, anneal_steps: int, batch_size: int, seed: int) -> tuple[LLaDAModelLM, PreTrainedTokenizerFast]:
     """Train from scratch at a constant rate, then anneal: a fresh start of the optimisers at a rate that falls to 0.
 
-    At a constant rate the model stays far below what it knows: at two tokens a step it solves a seventh of the problems
-    before it is annealed and two thirds behind that.
+    The model that ships is not annealed. At a constant rate it stays far below what it knows: at two tokens a step it
+    solves a third of the problems, and two thirds with 240 more steps and 200 of annealing. So it has much to learn in
+    few updates, and a part of what a method gains on it is what annealing would give as well.
     """
     torch.manual_seed(seed)
     tokenizer = character_tokenizer()
@@ -138,8 +139,8 @@ def main() -> None:
     """Parse the command line, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model and tokenizer to")
-    parser.add_argument("--steps", type=int, default=1560, help="at a constant rate")
-    parser.add_argument("--anneal_steps", type=int, default=200, help="at a falling rate")
+    parser.add_argument("--steps", type=int, default=1320, help="at a constant rate")
+    parser.add_argument("--anneal_steps", type=int, default=0, help="at a falling rate; the model that ships has none")
     parser.add_argument("--batch_size", type=int, default=128, help="problems per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="results are the same bits only for the same number")
