@@ -92,9 +92,9 @@ def test_the_shipped_model_reads_a_solved_copy(shipped: Decoder) -> None:
         def prompt(self, row: Row) -> str:
             return self.reference_prompt(row)
 
-    rows = Sudoku().problems("validation", 48)
+    rows = Sudoku().problems("validation", 16)
     with_copy, without = (
-        sum(r.score for r in replace(shipped, task=task).once(rows, Decoding(48, 8, 24), torch.arange(48))) / 48
+        sum(r.score for r in replace(shipped, task=task).once(rows, Decoding(48, 8, 24), torch.arange(16))) / 16
         for task in (Shown(), Sudoku())
     )
     assert with_copy >= 0.9 and 0.2 < without < 0.85
