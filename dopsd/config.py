@@ -78,7 +78,7 @@ def given_once(group: Any, *names: str) -> None:
 class LoadArguments:
     """How a model is loaded, for training and evaluation alike."""
 
-    model: str = option("tiny", "'tiny' (ships with the package), a folder in Hugging Face layout, or a hub id.")
+    model: str = option("tiny", "'tiny' (which ships), a folder in Hugging Face layout, or a hub id.")
     adapter: str | None = option(None, "PEFT adapter folder, to start from or to evaluate.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Of the base weights; auto: as stored.")
     quantize: Literal["none", "nf4", "int8"] = option(
@@ -216,9 +216,7 @@ class TeachingArguments:
     reveal_scope: RevealScope = option(
         "future_blocks", "Where candidates lie: behind the current block, anywhere, or in a later state of the student."
     )
-    reveal_gap: int | None = option(
-        1, "With later_state, by how many steps it is later; none: the response when all is revealed."
-    )
+    reveal_gap: int | None = option(1, "By how many steps later_state is later; none: when all is revealed.")
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Confidence = option("probability", "By what K is chosen.")
@@ -236,9 +234,9 @@ class TeachingArguments:
     skip_last_block: bool = option(False, "Leave the steps of the last block out.")
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
     score_threshold: float = option(1.0, "Least grade of a response that trains, or, with vrpo, is preferred.")
-    learn_tail: bool = option(True, "Whether the end-of-text behind the first is learnt too, up to gen_length.")
-    mask_ratio: float = option(0.8, "Largest share of a window that is masked; the least rises to it over the run.")
-    entropy_weight: float = option(1.0, "Of the entropy of tokens that are predicted right, beside cross-entropies.")
+    learn_tail: bool = option(True, "Whether end-of-text behind the first is learnt too, up to gen_length.")
+    mask_ratio: float = option(0.8, "Largest share of a window that is masked; the least rises to it.")
+    entropy_weight: float = option(1.0, "Weight of the entropy of tokens that are predicted right.")
     advantage: Literal["mean", "standardized"] = option(
         "mean", "Rewards less their group's mean, or these over its standard deviation."
     )
@@ -252,9 +250,7 @@ class TeachingArguments:
     elbo_draws: int = option(8, "Times, with a mask each, from which the ELBO of a response is estimated.")
     preference_beta: float = option(0.2, "By what a difference of ELBOs is multiplied inside the sigmoid.")
     sft_weight: float = option(0.05, "Weight of the cross-entropy per token of the response that is preferred.")
-    updates_per_batch: int = option(
-        1, "Optimiser updates per batch: each has a slice of what is learnt of it; of diffu_grpo all."
-    )
+    updates_per_batch: int = option(1, "Updates per batch: each learns a slice of it; diffu_grpo's learn all.")
     reuse: Reuse = option(
         "none",
         "What a block's other states take from its first: nothing (exact), the prompt's keys and values, or those of "
@@ -318,9 +314,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     output_dir: str | None = option(None, "Where everything is written; none: runs/DATE-TIME.")
     disable_tqdm: bool = option(False, "No progress bars, also on a terminal.")
-    push_to_hub: bool = option(
-        False, "Publish the adapter and its card, and no checkpoints, as hub_model_id when the run has finished."
-    )
+    push_to_hub: bool = option(False, "Publish adapter and card (no checkpoints) as hub_model_id in the end.")
     ddp_timeout: int = option(
         1800,
         "Seconds after which a run on several processes ends if one of them is silent. How long work takes does not "
@@ -343,7 +337,7 @@ class TrainingArguments(transformers.TrainingArguments):
         "standard errors, whichever is more.",
     )
     figure_width: Literal["page", "column"] = option(
-        "page", "Of the run's pictures on paper: that of a page's text, or of one of its two columns."
+        "page", "Of pictures on paper: a page's text, or one of its two columns."
     )
 
     def __post_init__(self) -> None:

@@ -94,6 +94,8 @@ class Method(ABC, Generic[E, B]):
     example_type: ClassVar[type[Any]]
     #: What a card says of it: what the model does, and learns.
     summary: ClassVar[str]
+    #: Whether some pass has other weights than the student's: a teacher's, or those of a reference policy.
+    has_teacher: ClassVar[bool] = True
     #: Whether some pass has a task's ``reference_prompt``.
     shows_references: bool = False
 

@@ -28,12 +28,27 @@ LARGEST = 2**32 - 1
 LONGEST_RECIPE = 1 << 16
 
 RECIPES = Path(__file__).parent / "recipes"
-# Of transformers' options, those that --help shows.
-USUAL = (
-    *("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim", "per_device_train_batch_size"),
-    *("max_steps", "seed", "gradient_checkpointing", "logging_steps", "eval_strategy", "eval_steps", "save_strategy"),
-    *("save_steps", "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id"),
-)
+# Of transformers' options, those that --help shows, in a line each.
+USUAL = {
+    "per_device_train_batch_size": "Prompts of a batch, on each process.",
+    "max_steps": "Updates; -1: as many as num_train_epochs takes.",
+    "learning_rate": "The schedule's highest.",
+    "lr_scheduler_type": "What becomes of it: linear, cosine, constant, ...",
+    "optim": "The optimiser, by its name in transformers.",
+    "weight_decay": "Of all that is trained but biases and norms.",
+    "max_grad_norm": "Gradients are clipped to this norm; 0: they are not.",
+    "gradient_checkpointing": "Compute activations again in the backward pass.",
+    "logging_steps": "Updates between logs; below 1, a share of all.",
+    "report_to": "Where logs go besides: tensorboard, wandb, ..., all or none.",
+    "eval_strategy": "When validation rows are evaluated.",
+    "eval_steps": "Updates between evaluations; none: logging_steps.",
+    "save_strategy": "When a checkpoint is saved.",
+    "save_steps": "Updates between checkpoints; below 1, a share of all.",
+    "save_total_limit": "Checkpoints that are kept: the newest, and the best; none: all.",
+    "hub_model_id": "The repository that push_to_hub publishes to.",
+    "seed": "Of all that is drawn.",
+    "resume_from_checkpoint": "A checkpoint's folder, or true for the newest complete one.",
+}
 EPILOG = (
     "An error is one sentence and exit status 2 (an option) or 1 (anything else); --debug adds its traceback. "
     "Ctrl-C and SIGTERM end with 130 and 143."
@@ -54,7 +69,7 @@ def check_numbers(name: str, value: Any) -> None:
 class Parser(HfArgumentParser):
     """An argument parser whose errors are :class:`~dopsd.errors.UsageError`, and that takes ``none`` for no value.
 
-    ``--help`` shows this project's options and the ``USUAL`` of transformers', ``--help-all`` all.
+    ``--help`` shows this project's options and the ``USUAL`` of transformers', ``--help-all`` all, in its own words.
 
     Args:
         groups: dataclasses of options.
@@ -90,8 +105,8 @@ class Parser(HfArgumentParser):
                 action.type = none_or(action.type)
             if action.nargs == "+" and action.default == []:
                 action.nargs = "*"
-            if action.dest in self.theirs - set(USUAL):
-                self.hidden[action], action.help = action.help, SUPPRESS
+            if action.dest in self.theirs:
+                self.hidden[action], action.help = action.help, USUAL.get(action.dest, SUPPRESS)
             if action.option_strings[0].startswith("--no_"):  # which "false" says as well
                 action.help = SUPPRESS
         if self.hidden:
@@ -195,7 +210,7 @@ class ShortHelp(HelpFormatter):
     """Each option once, by its name and the kind of its value, with its default in brackets."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=max(120, get_terminal_size().columns) - 2)
+        super().__init__(prog, max_help_position=39, width=max(120, get_terminal_size().columns) - 2)
 
     def _format_action_invocation(self, action: Action) -> str:
         known = "|".join(map(str, action.choices or ()))

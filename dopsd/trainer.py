@@ -78,8 +78,9 @@ class Trainer(transformers.Trainer):
         require_installed(OptimizerNames(args.optim).value)
         self.rollouts, self.teaching, self.student = rollouts, teaching, model
         self.base = model_arguments.model
-        from_adapter = model_arguments.adapter is not None
-        teacher = TeacherWeights(model, teaching.teacher, teaching.ema_decay, from_adapter)
+        kind = METHODS[teaching.method]
+        weights = teaching.teacher if kind.has_teacher else "live"
+        teacher = TeacherWeights(model, weights, teaching.ema_decay, model_arguments.adapter is not None)
         self.slices: list[list[Serialisable]] = []  # of the current batch, those that are still to be trained on
         self.batch_size = 0.0  # what the losses of the current batch are divided by, over all ranks
         self.update_metrics: list[Figures] = []  # of this process, since the last log
@@ -105,7 +106,6 @@ class Trainer(transformers.Trainer):
         # It would also delete the last complete checkpoint before the next is.
         self.kept_checkpoints, args.save_total_limit = args.save_total_limit, None
         sizes = Sizes(teaching.states_per_forward, checkpointing, decoder.batch_size)
-        kind = METHODS[teaching.method]
         self.method = kind(model, teacher, decoder, sizes, self.accelerator, rollouts, teaching)
         self.method.check(train_rows)
         self.count = TokenCount(decoder.model)

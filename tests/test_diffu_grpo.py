@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_two
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -347,56 +345,3 @@ def test_a_run_with_a_budget(small_run: list[str], random_model: Path, tmp_path:
         assert float(row["rollouts"]) == 2 * GROUP == float(row["states"]) and float(row["ratio"]) == 1
         assert row["forward_tokens"] == row["tokens"]  # the reference's passes, over the same states
         assert 0 <= float(row["first_try"]) <= float(row["pass_rate"]) <= 1 and row["reward_std"] and row["kl"]
-
-
-# A task whose grades depend on the response, and are the same for all responses to the puzzles in EVEN.
-LISTED = """
-import os
-import zlib
-
-from dopsd.tasks.sudoku import Sudoku
-
-
-class Listed(Sudoku):
-    def score(self, row, response):
-        return 1.0 if row["puzzle"] in os.environ["EVEN"].split() else zlib.crc32(response.encode()) % 5 / 4
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_give_the_adapter_of_one(
-    small_run: list[str], random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With one prompt each, of which one's group may have nothing to learn: the same divisor, the same updates."""
-    from dopsd.prompt_sampler import PromptSampler
-
-    order = list(PromptSampler(rows=4, chunk=2, times=1, seed=42))
-    puzzles = [row["puzzle"] for row in Sudoku().problems("train", 4)]
-    even = puzzles[order[1]]
-    (tmp_path / "listed.py").write_text(LISTED)
-    line = "--max_steps 4 --updates_per_batch 2 --train_problems 4 --optim sgd --learning_rate 0.1 --max_grad_norm 0 "
-    line += "--lora_dropout 0 --lr_scheduler_type constant --eval_problems 1 --validation_problems 1 --seed 42 "
-    line += "--eval_strategy no --save_strategy no --use_cpu true --kl_weight 0"
-    argv = [*small_run, *SHORT, *line.split(), "--model", str(random_model)]
-    argv += ["--task", f"{tmp_path / 'listed.py'}:Listed"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    words = ["--ddp_backend", "gloo", "--per_device_train_batch_size", "1", "--output_dir", str(two)]
-    run_two("dopsd.train", [*argv, *words], tmp_path, EVEN=even)
-    monkeypatch.setenv("EVEN", even)
-    run.main([*argv, "--output_dir", str(one)])
-    rows = []
-    for folder in (one, two):
-        with (folder / "metrics.csv").open() as file:
-            rows.append([{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)])
-    assert [row["accepted"] for row in rows[0] if "accepted" in row] == [0.5, 1.0]
-    for row, other in zip(*rows, strict=True):
-        assert row.keys() == other.keys()
-        for name in row.keys() - {"rollout_seconds", "learn_seconds"}:
-            assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-6), name
-    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
-    for name, value in expected.items():
-        if "lora_B" in name:  # starts at zero, so it is the sum of the updates
-            assert value.abs().max() > 0
-        # Sums of some thousand fp32 terms in another order, over a few updates.
-        bound = 100 * torch.finfo(torch.float32).eps * float(value.abs().max())
-        assert float((found[name] - value).abs().max()) <= bound, name

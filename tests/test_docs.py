@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 import torch
 from pages import PAGES, ROOT, blocks, run_python, write_files
+from test_resume import Lottery
 
 from dopsd import parser
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.commands import parse_train
+from dopsd.methods import METHODS
 from dopsd.models import MODELS, STUDENT
 from dopsd.objective import Objective
 from dopsd.tasks import check_golds, draw, load_task
@@ -240,6 +242,7 @@ def extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     write_files(page, tmp_path)
     monkeypatch.setitem(MODELS, "small", None)
+    monkeypatch.setitem(METHODS, "later_tries", None)
     if find_spec("triton"):
         from dopsd_kernels.step_kl import divergence_kernels
 
@@ -255,6 +258,7 @@ def test_the_task(extended: dict[str, Any]) -> None:
     assert len(set(words)) == 150
     check_golds(task, rows["test"])
     assert task.score({"word": "abc"}, " cba") == 1 and task.score({"word": "abc"}, "abc") == 0
+    assert all(task.score(row, task.solution(row) or "") == 1 for row in rows["train"])
     Path("rows.jsonl").write_text('{"word": "abc"}\n')
     assert task.read(Path("rows.jsonl")) == [{"word": "abc"}]
 
@@ -294,6 +298,27 @@ def test_the_variant_chooses_otherwise(extended: dict[str, Any], make_trainer: C
     trainer.method.objective = Watched(**vars(trainer.method.objective))
     trainer.train()
     assert any(differ)
+
+
+def test_the_method_learns_what_later_tries_solve(
+    extended: dict[str, Any], make_trainer: Callable[..., Trainer], random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rows that rejection learns those that took another try, in the states that it has them in."""
+    options = ("--model", str(random_model), "--method", "rejection", "--pass_k", "2")
+    usual = make_trainer(*options, task=Lottery())
+    monkeypatch.setitem(METHODS, "rejection", METHODS["later_tries"])
+    trainer = make_trainer(*options, task=Lottery())
+    assert isinstance(trainer.method, extended["LaterTries"])
+    rows = [row for _, row in usual.train_dataset][:8]
+    seeds = torch.arange(8)
+    rollouts = usual.method.rollouts(usual.method.decoder, rows, seeds, lambda count: None)
+    right = [rollout for rollout in rollouts if rollout.score == 1]
+    expected, found = (
+        [example.to_json() for example in one.method.examples(rows, rollouts, seeds)] for one in (usual, trainer)
+    )
+    assert found == [json for json, rollout in zip(expected, right, strict=True) if rollout.tries > 1]
+    assert 0 < len(found) < len(expected) < 8
+    trainer.train()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

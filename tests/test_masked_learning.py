@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,14 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import two
-from safetensors.torch import load_file
 from test_memory import measurable
-from test_resume import Lottery, state_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd import run
 from dopsd.baselines.masked import MaskedBatch
 from dopsd.baselines.off_policy import window
 from dopsd.commands import parse_train
@@ -288,93 +282,6 @@ def test_no_micro_batch_is_larger_than_a_probe(method: str, make_trainer: Make, 
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["states"] == 2 * states and log["peak_gib"] > 0
-
-
-# ---- runs ----
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_ends_with_the_same_bits(
-    method: str, make_trainer: Make, random_model: Path, tmp_path: Path
-) -> None:
-    """From between the two updates of a batch of rows, and from between batches."""
-    argv = ("--model", str(random_model), *words_of(method), "--max_steps", "3", "--save_steps", "1")
-    argv += ("--updates_per_batch", "2", "--per_device_train_batch_size", "4", "--lora_dropout", "0.1")
-    argv += ("--save_total_limit", "9")
-    whole = make_trainer(*argv, task=Lottery())
-    whole.train()
-    weights, moments, log = state_of(whole)
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert len(losses) == 3 and all(losses)
-    for kill in (1, 2):
-        checkpoint = tmp_path / f"copy-{kill}" / f"checkpoint-{kill}"
-        shutil.copytree(Path(whole.args.output_dir or "") / checkpoint.name, checkpoint)
-        torch.manual_seed(kill)
-        resumed = make_trainer(*argv, task=Lottery())
-        resumed.train(resume_from_checkpoint=str(checkpoint))
-        other_weights, other_moments, other_log = state_of(resumed)
-        assert all(torch.equal(value, other_weights[name]) for name, value in weights.items()), kill
-        for first, second in zip(moments, other_moments, strict=True):
-            assert all(torch.equal(value, second[key]) for key, value in first.items())
-        assert log == other_log
-
-
-TASK = """
-import zlib
-
-from dopsd.tasks.sudoku import Sudoku
-
-
-class Drawn(Sudoku):
-    def score(self, row, response):
-        return float(zlib.crc32(row["puzzle"].encode()) % 2)
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_give_what_one_gives(small_run: list[str], random_model: Path, tmp_path: Path) -> None:
-    """The same adapter and the same log, with rows of one process, or of none, accepted; and what a run leaves."""
-    (tmp_path / "drawn.py").write_text(TASK)
-    line = (
-        "--max_steps 2 --optim sgd --learning_rate 0.1 --max_grad_norm 0 --lora_dropout 0 --eval_problems 1 --steps 6 "
-    )
-    line += "--lr_scheduler_type constant --use_cpu true --eval_strategy no --save_strategy no"
-    argv = [*small_run, *line.split(), "--model", str(random_model), "--task", f"{tmp_path / 'drawn.py'}:Drawn"]
-    with ExitStack() as stack:
-        runs = {}
-        for method in METHODS:
-            (tmp_path / method).mkdir()
-            words = [*argv, *words_of(method)]
-            more = ["--ddp_backend", "gloo", "--per_device_train_batch_size", "1"]
-            more += ["--output_dir", str(tmp_path / method / "two")]
-            runs[method] = stack.enter_context(two("dopsd.train", [*words, *more], tmp_path / method))
-            run.main([*words, "--output_dir", str(tmp_path / method / "one")])
-        for method, processes in runs.items():
-            for process, printed in processes:
-                process.join(600)
-                assert process.exitcode == 0, printed.read_text()[-3000:]
-            folders = tmp_path / method / "one", tmp_path / method / "two"
-            expected, found = (load_file(folder / "adapter_model.safetensors") for folder in folders)
-            for name, value in expected.items():
-                assert "lora_B" not in name or value.abs().max() > 0
-                # Sums of some thousand fp32 terms in another order, over a few updates.
-                bound = 100 * torch.finfo(torch.float32).eps * float(value.abs().max())
-                assert float((found[name] - value).abs().max()) <= bound, (method, name)
-            check_files(folders[0], method)
-
-
-def check_files(folder: Path, method: str) -> None:
-    """A run's report, card and metrics name the method, and what is not there."""
-    report = json.loads((folder / "report.json").read_text())
-    assert report["config"]["teaching"]["method"] == method and report["updates"] == 2
-    assert "trajectory.png" in report["left_out"] and not (folder / "trajectory.png").exists()
-    assert method in report["left_out"]["trajectory.png"] or "matplotlib" in report["left_out"]["trajectory.png"]
-    card = (folder / "README.md").read_text()
-    assert f"It was trained by `{method}`" in card and "Luo" not in card and "`clip`" not in card
-    assert ("`pass_k`" in card) == (method == "rejection")
-    names = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert "cross_entropy" in names and ("first_try" in names) == (method == "rejection")
-    assert ("masked_accuracy" in names) == (method == "off_policy") == ("rollouts" in names and "tries" not in names)
 
 
 # ---- what is refused ----

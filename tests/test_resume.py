@@ -59,7 +59,6 @@ CASES = {
     "within an epoch": ((), 3, (1, 2)),
     "across epochs, the last batch short": (("--train_problems", "5"), 5, (2, 3, 4)),
     "between slices, across epochs": (("--train_problems", "4", "--updates_per_batch", "2"), 7, (1, 4, 5)),
-    "between updates on groups": (("--method", "diffu_grpo", "--updates_per_batch", "2"), 3, (1, 2)),
     "with an averaged teacher": (("--teacher", "ema", "--ema_decay", "0.8"), 3, (2,)),
     "with evaluations": (("--eval_strategy", "steps", "--eval_steps", "2", "--max_grad_norm", "0.2"), 3, (1, 2)),
 }

@@ -306,9 +306,11 @@ def test_a_fixed_teacher_stays_and_an_averaged_one_follows(make_trainer: Make, r
     first.save_adapter(adapter)
     assert not [path for path in adapter.iterdir() if path.is_dir()]  # the student's only
 
+    words = ("--model", str(random_model), "--adapter", str(adapter), "--max_steps", "3")
+    assert TEACHER not in make_trainer(*words, "--method", "rejection").student.peft_config  # which asks none
     for kind in ("fixed", "ema"):
         trainer = make_trainer(
-            *("--model", str(random_model), "--adapter", str(adapter), "--max_steps", "3"),
+            *words,
             *("--teacher", kind, "--ema_decay", "0.75"),
             task=Graded(1.0),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from processes import two
-from safetensors.torch import load_file
 from test_memory import measurable
-from test_resume import Lottery, state_of
+from test_resume import Lottery
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dopsd import run
 from dopsd.baselines.vrpo import Pair
 from dopsd.commands import parse_train
 from dopsd.errors import UsageError
@@ -221,65 +217,6 @@ def test_no_micro_batch_is_larger_than_a_probe(make_trainer: Make, random_model:
             assert len(batch.targets) <= len(largest.targets) and batch.columns.shape[1] <= largest.columns.shape[1]
     trainer.train()
     assert trainer.state.log_history[0]["peak_gib"] > 0
-
-
-def test_a_resumed_run_ends_with_the_same_bits(make_trainer: Make, random_model: Path, tmp_path: Path) -> None:
-    """From between the two updates of a batch of rows, and from between batches."""
-    argv = ("--model", str(random_model), "--method", "vrpo", "--pass_k", str(TRIES), "--max_steps", "3")
-    argv += ("--save_steps", "1", "--updates_per_batch", "2", "--per_device_train_batch_size", "4")
-    argv += ("--lora_dropout", "0.1", "--save_total_limit", "9", "--elbo_draws", str(DRAWS))
-    whole = make_trainer(*argv, task=Lottery())
-    whole.train()
-    weights, moments, log = state_of(whole)
-    losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert len(losses) == 3 and all(losses)
-    for kill in (1, 2):
-        checkpoint = tmp_path / f"copy-{kill}" / f"checkpoint-{kill}"
-        shutil.copytree(Path(whole.args.output_dir or "") / checkpoint.name, checkpoint)
-        torch.manual_seed(kill)
-        resumed = make_trainer(*argv, task=Lottery())
-        resumed.train(resume_from_checkpoint=str(checkpoint))
-        other_weights, other_moments, other_log = state_of(resumed)
-        assert all(torch.equal(value, other_weights[name]) for name, value in weights.items()), kill
-        for first, second in zip(moments, other_moments, strict=True):
-            assert all(torch.equal(value, second[key]) for key, value in first.items())
-        assert log == other_log
-
-
-TASK = """
-import zlib
-
-from dopsd.tasks.sudoku import Sudoku
-
-
-class Lottery(Sudoku):
-    def score(self, row, response):
-        return float(zlib.crc32((row["puzzle"] + response).encode()) % 2)
-"""
-
-
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_give_what_one_gives(small_run: list[str], random_model: Path, tmp_path: Path) -> None:
-    """The same adapter and losses, to the rounding of sums; and a run leaves its files."""
-    (tmp_path / "lottery.py").write_text(TASK)
-    line = "--method vrpo --elbo_draws 2 --max_steps 3 --optim sgd --learning_rate 0.1 --max_grad_norm 0 "
-    line += "--lora_dropout 0 --eval_problems 1 --lr_scheduler_type constant --use_cpu true --eval_strategy no "
-    line += f"--save_strategy no --model {random_model} --task {tmp_path / 'lottery.py'}:Lottery --output_dir "
-    argv = [*small_run, *line.split()]
-    more = [str(tmp_path / "two"), "--ddp_backend", "gloo", "--per_device_train_batch_size", "1"]
-    with two("dopsd.train", [*argv, *more], tmp_path) as processes:
-        run.main([*argv, str(tmp_path / "one")])
-        for process, printed in processes:
-            process.join(600)
-            assert process.exitcode == 0, printed.read_text()[-3000:]
-    expected, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    for name, value in expected.items():
-        assert "lora_B" not in name or value.abs().max() > 0
-        # Sums of some thousand fp32 terms in another order, over a few updates; the terms are weighted by up to 1 / p.
-        bound = 1000 * torch.finfo(torch.float32).eps * float(value.abs().max())
-        assert float((found[name] - value).abs().max()) <= bound, name
-    for name in ("report.json", "README.md", "metrics.csv"):
-        assert (tmp_path / "one" / name).is_file()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from dopsd.trajectory import text_length
 class Denoising(MaskedLearning):
     """A bound on -log p of a response, per token, estimated in one state."""
 
+    has_teacher = False
+
     def example(self, prompt_ids: Tensor, tokens: Tensor, seed: Tensor) -> MaskedResponse:
         """A response (L,) in a state in which each position is masked with a share that is drawn, all from ``seed``."""
         generator = torch.Generator().manual_seed(int(mix_seeds(seed, MASKING)))
