@@ -36,6 +36,7 @@ OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     "correct_only": ("d_opsd", "rejection"),
     "score_threshold": ("d_opsd", "rejection", "vrpo"),
     **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection", "diffu_grpo", "vrpo")),
+    "first_temperature": ("d_opsd", "rejection"),
     "learn_tail": ("sft", "rejection"),
     **dict.fromkeys(["mask_ratio", "entropy_weight"], ("off_policy",)),
     **dict.fromkeys(["advantage", "likelihood", "prompt_mask", "share_prompt_mask"], ("diffu_grpo",)),
@@ -176,7 +177,8 @@ class RolloutArguments(DecodingArguments):
     block_length: int = option(32, "B: tokens per block.")
     steps: int | None = option(None, "T: denoising steps; none: gen_length / 2.")
     pass_k: int = option(8, "Tries at each prompt: until one is correct; diffu_grpo and vrpo make all.")
-    temperature: float = option(0.9, "Gumbel temperature of tries; the first is greedy but in a group.")
+    temperature: float = option(0.9, "Gumbel temperature of tries, but of the first where that has one of its own.")
+    first_temperature: float = option(0.0, "Gumbel temperature of the first try; 0 is greedy.")
     eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
 
     def __post_init__(self) -> None:
@@ -187,6 +189,7 @@ class RolloutArguments(DecodingArguments):
             self.temperature,
             f"positive when pass_k={self.pass_k} allows for more than one try",
         )
+        must_be(self.first_temperature >= 0, "first_temperature", self.first_temperature, "at least 0")
         given_once(self, "eval_tokens_per_step")
         for rate in self.eval_tokens_per_step:
             accepted = f"between 1 and block_length={self.block_length}"
@@ -198,6 +201,10 @@ class RolloutArguments(DecodingArguments):
         steps = self.steps if tokens_per_step is None else -(-self.gen_length // tokens_per_step)
         decoding = Decoding(self.gen_length, self.block_length, steps, **self.sampling())
         return decoding if tokens_per_step is None else replace(decoding, threshold=None)
+
+    def first_try(self) -> Decoding:
+        """How a prompt's first try is decoded."""
+        return replace(self.decoding(), temperature=self.first_temperature)
 
 
 @dataclass

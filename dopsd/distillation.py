@@ -50,7 +50,7 @@ class Distillation(Method[Example, StepBatch]):
     ) -> list[Rollout]:
         """The first correct response of at most ``pass_k`` tries at each row, else the best."""
         tries = self.decoding.pass_k, self.decoding.temperature
-        return decoder.pass_at_k(rows, self.decoding.decoding(), seeds, *tries, on_rows=on_rows)
+        return decoder.pass_at_k(rows, self.decoding.first_try(), seeds, *tries, on_rows=on_rows)
 
     def example(self, rollout: Rollout, seed: int) -> Example:
         """What is trained on of a rollout; drawn from ``seed`` alone."""

@@ -307,6 +307,7 @@ EXACT = [*GRPO, "--likelihood", "exact", "--remasking", "leftmost"]
         (["--retain_ratio", "-0.2"], ["retain_ratio must be", "but is -0.2", "[0, 1]"]),
         (["--pass_k", "0"], ["pass_k must be", "but is 0", "at least 1"]),
         (["--temperature", "0"], ["temperature must be", "but is 0.0", "pass_k=8"]),
+        (["--first_temperature", "-1"], ["first_temperature must be at least 0, but is -1.0"]),
         (["--top_k", "0"], ["top_k must be", "but is 0", "at least 1, or none"]),
         (["--beta", "1"], ["beta must be", "but is 1.0"]),
         (["--ema_decay", "1"], ["ema_decay must be", "but is 1.0"]),

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dopsd.baselines.rejection import Rejection
+from dopsd.config import RolloutArguments
+from dopsd.distillation import Distillation
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding, decode
@@ -163,6 +167,27 @@ def test_retry_goes_on_from_given_first_tries(model: LLaDAModelLM) -> None:
     assert [rollout.tries for rollout in first] == [1] * 7
     for index, rollout in enumerate(decoder.retry(first, DECODING, SEEDS, K, TEMPERATURE)):
         check(rollout, index, K, tries)
+
+
+@pytest.mark.parametrize("method", [Distillation, Rejection])
+def test_the_first_try_has_a_temperature_of_its_own(
+    model: LLaDAModelLM, method: type[Distillation | Rejection]
+) -> None:
+    """Sampled with the row's own seed at that temperature, or greedy at none; later tries are what they are."""
+    decoder, tries = scripted(model, 64)
+    for first in (0.0, 0.7):
+        options = RolloutArguments(
+            gen_length=8, block_length=4, steps=8, pass_k=2, temperature=TEMPERATURE, first_temperature=first
+        )
+        own = decoder.once(ROWS, replace(DECODING, temperature=first), SEEDS)
+        again = decoder.once(ROWS, replace(DECODING, temperature=TEMPERATURE), mix_seeds(SEEDS, 1))
+        found = method.rollouts(SimpleNamespace(decoding=options), decoder, ROWS, SEEDS, print)  # type: ignore[arg-type]
+        for rollout, one, two in zip(found, own, again, strict=True):
+            kept = two if two.score > one.score else one
+            assert torch.equal(rollout.trajectory.tokens, kept.trajectory.tokens)
+        greedy = [trajectory.tokens for (_, trajectory), *_ in tries]
+        same = [torch.equal(one.trajectory.tokens, tokens) for one, tokens in zip(own, greedy, strict=True)]
+        assert all(same) if first == 0 else not any(same)
 
 
 def test_a_group_is_tries_at_one_row(model: LLaDAModelLM) -> None:

@@ -24,7 +24,7 @@ class Rejection(Denoising):
     ) -> list[Rollout]:
         """The first correct response of at most ``pass_k`` tries at each row, else the best."""
         tries = self.decoding.pass_k, self.decoding.temperature
-        return decoder.pass_at_k(rows, self.decoding.decoding(), seeds, *tries, on_rows=on_rows)
+        return decoder.pass_at_k(rows, self.decoding.first_try(), seeds, *tries, on_rows=on_rows)
 
     def examples(self, rows: Sequence[Row], rollouts: Sequence[Rollout], seeds: Tensor) -> list[MaskedResponse]:
         """Those of the accepted ``rollouts``."""
