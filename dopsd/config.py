@@ -23,7 +23,7 @@ from dopsd.parser import check_numbers
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading
-from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
+from dopsd.teacher import RevealRounding, RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
@@ -32,7 +32,7 @@ MethodName = Literal["d_opsd", "sft", "rejection", "diffu_grpo", "vrpo", "off_po
 # Which methods an option is for, if not for all.
 OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     **dict.fromkeys([f.name for f in fields(Objective) if f.name != "workspace_bytes"], ("d_opsd",)),
-    **dict.fromkeys(["teacher", "ema_decay", "drift_samples", "drift_limit"], ("d_opsd",)),
+    **dict.fromkeys(["teacher", "ema_decay", "equal_slices", "drift_samples", "drift_limit"], ("d_opsd",)),
     "correct_only": ("d_opsd", "rejection"),
     "score_threshold": ("d_opsd", "rejection", "vrpo"),
     **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection", "diffu_grpo", "vrpo")),
@@ -226,7 +226,10 @@ class TeachingArguments:
     reveal_gap: int | None = option(
         1, "With later_state, by how many steps it is later; none: the response when all is revealed."
     )
-    reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
+    reveal_tail: bool = option(
+        True, "Whether tokens behind the first end-of-text are candidates: those that were decoded (stop_at_eos)."
+    )
+    reveal_rounding: RevealRounding = option("nearest", "Of that share, to a whole number: the nearest, or down.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Confidence = option("probability", "By what K is chosen.")
     divergence: Divergence = option("reverse_kl", "D(student || teacher).")
@@ -241,6 +244,7 @@ class TeachingArguments:
         "step_mean", "Mean over K and steps (Eq. 12), or sum over K and mean over steps."
     )
     skip_last_block: bool = option(False, "Leave the steps of the last block out.")
+    skip_tail: bool = option(False, "Leave the steps out before which the text and its end are revealed.")
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
     score_threshold: float = option(1.0, "Least grade of a response that trains, or, with vrpo, is preferred.")
     learn_tail: bool = option(True, "Whether the end-of-text behind the first is learnt too, up to gen_length.")
@@ -261,6 +265,10 @@ class TeachingArguments:
     sft_weight: float = option(0.05, "Weight of the cross-entropy per token of the response that is preferred.")
     updates_per_batch: int = option(
         1, "Optimiser updates per batch: each has a slice of what is learnt of it; of diffu_grpo all."
+    )
+    equal_slices: bool = option(
+        False,
+        "Slices of (S - 1) // updates_per_batch of a response's S states, as in the authors' code; none of the rest.",
     )
     reuse: Reuse = option(
         "none",

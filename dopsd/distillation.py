@@ -70,9 +70,9 @@ class Distillation(Method[Example, StepBatch]):
 
     def slices(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Each update has a run of every example's states."""
-        count = self.teaching.updates_per_batch
+        count, equal = self.teaching.updates_per_batch, self.teaching.equal_slices
         return [
-            [part for example in examples if len((part := example.slice(number, count)).steps)]
+            [part for example in examples if len((part := example.slice(number, count, equal)).steps)]
             for number in range(count)
         ]
 
