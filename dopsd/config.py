@@ -36,7 +36,7 @@ OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     "correct_only": ("d_opsd", "rejection"),
     "score_threshold": ("d_opsd", "rejection", "vrpo"),
     **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection", "diffu_grpo", "vrpo")),
-    "first_temperature": ("d_opsd", "rejection"),
+    **dict.fromkeys(["first_temperature", "all_tries"], ("d_opsd", "rejection")),
     "learn_tail": ("sft", "rejection"),
     **dict.fromkeys(["mask_ratio", "entropy_weight"], ("off_policy",)),
     **dict.fromkeys(["advantage", "likelihood", "prompt_mask", "share_prompt_mask"], ("diffu_grpo",)),
@@ -179,6 +179,7 @@ class RolloutArguments(DecodingArguments):
     pass_k: int = option(8, "Tries at each prompt: until one is correct; diffu_grpo and vrpo make all.")
     temperature: float = option(0.9, "Gumbel temperature of tries, but of the first where that has one of its own.")
     first_temperature: float = option(0.0, "Gumbel temperature of the first try; 0 is greedy.")
+    all_tries: bool = option(False, "Make all tries at each prompt, and keep the best; of equal ones the last.")
     eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
 
     def __post_init__(self) -> None:

@@ -48,9 +48,10 @@ class Distillation(Method[Example, StepBatch]):
     def rollouts(
         self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
     ) -> list[Rollout]:
-        """The first correct response of at most ``pass_k`` tries at each row, else the best."""
-        tries = self.decoding.pass_k, self.decoding.temperature
-        return decoder.pass_at_k(rows, self.decoding.first_try(), seeds, *tries, on_rows=on_rows)
+        """The first correct response of at most ``pass_k`` tries at each row, else the best; or the best of all."""
+        options = self.decoding
+        tries = options.first_try(), seeds, options.pass_k, options.temperature
+        return decoder.pass_at_k(rows, *tries, every=options.all_tries, on_rows=on_rows)
 
     def example(self, rollout: Rollout, seed: int) -> Example:
         """What is trained on of a rollout; drawn from ``seed`` alone."""

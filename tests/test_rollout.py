@@ -139,6 +139,20 @@ def test_the_first_correct_try_is_kept(model: LLaDAModelLM, k: int, batch_size: 
         check(rollout, index, k, tries)
 
 
+@pytest.mark.parametrize("batch_size", [3, 64])
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_the_best_of_all_tries_is_kept(model: LLaDAModelLM, k: int, batch_size: int) -> None:
+    """With ``every`` row tried k times: the last of the best, though ``tries`` still counts until one was right."""
+    decoder, tries = scripted(model, batch_size)
+    rollouts = decoder.pass_at_k(ROWS, DECODING, SEEDS, k, TEMPERATURE, every=True)
+    assert [decoder.task.graded.count(row["name"]) for row in ROWS] == [k] * 7
+    for rollout, script, made in zip(rollouts, SCRIPTS, tries, strict=True):
+        best = max(range(k), key=lambda number, script=script: (script[number], number))  # type: ignore[misc]
+        right = script[:k].index(1.0) + 1 if 1.0 in script[:k] else k
+        assert (rollout.response, rollout.score) == (made[best][0], script[best])
+        assert (rollout.tries, rollout.decoded) == (right, k)
+
+
 def test_rows_do_not_disturb_each_other(model: LLaDAModelLM) -> None:
     """A row on its own, or among others in another order, keeps the same try."""
     decoder, tries = scripted(model, 4)
