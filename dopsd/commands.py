@@ -77,11 +77,11 @@ def default_recipe(model: str | None) -> str:
 
 def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None], str]) -> list[str]:
     """``words`` behind the options of the recipe that they name, or else of their model's ``default``."""
-    probe = Parser(ModelArguments, add_help=False)
-    probe.set_defaults(model=None)
+    probe = Parser(ModelArguments, TaskArguments, add_help=False)
+    probe.set_defaults(model=None, task=None)
     known, _ = probe.parse_known_args(words)
     name = default(known.model) if known.recipe is None else known.recipe
-    return [*parser.recipe(name, known.model, default_recipe), f"--recipe={name}", *words]
+    return [*parser.recipe(name, known.model, known.task, default_recipe), f"--recipe={name}", *words]
 
 
 def parse_plan(

@@ -23,7 +23,7 @@ from dopsd.parser import check_numbers
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading
-from dopsd.teacher import RevealScope, TeacherContext, TeacherKind
+from dopsd.teacher import RevealRounding, RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
 
@@ -32,10 +32,11 @@ MethodName = Literal["d_opsd", "sft", "rejection", "diffu_grpo", "vrpo", "off_po
 # Which methods an option is for, if not for all.
 OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     **dict.fromkeys([f.name for f in fields(Objective) if f.name != "workspace_bytes"], ("d_opsd",)),
-    **dict.fromkeys(["teacher", "ema_decay", "drift_samples", "drift_limit"], ("d_opsd",)),
+    **dict.fromkeys(["teacher", "ema_decay", "equal_slices", "drift_samples", "drift_limit"], ("d_opsd",)),
     "correct_only": ("d_opsd", "rejection"),
     "score_threshold": ("d_opsd", "rejection", "vrpo"),
     **dict.fromkeys(["pass_k", "temperature"], ("d_opsd", "rejection", "diffu_grpo", "vrpo")),
+    **dict.fromkeys(["first_temperature", "all_tries"], ("d_opsd", "rejection")),
     "learn_tail": ("sft", "rejection"),
     **dict.fromkeys(["mask_ratio", "entropy_weight"], ("off_policy",)),
     **dict.fromkeys(["advantage", "likelihood", "prompt_mask", "share_prompt_mask"], ("diffu_grpo",)),
@@ -176,7 +177,9 @@ class RolloutArguments(DecodingArguments):
     block_length: int = option(32, "B: tokens per block.")
     steps: int | None = option(None, "T: denoising steps; none: gen_length / 2.")
     pass_k: int = option(8, "Tries at each prompt: until one is correct; diffu_grpo and vrpo make all.")
-    temperature: float = option(0.9, "Gumbel temperature of tries; the first is greedy but in a group.")
+    temperature: float = option(0.9, "Gumbel temperature of tries, but of the first where that has one of its own.")
+    first_temperature: float = option(0.0, "Gumbel temperature of the first try; 0 is greedy.")
+    all_tries: bool = option(False, "Make all tries at each prompt, and keep the best; of equal ones the last.")
     eval_tokens_per_step: list[int] = option([], "Also report held-out accuracy at these rates, greedy.")
 
     def __post_init__(self) -> None:
@@ -187,6 +190,7 @@ class RolloutArguments(DecodingArguments):
             self.temperature,
             f"positive when pass_k={self.pass_k} allows for more than one try",
         )
+        must_be(self.first_temperature >= 0, "first_temperature", self.first_temperature, "at least 0")
         given_once(self, "eval_tokens_per_step")
         for rate in self.eval_tokens_per_step:
             accepted = f"between 1 and block_length={self.block_length}"
@@ -198,6 +202,10 @@ class RolloutArguments(DecodingArguments):
         steps = self.steps if tokens_per_step is None else -(-self.gen_length // tokens_per_step)
         decoding = Decoding(self.gen_length, self.block_length, steps, **self.sampling())
         return decoding if tokens_per_step is None else replace(decoding, threshold=None)
+
+    def first_try(self) -> Decoding:
+        """How a prompt's first try is decoded."""
+        return replace(self.decoding(), temperature=self.first_temperature)
 
 
 @dataclass
@@ -217,7 +225,8 @@ class TeachingArguments:
         "future_blocks", "Where candidates lie: behind the current block, anywhere, or in a later state of the student."
     )
     reveal_gap: int | None = option(1, "By how many steps later_state is later; none: when all is revealed.")
-    reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates.")
+    reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates, if decoded.")
+    reveal_rounding: RevealRounding = option("nearest", "Of that share, to a whole number: the nearest, or down.")
     selection: Literal["teacher", "student"] = option("teacher", "Who chooses the positions K of a step.")
     confidence: Confidence = option("probability", "By what K is chosen.")
     divergence: Divergence = option("reverse_kl", "D(student || teacher).")
@@ -232,6 +241,7 @@ class TeachingArguments:
         "step_mean", "Mean over K and steps (Eq. 12), or sum over K and mean over steps."
     )
     skip_last_block: bool = option(False, "Leave the steps of the last block out.")
+    skip_tail: bool = option(False, "Leave the steps out before which the text and its end are revealed.")
     correct_only: bool = option(True, "Train on responses graded at least score_threshold only.")
     score_threshold: float = option(1.0, "Least grade of a response that trains, or, with vrpo, is preferred.")
     learn_tail: bool = option(True, "Whether end-of-text behind the first is learnt too, up to gen_length.")
@@ -251,6 +261,7 @@ class TeachingArguments:
     preference_beta: float = option(0.2, "By what a difference of ELBOs is multiplied inside the sigmoid.")
     sft_weight: float = option(0.05, "Weight of the cross-entropy per token of the response that is preferred.")
     updates_per_batch: int = option(1, "Updates per batch: each learns a slice of it; diffu_grpo's learn all.")
+    equal_slices: bool = option(False, "Slices of (S - 1) // updates_per_batch of S states, as in the authors' code.")
     reuse: Reuse = option(
         "none",
         "What a block's other states take from its first: nothing (exact), the prompt's keys and values, or those of "

@@ -48,9 +48,10 @@ class Distillation(Method[Example, StepBatch]):
     def rollouts(
         self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
     ) -> list[Rollout]:
-        """The first correct response of at most ``pass_k`` tries at each row, else the best."""
-        tries = self.decoding.pass_k, self.decoding.temperature
-        return decoder.pass_at_k(rows, self.decoding.decoding(), seeds, *tries, on_rows=on_rows)
+        """The first correct response of at most ``pass_k`` tries at each row, else the best; or the best of all."""
+        options = self.decoding
+        tries = options.first_try(), seeds, options.pass_k, options.temperature
+        return decoder.pass_at_k(rows, *tries, every=options.all_tries, on_rows=on_rows)
 
     def example(self, rollout: Rollout, seed: int) -> Example:
         """What is trained on of a rollout; drawn from ``seed`` alone."""
@@ -70,9 +71,9 @@ class Distillation(Method[Example, StepBatch]):
 
     def slices(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Each update has a run of every example's states."""
-        count = self.teaching.updates_per_batch
+        count, equal = self.teaching.updates_per_batch, self.teaching.equal_slices
         return [
-            [part for example in examples if len((part := example.slice(number, count)).steps)]
+            [part for example in examples if len((part := example.slice(number, count, equal)).steps)]
             for number in range(count)
         ]
 

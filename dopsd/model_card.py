@@ -26,7 +26,7 @@ PUBLISHED = (CARD_FILE, CONFIG, ADAPTER_FILE, CURVES_FILE)
 
 # Options that tell one run of a method from another, by group.
 TOLD = {
-    "rollout": ("gen_length", "block_length", "steps", "pass_k", "temperature"),
+    "rollout": ("gen_length", "block_length", "steps", "pass_k", "temperature", "first_temperature"),
     "teaching": (
         *("method", "teacher", "teacher_context", "retain_ratio", "reveal_scope", "divergence", "clip", "clip_form"),
         *("learn_tail", "mask_ratio", "entropy_weight", "likelihood", "updates_per_batch", "kl_weight"),

@@ -10,6 +10,7 @@ import math
 from argparse import SUPPRESS, Action, HelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import entry_points
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any, NoReturn, get_args
@@ -20,6 +21,7 @@ from transformers import HfArgumentParser
 from dopsd.cache import todays
 from dopsd.errors import UsageError, must_be, require
 from dopsd.renamed import todays_word
+from dopsd.tasks import GROUP, SHIPPED
 
 log = logging.getLogger(__name__)
 
@@ -174,10 +176,39 @@ class Parser(HfArgumentParser):
                 out += [f"--{name}", *words]
         return out
 
-    def recipe(
-        self, name: str, model: str | None, root: Callable[[str | None], str], above: tuple[Path, ...] = ()
-    ) -> list[str]:
+    def recipe(self, name: str, model: str | None, task: str | None, root: Callable[[str | None], str]) -> list[str]:
         """The options of a recipe, over those of the one that it starts from, as tokens.
+
+        A recipe's options for the task that is chosen go over its others, and under those of what starts from it.
+
+        Args:
+            name: as of :meth:`files`.
+            model, task: as they are named above the recipe, which says it otherwise.
+            root: as of :meth:`files`.
+        """
+        files = self.files(name, model, root)
+        tasks = [*SHIPPED, *(entry.name for entry in entry_points(group=GROUP))]
+        named = [options["task"] for _, options in files if "task" in options]
+        task = task or (str(named[-1]) if named else self.get_default("task"))
+        out: list[str] = []
+        for source, options in files:
+            sections = options.pop("tasks", {})
+            must_be(isinstance(sections, dict), f"{source}: tasks", sections, "options by the name of a task")
+            out += self.tokens(options, source)
+            for other, section in sections.items():
+                must_be(other in tasks, f"{source}: tasks", other, f"one of {', '.join(tasks)}")
+                must_be(isinstance(section, dict), f"{source}: tasks: {other}", section, "an option a line")
+                for fixed in ("recipe", "model", "task"):
+                    hint = "it can't depend on the task"
+                    require(fixed not in section, f"{source}: tasks: {other}: {fixed}", section.get(fixed), hint)
+                words = self.tokens(section, f"{source}: tasks: {other}")
+                out += words if other == task else []
+        return out
+
+    def files(
+        self, name: str, model: str | None, root: Callable[[str | None], str], above: tuple[Path, ...] = ()
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """A recipe's name and what its file says, behind those of the ones that it starts from.
 
         Args:
             name: of one that ships, which starts from nothing, or a file.
@@ -203,7 +234,7 @@ class Parser(HfArgumentParser):
         base = options.pop("recipe", None)
         if base is None and not path.parent.samefile(RECIPES):
             base = root(model)
-        return [*([] if base is None else self.recipe(str(base), model, root, chain)), *self.tokens(options, name)]
+        return [*([] if base is None else self.files(str(base), model, root, chain)), (name, options)]
 
 
 class ShortHelp(HelpFormatter):

@@ -185,13 +185,16 @@ class Decoder:
         k: int,
         temperature: float,
         *,
+        every: bool = False,
         on_rows: Callable[[int], object] | None = None,
     ) -> list[Rollout]:
         """For each row the first correct response of at most ``k`` tries, else the one with the best grade.
 
-        The first try is decoded as ``decoding`` says, later ones at ``temperature``.
+        The first try is decoded as ``decoding`` says, later ones at ``temperature``. With ``every``, all ``k`` are
+        made, and the last of those with the best grade is kept.
         """
-        return self.retry(self.once(rows, decoding, seeds, on_rows=on_rows), decoding, seeds, k, temperature)
+        first = self.once(rows, decoding, seeds, on_rows=on_rows)
+        return self.retry(first, decoding, seeds, k, temperature, every=every)
 
     def retry(
         self,
@@ -201,28 +204,29 @@ class Decoder:
         k: int,
         temperature: float,
         *,
+        every: bool = False,
         on_step: Callable[[int], object] | None = None,
     ) -> list[Rollout]:
-        """Tries 2 to ``k`` at the rows whose ``first`` try was wrong.
+        """Tries 2 to ``k`` at the rows whose ``first`` try was wrong, or at ``every`` row.
 
         Tries are batched: each such row gets one more, then two more, then four, so that few are decoded in vain and
         few batches are needed. Which response is kept does not depend on that.
         """
-        best, decoded = list(first), [1] * len(first)
+        best, decoded = list(first), [1] * len(first)  # each with the number of its first correct try, if there is one
         warm = replace(decoding, temperature=temperature)
-        done, width = 1, 1
-        while done < k and any(rollout.score < 1 for rollout in best):
+        done, width = 1, k if every else 1
+        while done < k and (left := [index for index, rollout in enumerate(best) if every or rollout.score < 1]):
             width = min(width, k - done)
-            wrong = [index for index, rollout in enumerate(best) if rollout.score < 1]
-            pairs = [(index, done + more) for index in wrong for more in range(width)]
+            pairs = [(index, done + more) for index in left for more in range(width)]
             chosen = torch.tensor([index for index, _ in pairs])
             attempt = torch.tensor([number for _, number in pairs])
             rows = [best[index].row for index, _ in pairs]
             rollouts = self.once(rows, warm, mix_seeds(seeds[chosen], attempt), on_step=on_step)
             for (index, number), rollout in zip(pairs, rollouts, strict=True):
                 decoded[index] += 1
-                if best[index].score < 1 and rollout.score > best[index].score:
-                    best[index] = replace(rollout, tries=number + 1)
+                held = best[index]
+                if rollout.score > held.score or (every and rollout.score == held.score):
+                    best[index] = replace(rollout, tries=held.tries if held.score >= 1 else number + 1)
             done, width = done + width, width * 2
         return [
             replace(rollout, tries=rollout.tries if rollout.score >= 1 else k, decoded=count)

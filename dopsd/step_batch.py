@@ -32,9 +32,10 @@ class Example:
     reveal: Tensor
     teacher_prompt_ids: Tensor
 
-    def slice(self, number: int, count: int) -> Example:
-        """Part ``number`` of ``count`` nearly equal runs of its steps."""
-        bounds = [part * len(self.steps) // count for part in (number, number + 1)]
+    def slice(self, number: int, count: int, equal: bool = False) -> Example:
+        """Part ``number`` of ``count`` nearly ``equal`` runs of its S steps, or of runs of (S - 1) // ``count``."""
+        states = (len(self.steps) - 1) // count * count if equal else len(self.steps)
+        bounds = [part * states // count for part in (number, number + 1)]
         chosen = slice(*bounds)
         return replace(self, steps=self.steps[chosen], reveal=self.reveal[chosen])
 

@@ -15,10 +15,11 @@ from dopsd.errors import must_be, must_be_choices, require
 from dopsd.models import STUDENT
 from dopsd.sampler import inference
 from dopsd.step_batch import Example, Reuse
-from dopsd.trajectory import Trajectory
+from dopsd.trajectory import NEVER, Trajectory
 
 TeacherContext = Literal["self_future", "reference"]
 RevealScope = Literal["future_blocks", "masked", "later_state"]
+RevealRounding = Literal["nearest", "down"]
 TeacherKind = Literal["fixed", "ema", "live"]
 
 TEACHER = "teacher"
@@ -32,6 +33,7 @@ def self_future(
     scope: RevealScope,
     gap: int | None = None,
     tail: bool,
+    rounding: RevealRounding = "nearest",
     eos_id: int,
     generator: torch.Generator,
 ) -> Tensor:  # (S, L) bool
@@ -40,21 +42,22 @@ def self_future(
     Args:
         trajectory: a decoded response.
         steps: the steps to draw for.
-        retain_ratio: share of the candidates that is revealed, rounded to the nearest count.
+        retain_ratio: share of the candidates that is revealed.
         scope: candidates are the masked positions behind the current block (``future_blocks``), all masked ones
             (``masked``), or those that the student's own ``gap`` steps after this one reveal (``later_state``). What
             this step itself reveals stays masked for ``later_state``, so that K is never empty.
         gap: of ``later_state``; with None candidates are all that is masked when this step is done.
-        tail: whether positions behind the first end-of-text token are candidates. A step whose block reaches that
-            token has no ``future_blocks`` candidates either way: what follows says nothing.
+        tail: whether positions behind the first end-of-text token are candidates, as far as they were decoded. A step
+            with no text behind its block has no ``future_blocks`` candidates either way: what follows says nothing.
+        rounding: of the share, to the ``nearest`` count (half up) or ``down``.
         eos_id: the end-of-text token.
         generator: the source of the draw, on the CPU.
     """
     positions = torch.arange(len(trajectory.tokens))
     reveal_step = trajectory.reveal_step
-    candidates = reveal_step >= steps[:, None]
+    candidates = (reveal_step >= steps[:, None]) & (reveal_step != NEVER)
     if scope == "later_state":
-        candidates = reveal_step > steps[:, None]
+        candidates = candidates & (reveal_step > steps[:, None])
         if gap is not None:
             candidates = candidates & (reveal_step <= steps[:, None] + gap)
     end = trajectory.text_length(eos_id)
@@ -62,8 +65,9 @@ def self_future(
         candidates = candidates & (positions <= end)
     if scope == "future_blocks":
         block_end = trajectory.block_starts(steps)[:, None] + trajectory.block_length
-        candidates = candidates & (positions >= block_end) & (block_end <= end)
-    count = (candidates.sum(-1, keepdim=True) * retain_ratio + 0.5).long()
+        candidates = candidates & (positions >= block_end) & (block_end < end)
+    share = candidates.sum(-1, keepdim=True).double() * retain_ratio
+    count = (share + 0.5 * (rounding == "nearest")).long()
     draw = torch.rand(candidates.shape, generator=generator).masked_fill(~candidates, torch.inf)
     return candidates & (draw.argsort(-1).argsort(-1) < count)
 
@@ -83,6 +87,8 @@ class TeacherView:
     reveal_scope: RevealScope
     reveal_tail: bool
     skip_last_block: bool
+    skip_tail: bool = False
+    reveal_rounding: RevealRounding = "nearest"
     reuse: Reuse = "none"
     reveal_gap: int | None = 1
 
@@ -115,6 +121,9 @@ class TeacherView:
         if self.skip_last_block:
             last = len(trajectory.tokens) - trajectory.block_length
             steps = steps[trajectory.block_starts(steps) < last]
+        if self.skip_tail:
+            text = trajectory.reveal_step[: trajectory.text_length(eos_id) + 1]
+            steps = steps[steps <= text.max()]
         if self.teacher_context == "reference":
             nothing = torch.zeros(len(steps), len(trajectory.tokens), dtype=torch.bool)
             return Example(trajectory, steps, nothing, teacher_prompt_ids)
@@ -125,6 +134,7 @@ class TeacherView:
             scope=self.reveal_scope,
             gap=self.reveal_gap,
             tail=self.reveal_tail,
+            rounding=self.reveal_rounding,
             eos_id=eos_id,
             generator=torch.Generator().manual_seed(seed),
         )

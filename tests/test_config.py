@@ -47,6 +47,10 @@ def test_every_line_of_a_shipped_recipe_takes_effect(recipe: Path) -> None:
     values = parsed("--recipe", recipe.stem)
     written = yaml.safe_load(recipe.read_text())
     assert written
+    for task, options in written.pop("tasks", {}).items():
+        other, own = (parsed("--recipe", recipe.stem, "--output_dir", "a", *argv) for argv in ((), ("--task", task)))
+        assert {name for name in own if own[name] != other[name]} == {"task", *options}
+        assert {name: own[name] for name in options} == options
     for name, value in written.items():
         if value is None or value == "none":
             # transformers turns report_to's "none" into no reporters.
@@ -137,7 +141,7 @@ def test_a_recipe_that_names_none_starts_from_its_models(tmp_path: Path, named: 
     names another model. One that ships starts from nothing, by its file's name too."""
     path, below = tmp_path / "mine.yaml", tmp_path / "below.yaml"
     line = "model: somebody/model\n"
-    path.write_text("recipe: below.yaml\ntask: math\n" + line * (named == "in it"))
+    path.write_text("recipe: below.yaml\ntask: countdown\n" + line * (named == "in it"))
     below.write_text("gen_length: 64\nblock_length: 32\nsteps: 64\n" + line * (named == "below it"))
     argv = ["--recipe", str(path), "--output_dir", str(tmp_path)]
     values = parsed(*argv, *["--model", "somebody/model"] * (named == "beside it"))
@@ -148,6 +152,26 @@ def test_a_recipe_that_names_none_starts_from_its_models(tmp_path: Path, named: 
     assert {name for name in values if values[name] != tiny[name]} == changed
     shipped = parsed("--recipe", str(next(file for file in RECIPES if file.stem == "paper")), "--model", "tiny")
     assert shipped["learning_rate"] == paper["learning_rate"] != tiny["learning_rate"]
+
+
+def test_a_recipe_has_options_by_task(tmp_path: Path) -> None:
+    """Those of the chosen task go over the recipe's others, and under what starts from it and the command line; which
+    task that is may be said on the command line, in the recipe, or in one that it starts from."""
+    base, mine = tmp_path / "base.yaml", tmp_path / "mine.yaml"
+    base.write_text("recipe: paper\ntask: math\nclip: 0.3\ntasks: {gsm8k: {clip: 0.2}, math: {clip: 0.1, top_k: 9}}\n")
+    mine.write_text("recipe: base.yaml\ntop_k: 8\ntasks:\n  math: {beta: 0.25}\n  countdown: {top_k: 7}\n")
+
+    def found(*argv: str) -> tuple[Any, ...]:
+        values = parsed("--recipe", str(mine), *argv)
+        return values["task"], values["clip"], values["top_k"], values["beta"]
+
+    assert found() == ("math", 0.1, 8, 0.25)
+    assert found("--clip", "0.5") == ("math", 0.5, 8, 0.25)
+    assert found("--task", "gsm8k") == ("gsm8k", 0.2, 8, 0.5)
+    assert found("--task", "countdown") == ("countdown", 0.3, 7, 0.5)
+    assert found("--task", "sudoku4x4") == ("sudoku4x4", 0.3, 8, 0.5)
+    mine.write_text("task: gsm8k\nrecipe: base.yaml\n")
+    assert found() == ("gsm8k", 0.2, None, 0.5)
 
 
 def test_recipes_in_a_circle_are_refused(tmp_path: Path) -> None:
@@ -188,6 +212,14 @@ def test_options_of_a_function_are_those_of_a_command_line() -> None:
         ("model: [a, b]\n", ["unknown option b"]),
         ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", ["not valid YAML", "aliases (*a)"]),
         ("seed: " + "[" * 10**4, ["not valid YAML"]),
+        ("tasks: math\n", ["recipe.yaml: tasks must be options by the name of a task, but is 'math'"]),
+        (
+            "tasks: {maths: {clip: 0.04}}\n",
+            ["recipe.yaml: tasks must be one of sudoku, gsm8k, math,", "but is 'maths'"],
+        ),
+        ("tasks: {math: 0.04}\n", ["recipe.yaml: tasks: math must be an option a line, but is 0.04"]),
+        ("tasks: {gsm8k: {clop: 0.04}}\n", ["recipe.yaml: tasks: gsm8k: unknown option 'clop'; did you mean clip?"]),
+        ("tasks: {math: {model: tiny}}\n", ["recipe.yaml: tasks: math: model='tiny' can't be used: it can't depend"]),
         ("task: here/chess.py:Chess\n", ["recipe.yaml", "task='here/chess.py:Chess'", "command line alone"]),
     ],
 )
@@ -307,6 +339,7 @@ EXACT = [*GRPO, "--likelihood", "exact", "--remasking", "leftmost"]
         (["--retain_ratio", "-0.2"], ["retain_ratio must be", "but is -0.2", "[0, 1]"]),
         (["--pass_k", "0"], ["pass_k must be", "but is 0", "at least 1"]),
         (["--temperature", "0"], ["temperature must be", "but is 0.0", "pass_k=8"]),
+        (["--first_temperature", "-1"], ["first_temperature must be at least 0, but is -1.0"]),
         (["--top_k", "0"], ["top_k must be", "but is 0", "at least 1, or none"]),
         (["--beta", "1"], ["beta must be", "but is 1.0"]),
         (["--ema_decay", "1"], ["ema_decay must be", "but is 1.0"]),

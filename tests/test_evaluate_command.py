@@ -100,6 +100,13 @@ def test_the_own_future_tells_something_and_no_share_of_it_nothing(
                 )
             )
             assert nothing == greedy
+            right = [one["score"] for one in best if one["score"] >= 1]
+            for share, responses in (("0%", nothing), ("100%", everything)):
+                told = results[length, rate, f"{share} of its own correct answer revealed"]
+                kept = [one["score"] for one, solved in zip(responses, best, strict=True) if solved["score"] >= 1]
+                assert told["solved"] == len(right)
+                assert told["accuracy_of_solved"] == (sum(kept) / len(kept) if kept else None)
+            assert "solved" not in results[length, rate, "pass@4"]
             for first, right, shown in zip(greedy, best, everything, strict=True):
                 if right["score"] < 1:
                     assert shown == first
@@ -108,17 +115,18 @@ def test_the_own_future_tells_something_and_no_share_of_it_nothing(
 
 
 def test_hints_are_a_share_of_correct_answers_only() -> None:
-    """round(share * L) positions of a correct response, with its tokens; none of a wrong one; nested as shares grow."""
-    tokens = torch.arange(10, 26)
+    """round(share * n) of the n tokens of a correct response's text, which ends before the first end-of-text; none of a
+    wrong one; nested as shares grow."""
+    tokens = torch.cat((torch.arange(10, 22), torch.tensor([0, 23, 0, 0])))
     trajectory = Trajectory(torch.tensor([1]), tokens, torch.arange(16), 8)
     rollouts = [Rollout({}, trajectory, "", score, 1) for score in (1.0, 0.5, 1.0)]
     seeds = torch.tensor([5, 6, 7])
     shown = []
-    for share, count in ((0.0, 0), (0.25, 4), (0.5, 8), (1.0, 16)):
-        hints = own_future(rollouts, share, -1, seeds)
+    for share, count in ((0.0, 0), (0.25, 3), (0.5, 6), (1.0, 12)):
+        hints = own_future(rollouts, share, seeds, mask_id=-1, eos_id=0)
         assert hints.shape == (3, 16)
         assert ((hints != -1).sum(-1)).tolist() == [count, 0, count]
-        assert bool(((hints == -1) | (hints == tokens)).all())
+        assert bool(((hints == -1) | (hints == tokens)).all()) and bool((hints[:, 12:] == -1).all())
         shown.append(hints != -1)
     assert all(bool((fewer <= more).all()) for fewer, more in pairwise(shown))
     assert not torch.equal(shown[1][0], shown[1][2])  # drawn for each row anew

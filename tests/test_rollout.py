@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dopsd.baselines.rejection import Rejection
+from dopsd.config import RolloutArguments
+from dopsd.distillation import Distillation
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import Decoding, decode
@@ -135,6 +139,20 @@ def test_the_first_correct_try_is_kept(model: LLaDAModelLM, k: int, batch_size: 
         check(rollout, index, k, tries)
 
 
+@pytest.mark.parametrize("batch_size", [3, 64])
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_the_best_of_all_tries_is_kept(model: LLaDAModelLM, k: int, batch_size: int) -> None:
+    """With ``every`` row tried k times: the last of the best, though ``tries`` still counts until one was right."""
+    decoder, tries = scripted(model, batch_size)
+    rollouts = decoder.pass_at_k(ROWS, DECODING, SEEDS, k, TEMPERATURE, every=True)
+    assert [decoder.task.graded.count(row["name"]) for row in ROWS] == [k] * 7
+    for rollout, script, made in zip(rollouts, SCRIPTS, tries, strict=True):
+        best = max(range(k), key=lambda number, script=script: (script[number], number))  # type: ignore[misc]
+        right = script[:k].index(1.0) + 1 if 1.0 in script[:k] else k
+        assert (rollout.response, rollout.score) == (made[best][0], script[best])
+        assert (rollout.tries, rollout.decoded) == (right, k)
+
+
 def test_rows_do_not_disturb_each_other(model: LLaDAModelLM) -> None:
     """A row on its own, or among others in another order, keeps the same try."""
     decoder, tries = scripted(model, 4)
@@ -163,6 +181,27 @@ def test_retry_goes_on_from_given_first_tries(model: LLaDAModelLM) -> None:
     assert [rollout.tries for rollout in first] == [1] * 7
     for index, rollout in enumerate(decoder.retry(first, DECODING, SEEDS, K, TEMPERATURE)):
         check(rollout, index, K, tries)
+
+
+@pytest.mark.parametrize("method", [Distillation, Rejection])
+def test_the_first_try_has_a_temperature_of_its_own(
+    model: LLaDAModelLM, method: type[Distillation | Rejection]
+) -> None:
+    """Sampled with the row's own seed at that temperature, or greedy at none; later tries are what they are."""
+    decoder, tries = scripted(model, 64)
+    for first in (0.0, 0.7):
+        options = RolloutArguments(
+            gen_length=8, block_length=4, steps=8, pass_k=2, temperature=TEMPERATURE, first_temperature=first
+        )
+        own = decoder.once(ROWS, replace(DECODING, temperature=first), SEEDS)
+        again = decoder.once(ROWS, replace(DECODING, temperature=TEMPERATURE), mix_seeds(SEEDS, 1))
+        found = method.rollouts(SimpleNamespace(decoding=options), decoder, ROWS, SEEDS, print)  # type: ignore[arg-type]
+        for rollout, one, two in zip(found, own, again, strict=True):
+            kept = two if two.score > one.score else one
+            assert torch.equal(rollout.trajectory.tokens, kept.trajectory.tokens)
+        greedy = [trajectory.tokens for (_, trajectory), *_ in tries]
+        same = [torch.equal(one.trajectory.tokens, tokens) for one, tokens in zip(own, greedy, strict=True)]
+        assert all(same) if first == 0 else not any(same)
 
 
 def test_a_group_is_tries_at_one_row(model: LLaDAModelLM) -> None:

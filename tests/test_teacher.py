@@ -47,17 +47,24 @@ def candidates_of(trajectory: Trajectory, step: int, scope: str, tail: bool) -> 
     start = next(i for i in range(LENGTH) if reveal_step[i] == step) // BLOCK * BLOCK
     found = set()
     for i in range(LENGTH):
-        hidden = reveal_step[i] >= step
+        hidden = step <= reveal_step[i] < NEVER
         in_text = tail or i <= end
         if scope == "future_blocks":
-            hidden = hidden and i >= start + BLOCK and start + BLOCK <= end
+            hidden = hidden and i >= start + BLOCK and start + BLOCK < end
         if hidden and in_text:
             found.add(i)
     return found
 
 
 def draw(
-    trajectory: Trajectory, steps: Tensor, ratio: float, scope: Any, tail: bool, seed: int = 0, gap: int | None = None
+    trajectory: Trajectory,
+    steps: Tensor,
+    ratio: float,
+    scope: Any,
+    tail: bool,
+    seed: int = 0,
+    gap: int | None = None,
+    rounding: Any = "nearest",
 ) -> Tensor:
     """`self_future` with this file's end-of-text token."""
     return self_future(
@@ -67,6 +74,7 @@ def draw(
         scope=scope,
         gap=gap,
         tail=tail,
+        rounding=rounding,
         eos_id=EOS,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -79,17 +87,21 @@ def draw(
 def test_reveals_are_the_rounded_share_of_the_candidates(
     end: int | None, decoded: int, ratio: float, scope: str, tail: bool
 ) -> None:
-    """At every step, round-half-up(ratio * candidates) positions, all of them candidates, none of them visible."""
+    """At every step, round-half-up(ratio * candidates) positions, all of them candidates, none of them visible; or as
+    many as the whole part of that product says."""
     trajectory = make_trajectory(end, decoded)
     steps = torch.arange(trajectory.num_steps)
     for seed in range(3):
         reveal = draw(trajectory, steps, ratio, scope, tail, seed)
+        fewer = draw(trajectory, steps, ratio, scope, tail, seed, rounding="down")
+        assert not (fewer & ~reveal).any()
         assert reveal.dtype == torch.bool and reveal.shape == (len(steps), LENGTH)
         for step, row in enumerate(reveal):
             candidates = candidates_of(trajectory, step, scope, tail)
             shown = set(row.nonzero().flatten().tolist())
             assert shown <= candidates
             assert len(shown) == math.floor(Fraction(ratio) * len(candidates) + Fraction(1, 2))
+            assert int(fewer[step].sum()) == math.floor(Fraction(ratio) * len(candidates))
             assert not (row & (trajectory.reveal_step < step)).any()
             if scope == "future_blocks":
                 block = int(trajectory.block_starts(torch.tensor([step])))
@@ -123,7 +135,7 @@ def test_a_later_state_is_the_students_own(end: int | None, decoded: int, gap: i
     now, shown = example.views(steps, mask)
     for step in steps.tolist():
         for i in range(LENGTH):
-            taken = gap is None or reveal_step[i] < step + 1 + gap  # of the later state
+            taken = reveal_step[i] < (NEVER if gap is None else step + 1 + gap)  # of the later state
             if reveal_step[i] == step or (not tail and end is not None and i > end and reveal_step[i] > step):
                 taken = False
             assert int(shown[step, i]) == (tokens[i] if taken else mask), (step, i)
@@ -148,13 +160,39 @@ def test_what_a_later_state_does_not_go_with() -> None:
     assert TeacherView(**view, reveal_scope="later_state", reveal_gap=None, reuse="prompt")  # type: ignore[arg-type]
 
 
-def test_a_tail_that_was_never_decoded_can_be_shown() -> None:
-    """Where decoding stopped at the end of the text, the end-of-text tail behind it is future all the same."""
-    trajectory = make_trajectory(7, decoded_blocks=2)
-    (row,) = draw(trajectory, torch.tensor([0]), 1.0, "future_blocks", True)
-    assert row.nonzero().flatten().tolist() == list(range(4, 16))
-    (row,) = draw(trajectory, torch.tensor([0]), 1.0, "future_blocks", False)
-    assert row.nonzero().flatten().tolist() == list(range(4, 8))
+@pytest.mark.parametrize("scope", ["future_blocks", "masked", "later_state"])
+def test_what_was_never_decoded_is_never_shown(scope: str) -> None:
+    """Where decoding stopped at the end of the text, what stands behind it is a filling, and no future."""
+    trajectory, steps = make_trajectory(6, decoded_blocks=2), torch.arange(4)
+    reveal = draw(trajectory, steps, 1.0, scope, True)
+    assert not reveal[:, 8:].any()
+    assert reveal[0, 4:8].all() and not draw(trajectory, steps, 1.0, scope, False)[:, 7].any()
+
+
+def test_nothing_is_shown_where_no_text_is_left() -> None:
+    """A block that ends where the first end-of-text stands has no text behind it, and one a token before it has."""
+    for end, shown in ((4, []), (5, list(range(4, 16)))):
+        (row,) = draw(make_trajectory(end), torch.tensor([0]), 1.0, "future_blocks", True)
+        assert row.nonzero().flatten().tolist() == shown
+
+
+@pytest.mark.parametrize("end", [None, 0, 5, 7, 8, 15])
+def test_steps_before_which_the_text_stands_can_be_left_out(end: int | None) -> None:
+    """With ``skip_tail``, the steps are those before which something up to the first end-of-text is masked."""
+    trajectory = make_trajectory(end)
+    last = LENGTH - 1 if end is None else end
+    expected = [step for step in range(8) if any(at >= step for at in trajectory.reveal_step.tolist()[: last + 1])]
+    view = TeacherView(
+        teacher_context="self_future",
+        retain_ratio=0.25,
+        reveal_scope="masked",
+        reveal_tail=True,
+        skip_last_block=False,
+        skip_tail=True,
+    )
+    example = view.example(trajectory, trajectory.prompt_ids, eos_id=EOS, seed=0)
+    assert example.steps.tolist() == expected and len(example.reveal) == len(expected)
+    assert (len(expected) == 8) == (end in (None, 15))
 
 
 def test_every_subset_is_equally_likely() -> None:

@@ -22,9 +22,10 @@ class Rejection(Denoising):
     def rollouts(
         self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
     ) -> list[Rollout]:
-        """The first correct response of at most ``pass_k`` tries at each row, else the best."""
-        tries = self.decoding.pass_k, self.decoding.temperature
-        return decoder.pass_at_k(rows, self.decoding.decoding(), seeds, *tries, on_rows=on_rows)
+        """The first correct response of at most ``pass_k`` tries at each row, else the best; or the best of all."""
+        options = self.decoding
+        tries = options.first_try(), seeds, options.pass_k, options.temperature
+        return decoder.pass_at_k(rows, *tries, every=options.all_tries, on_rows=on_rows)
 
     def examples(self, rows: Sequence[Row], rollouts: Sequence[Rollout], seeds: Tensor) -> list[MaskedResponse]:
         """Those of the accepted ``rollouts``."""

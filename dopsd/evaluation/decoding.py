@@ -122,7 +122,8 @@ class Shard:
                 lambda: decoder.retry(greedy, decoding, seeds, k, self.args.temperature, on_step=on_step),
             )
         for share in self.args.reveal:
-            hints = own_future(best, share, decoder.mask_id, seeds).to(decoder.model.device)
+            hints = own_future(best, share, seeds, mask_id=decoder.mask_id, eos_id=decoder.eos_id)
+            hints = hints.to(decoder.model.device)
             self.measure(
                 revealed(share),
                 chosen,
@@ -148,13 +149,22 @@ class Shard:
         return rollouts
 
 
-def own_future(rollouts: Sequence[Rollout], share: float, mask_id: int, seeds: Tensor) -> Tensor:
-    """(N, L) hints: a random ``share`` of each correct response's tokens; none where no response was correct."""
+def own_future(
+    rollouts: Sequence[Rollout],
+    share: float,
+    seeds: Tensor,  # (N,) int64
+    *,
+    mask_id: int,
+    eos_id: int,
+) -> Tensor:  # (N, L) int64
+    """Hints: a random ``share`` of the tokens of each correct response's text, which ends before the first end-of-text;
+    ``mask_id`` elsewhere, and where no response was correct."""
     hints = []
     for rollout, seed in zip(rollouts, seeds, strict=True):
         tokens = rollout.trajectory.tokens
         generator = torch.Generator().manual_seed(int(mix_seeds(seed, OWN_FUTURE)))
-        drawn = torch.randperm(len(tokens), generator=generator)[: round(share * len(tokens))]
+        length = rollout.trajectory.text_length(eos_id)
+        drawn = torch.randperm(length, generator=generator)[: round(share * length)]
         hint = torch.full_like(tokens, mask_id)
         if rollout.score >= 1:
             hint[drawn] = tokens[drawn]

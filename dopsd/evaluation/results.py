@@ -32,6 +32,7 @@ def result(
     eos_id: int,
     seconds: float,
     posed: Mapping[str, Any],
+    solved: Sequence[bool] | None = None,
 ) -> dict[str, Any]:
     """The numbers of one measure and its responses, in the order of the rows.
 
@@ -44,8 +45,14 @@ def result(
         eos_id: the end-of-text token, up to which a response's length counts.
         seconds: spent on decoding and grading, summed over processes.
         posed: the options that say how problems were posed.
+        solved: for a share revealed, which rows have a correct answer that it is of; accuracy is also told of these.
     """
     responses = [rollout.outcome(eos_id) for rollout in rollouts]
+    scores = [one["score"] for one in responses]
+    told = {}
+    if solved is not None:
+        of_solved = [score for score, right in zip(scores, solved, strict=True) if right]
+        told = {"solved": len(of_solved), "accuracy_of_solved": mean(of_solved) if of_solved else None}
     tokens, steps = (mean([one[name] for one in responses]) for name in ("tokens", "steps"))
     return {
         **setting._asdict(),
@@ -54,7 +61,8 @@ def result(
         "grading": task.grading,
         **posed,
         "problems": len(responses),
-        **summary([one["score"] for one in responses]),
+        **summary(scores),
+        **told,
         "mean_tokens": tokens,
         "mean_steps": steps,
         "text_tokens_per_step": tokens / steps,
@@ -81,6 +89,7 @@ def interval(result: Mapping[str, Any], sign: str = "") -> str:
 
 def cells(result: Mapping[str, Any]) -> dict[str, str]:
     """What tables say of a result, by column."""
+    of_solved = result.get("accuracy_of_solved")
     return {
         "task": label(result),
         "tokens a step": f"{result['tokens_per_step']:g}",
@@ -88,6 +97,7 @@ def cells(result: Mapping[str, Any]) -> dict[str, str]:
         "accuracy (%)": percent(result["accuracy"], result["standard_error"]),
         "95% interval": interval(result),
         "fully correct (%)": f"{100 * result['fully_correct']:.1f}",
+        "of the solved (%)": "" if of_solved is None else f"{100 * of_solved:.1f}",
         "problems": str(result["problems"]),
         "tokens": f"{result['mean_tokens']:.1f}",
         "steps": f"{result['mean_steps']:.1f}",
@@ -95,12 +105,15 @@ def cells(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def columns(results: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The cells of all results; the share of fully correct responses where there are partial grades only."""
+    """The cells of all results; the share of fully correct responses where there are partial grades only, and the
+    accuracy on problems that some try has solved where the model was shown some of its own answers."""
     rows = [cells(result) for result in results]
+    left_out = set()
     if all(result["fully_correct"] == result["accuracy"] for result in results):
-        for row in rows:
-            del row["fully correct (%)"]
-    return rows
+        left_out.add("fully correct (%)")
+    if not any(row["of the solved (%)"] for row in rows):
+        left_out.add("of the solved (%)")
+    return [{name: cell for name, cell in row.items() if name not in left_out} for row in rows]
 
 
 def markdown(results: Sequence[Mapping[str, Any]], about: Sequence[str]) -> str:

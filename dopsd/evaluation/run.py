@@ -25,7 +25,7 @@ from dopsd.evaluation.journal import Journal
 from dopsd.evaluation.options import EvaluationArguments
 from dopsd.evaluation.published import POSED
 from dopsd.evaluation.results import markdown, result
-from dopsd.evaluation.settings import Setting, hashed, identity, measures, plan, sentence, taken
+from dopsd.evaluation.settings import Setting, hashed, identity, measures, plan, revealed, sentence, taken
 from dopsd.interruption import Interruption
 from dopsd.models import adapter_files, check_model, load_adapter, load_model, require_layers
 from dopsd.ranks import Ranks, gather, join, meet, on_first_process
@@ -180,15 +180,17 @@ def collect(
     posed = {name: value for name, value in vars(args).items() if name in POSED}
     results = []
     for setting, decoding in plan(args, decoders):
-        decoder = decoders[setting.task]
+        decoder, revealing = decoders[setting.task], list(map(revealed, args.reveal))
         for measure in measures(args):
             keys = [(*setting, measure, index) for index in range(len(rows[setting.task]))]
             found = [entries[key] for key in keys]
             rollouts = [Rollout.from_json(entry) for entry in found]
             seconds = round(sum(entry["seconds"] for entry in found), 1)
-            results.append(
-                result(setting, decoding.block_length, measure, decoder.task, rollouts, decoder.eos_id, seconds, posed)
-            )
+            if measure not in revealing:
+                right = [rollout.score >= 1 for rollout in rollouts]  # in the end, by the best of all tries
+            solved = right if measure in revealing else None
+            how = (setting, decoding.block_length, measure, decoder.task)
+            results.append(result(*how, rollouts, decoder.eos_id, seconds, posed, solved))
     return results
 
 
