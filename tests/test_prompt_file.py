@@ -16,12 +16,13 @@ from pages import ROOT, write_files
 from test_tasks import ChatTokenizer
 
 import dopsd
-from dopsd import run
+from dopsd import report, run
 from dopsd.baselines.solutions import solution_ids
 from dopsd.commands import parse_train
 from dopsd.errors import RunError, UsageError
 from dopsd.evaluation import command as evaluate
 from dopsd.evaluation import journal
+from dopsd.evaluation import run as evaluation
 from dopsd.evaluation.options import parse_evaluate
 from dopsd.evaluation.settings import identity
 from dopsd.prompt_file import COPY, LONGEST, PromptFile
@@ -96,12 +97,21 @@ def test_a_file_that_can_not_be_used_is_named(write: Callable[..., str], content
 
 @pytest.mark.parametrize("column", ["puzle", "", "0", "puzzle.__class__", "puzzle[0]", " puzzle"])
 def test_a_column_that_is_not_there_is_named(
-    command: Command, write: Callable[..., str], small_run: list[str], tmp_path: Path, column: str
+    command: Command,
+    write: Callable[..., str],
+    small_run: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    column: str,
 ) -> None:
     """With those that are, before a model is loaded; nothing but a whole name is looked up."""
     name, output = write(f"{{puzzle}}{{{column}}}"), tmp_path / "run"
-    for main, argv in ((run.main, [*small_run, "--output_dir", str(output)]), (evaluate.main, [])):
-        status, _, err = command(main, *argv, "--model", str(tmp_path), "--prompt_file", name)
+    for module, main, argv in (
+        (run, run.main, [*small_run, "--output_dir", str(output)]),
+        (evaluation, evaluate.main, []),
+    ):
+        monkeypatch.setattr(module, "load_model", None)
+        status, _, err = command(main, *argv, "--prompt_file", name)
         assert status == 2 and not output.exists()
         assert f"prompt_file={name!r} can't be used: row 0 has no column {column!r}; it has puzzle, solution" in err
 
@@ -203,12 +213,19 @@ def test_an_evaluation_does_not_go_on_with_other_prompts(
 
 
 def test_a_run_keeps_its_prompts(
-    command: Command, write: Callable[..., str], small_run: list[str], tmp_path: Path
+    command: Command,
+    write: Callable[..., str],
+    small_run: list[str],
+    random_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Evaluations and what is generated ask as it did, without the file; it does not go on with another one."""
+    monkeypatch.setattr(report, "why_no_picture", lambda: "they take seconds")
     name, output = write("{puzzle}:\n"), tmp_path / "run"
-    options = [*small_run, "--max_steps", "1", "--eval_problems", "2", "--prompt_file", name, "--prefill", "a1"]
-    options += ["--output_dir", str(output)]
+    options = [*small_run, "--model", str(random_model), "--method", "rejection", "--correct_only", "false"]
+    options += ["--max_steps", "1", "--eval_strategy", "no", "--eval_problems", "2", "--output_dir", str(output)]
+    options += ["--prompt_file", name, "--prefill", "a1"]
     assert command(run.main, *options)[0] == 0
     asked = {"prompt_file": name, "prompt_sha256": hashlib.sha256(b"{puzzle}:\n").hexdigest(), "prefill": "a1"}
     for file in ("report.json", "run.json"):
