@@ -92,9 +92,9 @@ def load(source: str | Path | Run, **options: Any) -> Model:
 
     Args:
         source: a run or the folder of one, an adapter's folder, a model's folder, a hub id, or ``tiny``. A run says
-            its base model, its mask token and how it decodes.
-        options: ``dtype``, ``quantize``, ``attn_implementation``, ``mask_token_id`` and ``shift_logits``, as the
-            commands take them.
+            its base model, its mask token, its prompt file and prefill, and how it decodes.
+        options: ``dtype``, ``quantize``, ``attn_implementation``, ``mask_token_id``, ``shift_logits``, ``prompt_file``
+            and ``prefill``, as the commands take them.
 
     Raises:
         UsageError: an option that can't be used.

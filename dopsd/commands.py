@@ -11,6 +11,7 @@ from dopsd.config import (
     LoadArguments,
     ModelArguments,
     PlanArguments,
+    PromptArguments,
     RolloutArguments,
     SampleArguments,
     TaskArguments,
@@ -39,6 +40,9 @@ def parse_train(
     groups = parser.parse(with_recipe(parser, words, default_recipe))
     for_method(groups, words)
     require_comparable(groups[2], groups[3])
+    own = groups[1].prompt_file is not None and groups[3].teacher_context == "reference"
+    hint = "such a teacher has the task's own prompt around the reference solution, and the student prompt_file's"
+    require(not own, "teacher_context", groups[3].teacher_context, hint)
     return groups
 
 
@@ -108,8 +112,7 @@ def parse_sample(argv: Sequence[str]) -> SampleArguments:
     return arguments
 
 
-def parse_load(**options: Any) -> LoadArguments:
-    """How a model is loaded."""
-    parser = Parser(LoadArguments)
-    (arguments,) = parser.parse(parser.tokens(options))
-    return arguments
+def parse_load(**options: Any) -> tuple[LoadArguments, PromptArguments]:
+    """How a model is loaded, and how rows become its prompts."""
+    parser = Parser(LoadArguments, PromptArguments)
+    return parser.parse(parser.tokens(options))

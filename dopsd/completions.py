@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
     args = parse_sample(argv)
     prompts = prompts_of(args)
     options = {name: value for name, value in args.loading().items() if name != "model"}
-    model = load(args.model, **options, **({} if args.adapter is None else {"adapter": args.adapter}))
+    options |= {name: value for name in ("adapter", "prefill") if (value := getattr(args, name)) is not None}
+    model = load(args.model, **options)
     samples = model.generate(prompts, temperature=args.temperature, seed=args.seed, **args.decoding())
     for prompt, sample in zip(prompts, samples, strict=True):
         if len(prompts) > 1 or args.show:
@@ -39,9 +40,9 @@ def main(argv: Sequence[str]) -> None:
 
 def prompts_of(args: SampleArguments) -> list[str]:
     """The prompts of the command line and of the file."""
-    path = Path(args.prompt_file or "")
-    must_be(args.prompt_file is None or path.is_file(), "prompt_file", args.prompt_file, "a text file")
-    lines = [] if args.prompt_file is None else path.read_text(encoding="utf-8").splitlines()
+    path = Path(args.prompt_lines or "")
+    must_be(args.prompt_lines is None or path.is_file(), "prompt_lines", args.prompt_lines, "a text file")
+    lines = [] if args.prompt_lines is None else path.read_text(encoding="utf-8").splitlines()
     return [*args.prompt, *filter(str.strip, lines)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -20,9 +20,10 @@ from dopsd.models import add_lora, load_adapter
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective
 from dopsd.parser import check_numbers
+from dopsd.prompt_file import PromptFile
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.step_batch import Reuse
-from dopsd.tasks import Grading
+from dopsd.tasks import Grading, Row, Task
 from dopsd.teacher import RevealRounding, RevealScope, TeacherContext, TeacherKind
 from dopsd.units import read_bytes
 from dopsd_kernels.step_kl import Divergence
@@ -128,7 +129,33 @@ class ModelArguments(LoadArguments):
 
 
 @dataclass
-class TaskArguments:
+class PromptArguments:
+    """How a row becomes a prompt, in training and evaluation alike."""
+
+    prompt_file: str | None = option(
+        None,
+        "Text file that asks instead of the task's own words: {column} is a row's, {{ and }} are braces; below a first "
+        "line [system] it has a system's turn, up to a line [user].",
+    )
+    prefill: str | None = option(
+        None, "Text behind the prompt (and the chat template's header) from which responses go on; no part of them."
+    )
+    prompt_sha256: str | None = field(init=False, default=None)  # of prompt_file, to be recorded along with it
+
+    def __post_init__(self) -> None:
+        if self.prompt_file is not None:
+            self.prompt_sha256 = PromptFile.read(self.prompt_file).sha256
+
+    def asking(self, task: Task, rows: Sequence[Row]) -> dict[str, Any]:
+        """The fields that :class:`~dopsd.rollout.Decoder` takes; UsageError if some of ``rows`` can't be asked so."""
+        prompt_file = None if self.prompt_file is None else PromptFile.read(self.prompt_file)
+        if prompt_file is not None:
+            prompt_file.check(task, rows)
+        return {"prompt_file": prompt_file, "prefill": self.prefill or ""}
+
+
+@dataclass
+class TaskArguments(PromptArguments):
     """Which problems."""
 
     _argument_group_name: ClassVar[str] = "task"
@@ -143,6 +170,7 @@ class TaskArguments:
     eval_problems: int = option(768, "Held-out problems, at most: the first so many.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least_one(self, "train_problems", "validation_problems", "eval_problems")
 
 
@@ -443,7 +471,8 @@ class SampleArguments(LoadArguments):
 
     model: str = option("tiny", "'tiny', a run's folder, a model's folder in Hugging Face layout, or a hub id.")
     prompt: list[str] = option([], "Prompts, each completed; a user's turn where the model has a chat template.")
-    prompt_file: str | None = option(None, "Text file with a prompt a line.")
+    prompt_lines: str | None = option(None, "Text file with a prompt a line.")
+    prefill: str | None = option(None, "Text behind each prompt from which completions go on; none: the run's.")
     temperature: float = option(0.0, "Gumbel temperature; 0 is greedy.")
     seed: int = option(0, "Of what is drawn.")
     gen_length: int | None = option(None, "Response length in tokens; none: the run's, or that of the model's recipe.")
@@ -453,7 +482,7 @@ class SampleArguments(LoadArguments):
 
     def __post_init__(self) -> None:
         must_be(self.seed >= 0, "seed", self.seed, "at least 0")
-        require(bool(self.prompt or self.prompt_file), "prompt", self.prompt, "give some, or a prompt_file")
+        require(bool(self.prompt or self.prompt_lines), "prompt", self.prompt, "give some, or prompt_lines")
 
     def decoding(self) -> dict[str, Any]:
         """What :meth:`dopsd.generate.Model.generate` is told about lengths."""

@@ -42,8 +42,7 @@ class Distillation(Method[Example, StepBatch]):
 
     def check(self, rows: Sequence[Row]) -> None:
         if self.shows_references:
-            prompts = [self.decoder.task.reference_prompt(row) for row in rows]
-            self.decoder.check_lengths(prompts, self.decoding.gen_length)
+            self.decoder.check_lengths(map(self.decoder.reference_ids, rows), self.decoding.gen_length)
 
     def rollouts(
         self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
@@ -57,7 +56,7 @@ class Distillation(Method[Example, StepBatch]):
         """What is trained on of a rollout; drawn from ``seed`` alone."""
         decoder, prompt_ids = self.decoder, rollout.trajectory.prompt_ids
         if self.objective.teacher_context == "reference":
-            prompt_ids = decoder.encode(decoder.task.reference_prompt(rollout.row)).cpu()
+            prompt_ids = decoder.reference_ids(rollout.row).cpu()
         return self.objective.example(rollout.trajectory, prompt_ids, eos_id=decoder.eos_id, seed=seed)
 
     def examples(self, rows: Sequence[Row], rollouts: Sequence[Rollout], seeds: Tensor) -> list[Example]:

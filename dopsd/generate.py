@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Row],
         *,
         temperature: float = 0.0,
         seed: int = 0,
@@ -61,7 +61,8 @@ class Model:
         """A completion of each prompt; what is drawn depends on the seed and the prompt's place alone.
 
         Args:
-            prompts: texts; each is a user's turn if the tokenizer has a chat template.
+            prompts: texts, each a user's turn if the tokenizer has a chat template; or rows, to be put into the prompt
+                file that the model was loaded with.
             temperature: of the Gumbel-max sample; 0 is greedy.
             seed: at least 0.
             on_rows: is told of each finished batch how many prompts it had.
@@ -72,7 +73,7 @@ class Model:
             UsageError: a field that there is not, or a value that can't be used.
             RunError: a prompt that does not fit the model's context.
         """
-        require(not isinstance(prompts, str), "prompts", prompts, "it is one text: give a list")
+        require(not isinstance(prompts, str | Mapping), "prompts", prompts, "it is one prompt: give a list")
         known = [f.name for f in fields(Decoding)]
         for name in decoding:
             if name not in known:
@@ -82,11 +83,25 @@ class Model:
             decoding["steps"] = max(1, round(decoding["gen_length"] / rate))
         how = replace(self.decoding, **decoding, temperature=temperature)
         require_layers(self.decoder.model, "cache", how.cache, "none")
-        self.decoder.check_lengths(prompts, how.gen_length)
+        decoder, rows = self.asked(prompts)
+        decoder.check_lengths(map(decoder.prompt_ids, rows), how.gen_length)
         seeds = mix_seeds(seed, torch.arange(len(prompts)))
         with torch.autocast(self.decoder.model.device.type, torch.bfloat16, enabled=self.bf16):
-            rollouts = self.decoder.once([{"prompt": text} for text in prompts], how, seeds, on_rows=on_rows)
+            rollouts = decoder.once(rows, how, seeds, on_rows=on_rows)
         return [Sample(rollout.response, rollout.trajectory) for rollout in rollouts]
+
+    def asked(self, prompts: Sequence[str | Row]) -> tuple[Decoder, list[Row]]:
+        """Prompts as rows, and what decodes them: texts as they are, rows by the prompt file."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        rows = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        if not rows:
+            return replace(self.decoder, prompt_file=None), [{"prompt": text} for text in texts]
+        require(not texts, "prompts", texts, "the others are rows")
+        prompt_file = self.decoder.prompt_file
+        if prompt_file is None:
+            raise UsageError("prompts are rows, and the model has no prompt_file to put them into: give texts")
+        prompt_file.check(self.decoder.task, rows)
+        return self.decoder, rows
 
 
 class Ungraded(Task):
@@ -117,7 +132,8 @@ def load(source: str, **options: Any) -> Model:
     """The model that :func:`dopsd.load` gives."""
     said = recorded(Path(source))
     about = {} if said is None else some(said.model, *(f.name for f in fields(LoadArguments)))
-    args = parse_load(**{**about, **named(source), **options})
+    about |= {} if said is None else some(said.task, "prompt_file", "prefill")
+    args, prompts = parse_load(**{**about, **named(source), **options})
     network, tokenizer = load_model(**args.loading())
     if args.adapter is not None:
         load_adapter(network, args.adapter, trainable=False)
@@ -127,5 +143,6 @@ def load(source: str, **options: Any) -> Model:
         rollouts = RolloutArguments(**some(said.rollout, *(f.name for f in fields(RolloutArguments))))
     else:
         rollouts = parse_train(model=args.model)[2]
-    decoder = Decoder.of(network.eval(), tokenizer, Ungraded(), rollouts.sequences_per_forward)
+    task = Ungraded()
+    decoder = Decoder.of(network.eval(), tokenizer, task, rollouts.sequences_per_forward, **prompts.asking(task, []))
     return Model(decoder, rollouts.decoding(), said is not None and bool(said.training.get("bf16")))

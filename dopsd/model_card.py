@@ -69,7 +69,7 @@ With d-OPSD (the Python package `dopsd`), beside this folder:
 ```python
 import dopsd
 
-model = dopsd.load({folder!r})
+model = dopsd.load({folder!r}{prefill})
 (sample,) = model.generate([{prompt!r}], gen_length={gen_length}, block_length={block_length}, steps={steps})
 print(sample.text)
 ```
@@ -117,6 +117,10 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
         for name in names
         if method in OF_METHODS.get(name, (method,))
     }
+    if task["prompt_file"] is not None:
+        told["prompt_file"] = f"`{short(task['prompt_file'])}`, sha256 {task['prompt_sha256']}"
+    if task["prefill"]:
+        told["prefill"] = f"`{task['prefill']!r}`, from which responses go on"
     packages = ("dopsd", "torch", "transformers", "peft")
     return CARD.format(
         base_line=f"base_model: {json.dumps(name)}\nbase_model_relation: adapter\n" if hub else "",
@@ -138,6 +142,7 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
         versions=", ".join(f"{package} {result['versions'][package]}" for package in packages),
         options="\n".join(f"- `{name}`: {value}" for name, value in told.items()),
         folder=folder.name,
+        prefill=f", prefill={task['prefill']!r}" if task["prefill"] else "",
         prompt="...",
         gen_length=rollout["gen_length"],
         block_length=rollout["block_length"],

@@ -12,6 +12,7 @@ from dopsd.checkpoints import RUN_FILE
 from dopsd.errors import RunError
 from dopsd.files import read_json
 from dopsd.models.adapter import CONFIG
+from dopsd.prompt_file import COPY
 from dopsd.renamed import RENAMED
 
 Options = dict[str, Any]
@@ -23,7 +24,8 @@ class Recorded:
 
     Args:
         file: says it.
-        model, task, rollout, teaching, training: the groups of a run; of a plain adapter, the base model alone.
+        model, task, rollout, teaching, training: the groups of a run; of a plain adapter, the base model alone. The
+            task's ``prompt_file`` is the run's own copy.
     """
 
     file: Path
@@ -44,6 +46,8 @@ def recorded(folder: Path) -> Recorded | None:
     for file in (place / RUN_FILE for place in places):
         if file.is_file():
             groups = run_options(file)
+            if groups.get("task", {}).get("prompt_file") is not None:
+                groups["task"]["prompt_file"] = str(file.with_name(COPY))
             return Recorded(file, *(groups.get(f.name, {}) for f in fields(Recorded)[1:]))
     if not (folder / CONFIG).is_file():
         return None

@@ -154,7 +154,7 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
             done += len(batch)
     if done:
         labels = ["∎" if token == decoder.eos_id else decoder.tokenizer.decode([token]) for token in trajectory.tokens]
-        title = f"{decoder.task.prompt(rollout.row)}{rollout.response}"
+        title = f"{decoder.turns(rollout.row)[0]}{decoder.prefill}{rollout.response}"
         trace = TrajectoryTrace(trajectory, example.steps, example.reveal, chosen, torch.cat(step_kl), labels, title)
         plot_trajectory(trace, path, trainer.args.figure_width)
 

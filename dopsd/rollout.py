@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dopsd.errors import RunError
 from dopsd.limits import limited
+from dopsd.prompt_file import PromptFile
 from dopsd.sampler import Decoding, decode
 from dopsd.seeds import mix_seeds
 from dopsd.tasks import Row, Task
@@ -82,6 +83,8 @@ class Decoder:
         task: prompts and grades.
         mask_id, eos_id: special token ids of the model.
         batch_size: sequences decoded at a time.
+        prompt_file: asks in place of the task's own prompts; None: these do.
+        prefill: the end of every prompt, from which responses go on.
     """
 
     model: Any
@@ -90,22 +93,44 @@ class Decoder:
     mask_id: int
     eos_id: int
     batch_size: int
+    prompt_file: PromptFile | None = None
+    prefill: str = ""
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, task: Task, batch_size: int) -> Decoder:
+    def of(cls, model: Any, tokenizer: Any, task: Task, batch_size: int, **asking: Any) -> Decoder:
         """With the special tokens of a model and a tokenizer as :func:`~dopsd.models.load_model` gives them."""
-        return cls(model, tokenizer, task, model.config.mask_token_id, tokenizer.eos_token_id, batch_size)
+        return cls(model, tokenizer, task, model.config.mask_token_id, tokenizer.eos_token_id, batch_size, **asking)
 
-    def encode(self, text: str) -> Tensor:
-        """(P,) token ids of a prompt, on the model's device; as a user's turn if the tokenizer has a chat template."""
+    def turns(self, row: Row) -> tuple[str, str | None]:
+        """What the user says in a row's prompt, and the system, if it says something."""
+        if self.prompt_file is None:
+            return self.task.prompt(row), None
+        return self.prompt_file.turns(self.task.fields(row))
+
+    def prompt_ids(self, row: Row) -> Tensor:
+        """(P,) token ids of a row's prompt, on the model's device."""
+        return self.encode(*self.turns(row))
+
+    def reference_ids(self, row: Row) -> Tensor:
+        """(P',) token ids of the prompt that holds a row's reference solution, likewise."""
+        return self.encode(self.task.reference_prompt(row))
+
+    def encode(self, text: str, system: str | None = None) -> Tensor:
+        """(P,) token ids of a prompt, on the model's device, the prefill included.
+
+        If the tokenizer has a chat template the text is a user's turn, behind the ``system``'s if there is one.
+        """
         if getattr(self.tokenizer, "chat_template", None):
-            turns = [{"role": "user", "content": text}]
+            turns = [] if system is None else [{"role": "system", "content": system}]
+            turns.append({"role": "user", "content": text})
             try:
                 with limited("the tokenizer's chat template"):
                     text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
                 raise RunError(f"the tokenizer's chat template fails: {type(error).__name__}: {error}") from error
-        return self.tokenize(text)
+        elif system is not None:
+            raise RunError("prompt_file has a system's turn, and the tokenizer has no chat template to put it into")
+        return self.tokenize(text + self.prefill)
 
     def tokenize(self, text: str) -> Tensor:
         """(N,) token ids of a text as it stands, on the model's device."""
@@ -119,14 +144,14 @@ class Decoder:
             raise RunError(f"the tokenizer fails: {error}") from error  # a panic of its Rust, which is no Exception
         return ids.to(self.model.lm_head_weight.device)
 
-    def check_lengths(self, prompts: Sequence[str], gen_length: int) -> None:
-        """Raise :class:`~dopsd.errors.RunError` if a prompt and its response don't fit the model's context."""
+    def check_lengths(self, prompts: Iterable[Tensor], gen_length: int) -> None:
+        """Raise :class:`~dopsd.errors.RunError` if a prompt, (P,) each, and its response don't fit the context."""
         context = self.model.config.max_position_embeddings
-        lengths = [len(self.encode(prompt)) for prompt in prompts]
+        lengths = [len(prompt) for prompt in prompts]
         long = [number for number, length in enumerate(lengths) if length + gen_length > context]
         if long:
             raise RunError(
-                f"{len(long)} of {len(prompts)} prompts don't fit: row {long[0]} has {lengths[long[0]]} tokens, and "
+                f"{len(long)} of {len(lengths)} prompts don't fit: row {long[0]} has {lengths[long[0]]} tokens, and "
                 f"with gen_length={gen_length} the model's context of {context} leaves room for "
                 f"{context - gen_length}; prompts are never cut"
             )
@@ -157,7 +182,7 @@ class Decoder:
             part = slice(start, start + self.batch_size)
             trajectories = decode(
                 self.model,
-                [self.encode(self.task.prompt(row)) for row in rows[part]],
+                [self.prompt_ids(row) for row in rows[part]],
                 decoding,
                 mask_id=self.mask_id,
                 eos_id=self.eos_id,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def run(
                 # Only now is anything written: a run that can't start leaves no folder in the way of the next.
                 meet()
                 on_first_process(folder.claim)
+                if (prompt_file := trainer.method.decoder.prompt_file) is not None:
+                    on_first_process(partial(prompt_file.keep, output))
                 interruption.advice = "the same command with --resume_from_checkpoint true goes on"
                 trainer.add_callback(report.Metrics(output))
                 trainer.add_callback(interruption)
@@ -138,10 +141,11 @@ def build(
     if model_arguments.adapter is not None:
         adapter_files(model_arguments.adapter)
     rows = cli.splits(task, task_arguments)
+    asking = task_arguments.asking(task, [row for part in rows.values() for row in part])
     base, tokenizer = load_model(**model_arguments.loading())
-    decoder = Decoder.of(base, tokenizer, task, rollouts.sequences_per_forward)
+    decoder = Decoder.of(base, tokenizer, task, rollouts.sequences_per_forward, **asking)
     for part in rows.values():
-        decoder.check_lengths([task.prompt(row) for row in part], rollouts.gen_length)
+        decoder.check_lengths(map(decoder.prompt_ids, part), rollouts.gen_length)
     trainer = Trainer(
         model_arguments.student(base),
         args,

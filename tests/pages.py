@@ -36,7 +36,10 @@ def blocks(page: Path) -> list[Block]:
 
 
 def write_files(page: Path, folder: Path) -> None:
-    """Write each block of ``page`` whose first line is a file's name, as a comment, to that file in ``folder``."""
+    """Write each block of ``page`` that is a file to it in ``folder``: its first line is the name as a comment, or, of
+    a text, the line above it ends with the name."""
+    for name, text in re.findall(r"`(\w+\.txt)`:\n\n```text\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+        (folder / name).write_text(text)
     for block in blocks(page):
         if name := re.match(r"# (\w+\.\w+)\n", block.text):
             (folder / name[1]).write_text(block.text)

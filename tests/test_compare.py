@@ -182,13 +182,17 @@ def test_no_input_is_written_over(kind: str, command: Command, write: Callable[.
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_no_file_of_rows_is_written_over(command: Command, tmp_path: Path) -> None:
-    """Not even with --overwrite."""
+def test_no_file_that_is_read_is_written_over(command: Command, tmp_path: Path) -> None:
+    """Rows or prompts, not even with --overwrite."""
     rows = tmp_path / "rows.json"
     rows.write_text('[{"puzzle": "1200341221434321", "solution": "1234341221434321"}]')
     before = rows.read_bytes()
     code, _, err = command(evaluate.main, "--test_file", str(rows), "--output", str(rows), "--overwrite")
     assert code == 2 and f"{rows} is {rows}, which is read" in err and rows.read_bytes() == before
+    prompts = tmp_path / "prompts.md"
+    prompts.write_text("{puzzle}:")
+    argv = ["--prompt_file", str(prompts), "--output", str(prompts.with_suffix(".json"))]
+    assert command(evaluate.main, *argv)[0] == 2 and prompts.read_text() == "{puzzle}:"
 
 
 @pytest.mark.parametrize("score", [7, -0.5, float("nan"), True, "1", None])

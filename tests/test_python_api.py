@@ -128,7 +128,7 @@ def test_the_command_completes_prompts_and_shows_how(command: Command, tmp_path:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PUZZLE}\n\n12=\n")
     lengths = ["--gen_length", "16", "--block_length", "8", "--steps", "8"]
-    status, out, err = command(completions.main, "--model", str(random_model), "--prompt_file", str(file), *lengths)
+    status, out, err = command(completions.main, "--model", str(random_model), "--prompt_lines", str(file), *lengths)
     texts = [one.text for one in dopsd.load(random_model).generate([PUZZLE, "12="], gen_length=16, block_length=8)]
     assert (status, err) == (0, "") and out.split("\n") == [PUZZLE, texts[0], "12=", texts[1], ""]
 
@@ -140,5 +140,5 @@ def test_the_command_completes_prompts_and_shows_how(command: Command, tmp_path:
     assert steps[-1][4:].replace(completions.MASKED, completions.END).partition(completions.END)[0] == text
     status, _, err = command(completions.main)
     assert status == 2 and "prompt" in err
-    status, _, err = command(completions.main, "--prompt_file", str(tmp_path / "absent"))
-    assert status == 2 and "prompt_file must be" in err
+    status, _, err = command(completions.main, "--prompt_lines", str(tmp_path / "absent"))
+    assert status == 2 and "prompt_lines must be" in err

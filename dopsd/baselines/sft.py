@@ -48,6 +48,6 @@ class SFT(Denoising):
         """One of each row."""
         decoder, length = self.decoder, self.decoding.gen_length
         return [
-            self.example(decoder.encode(decoder.task.prompt(row)).cpu(), solution_tokens(decoder, row, length), seed)
+            self.example(decoder.prompt_ids(row).cpu(), solution_tokens(decoder, row, length), seed)
             for row, seed in zip(rows, seeds, strict=True)
         ]

@@ -13,9 +13,19 @@ from dopsd.tasks import Row
 
 
 def solution_ids(decoder: Decoder, row: Row) -> Tensor | None:
-    """(N,) int64 on the CPU, the tokens of a row's solution; none if it has none."""
+    """(N,) int64 on the CPU, the tokens of a row's solution behind the decoder's prefill; none if it has none.
+
+    Raises:
+        RunError: it does not begin with the prefill.
+    """
     text = decoder.task.solution(row)
-    return None if text is None else decoder.tokenize(text).cpu()
+    if text is None:
+        return None
+    if not text.startswith(decoder.prefill):
+        raise RunError(
+            f"prefill={decoder.prefill!r}: solutions are learnt from behind it, and one begins with {text[:40]!r}"
+        )
+    return decoder.tokenize(text.removeprefix(decoder.prefill)).cpu()
 
 
 def check_solutions(decoder: Decoder, rows: Sequence[Row], gen_length: int, method: str) -> None:

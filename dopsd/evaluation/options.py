@@ -13,6 +13,7 @@ from dopsd.config import (
     TASK_HELP,
     DecodingArguments,
     LoadArguments,
+    PromptArguments,
     RolloutArguments,
     at_least_one,
     given_once,
@@ -24,9 +25,12 @@ from dopsd.recorded import Recorded, recorded, some
 from dopsd.sampler import Decoding
 from dopsd.tasks import Grading, Task, load_task
 
+# Options that a run says of its task, beside the task itself.
+ABOUT_TASKS = ("grading", "test_file", "eval_problems", "prompt_file", "prefill")
+
 
 @dataclass
-class EvaluationArguments(LoadArguments, DecodingArguments):
+class EvaluationArguments(LoadArguments, DecodingArguments, PromptArguments):
     """What ``python -m dopsd.evaluate`` measures; the defaults fit the tiny model."""
 
     _argument_group_name: ClassVar[str] = "evaluation"
@@ -62,6 +66,7 @@ class EvaluationArguments(LoadArguments, DecodingArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.tokens_per_step = [int(rate) if float(rate).is_integer() else rate for rate in self.tokens_per_step]
         at_least_one(self, "eval_problems", "pass_k", "sequences_per_forward", "block_length")
         given_once(self, "task", "gen_length", "tokens_per_step", "reveal")
@@ -150,7 +155,7 @@ def evaluation_options(found: Recorded, model: str | None = None, task: list[str
             own = RolloutArguments(**some(found.rollout, "gen_length", "block_length", "steps")).decoding()
         except TypeError as error:
             raise RunError(f"{found.file} is damaged: its lengths are no numbers ({error})") from error
-        options |= {"task": [found.task["task"]]} | some(found.task, "grading", "test_file", "eval_problems")
+        options |= {"task": [found.task["task"]]} | some(found.task, *ABOUT_TASKS)
         options |= {"gen_length": [own.gen_length], "block_length": own.block_length}
         options |= {"tokens_per_step": [own.gen_length / own.total_steps]}
     options |= some(found.rollout, *(f.name for f in fields(DecodingArguments)), "temperature")

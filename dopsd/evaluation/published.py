@@ -26,7 +26,7 @@ ROWS = {"gsm8k": 1319, "math": 500, "countdown": 256, "sudoku4x4": 256}
 FILES = ("countdown", "sudoku4x4")  # whose rows are those of a file
 PREFILL = "<reasoning>"
 # Options that say how problems were posed; a result has those that the evaluation knew.
-POSED = ("test_file", "prompt_file", "prefill")
+POSED = ("test_file", "prompt_file", "prompt_sha256", "prefill")
 
 
 def published(result: Mapping[str, Any]) -> dict[str, float]:

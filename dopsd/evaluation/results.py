@@ -129,10 +129,12 @@ def markdown(results: Sequence[Mapping[str, Any]], about: Sequence[str]) -> str:
     theirs = [published(result) for result in results]
     differing = [departures(result) if figures else [] for result, figures in zip(results, theirs, strict=True)]
     notes = [*about, DEFINITIONS]
-    if any(figures and not differ for figures, differ in zip(theirs, differing, strict=True)):
+    same = [one for one, figures, differ in zip(results, theirs, differing, strict=True) if figures and not differ]
+    if same:
         for row, figures, differ in zip(rows, theirs, differing, strict=True):
             row |= {f"{name} (published)": "" if differ else str(figures.get(name, "")) for name in METHODS}
-        notes.append(f"(published): {LABEL}; not measured here.")
+        asked = ", ".join(dict.fromkeys(one["prompt_file"] for one in same))
+        notes.append(f"(published): {LABEL}; not measured here. That {asked} asks as they were asked is not checked.")
     notes += [
         f"{label(result)}: published figures are of another protocol than {', '.join(differ)}."
         for result, differ in zip(results, differing, strict=True)

@@ -81,14 +81,18 @@ def decode(args: EvaluationArguments, folder: Path | None, process: PartialState
         adapter_files(args.adapter)
     tasks = {name: load_task(name, args.grading) for name in args.task}
     rows = {name: problems(task, args) for name, task in tasks.items()}
+    asking = {name: args.asking(task, rows[name]) for name, task in tasks.items()}
     model, tokenizer = load_model(**args.loading())
     require_layers(model, "cache", args.cache, "none")
     if args.adapter is not None:
         load_adapter(model, args.adapter, trainable=False)
     nn.Module.to(model, process.device)
-    decoders = {name: Decoder.of(model, tokenizer, task, args.sequences_per_forward) for name, task in tasks.items()}
-    for name, task in tasks.items():
-        decoders[name].check_lengths([task.prompt(row) for row in rows[name]], max(args.lengths(task)))
+    decoders = {
+        name: Decoder.of(model, tokenizer, task, args.sequences_per_forward, **asking[name])
+        for name, task in tasks.items()
+    }
+    for name, decoder in decoders.items():
+        decoder.check_lengths(map(decoder.prompt_ids, rows[name]), max(args.lengths(decoder.task)))
 
     settings = identity(args, model, rows)
     if folder is not None:
@@ -122,7 +126,7 @@ def check_output(output: Path, args: EvaluationArguments, unfinished: bool = Fal
     require(output.parent.is_dir(), "output", str(output), f"{output.parent} is no folder to write to")
     require(os.access(output.parent, os.W_OK), "output", str(output), f"{output.parent} can't be written to")
     read = [] if args.compare is None else [*compare.files_of(args.compare)]
-    read += [] if args.test_file is None else [Path(args.test_file)]
+    read += [Path(path) for path in (args.test_file, args.prompt_file) if path is not None]
     for path in filter(Path.exists, read):
         for written in (output, output.with_suffix(".md")):
             same = written.exists() and written.samefile(path)

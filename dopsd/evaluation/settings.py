@@ -87,6 +87,8 @@ def sentence(args: EvaluationArguments) -> str:
     """What was evaluated, in a line."""
     adapter = "" if args.adapter is None else f" with adapter {args.adapter}"
     source = "" if args.test_file is None else f", problems of {args.test_file}"
+    source += "" if args.prompt_file is None else f", prompts of {args.prompt_file}"
+    source += f", responses from {args.prefill!r} on" if args.prefill else ""
     plain = DecodingArguments().sampling() | {"bf16": False}
     other = [f"{name}={getattr(args, name)}" for name, value in plain.items() if getattr(args, name) != value]
     decoding = f", decoded with {', '.join(other)}" if other else ""

@@ -53,12 +53,12 @@ class RunProbe:
     ) -> None:
         self.method, self.meter = method, meter
         self.rollouts, self.teaching, self.args = rollouts, teaching, args
-        decoder, task = method.decoder, method.decoder.task
+        decoder = method.decoder
         rows = list(rows)
-        prompts = sorted((decoder.encode(task.prompt(row)) for row in rows), key=len)
+        prompts = sorted(map(decoder.prompt_ids, rows), key=len)
         self.prompts = prompts[0] if args.train_batch_size > 1 else prompts[-1], prompts[-1]
         if method.shows_references:
-            rows.sort(key=lambda row: len(decoder.encode(task.reference_prompt(row))))
+            rows.sort(key=lambda row: len(decoder.reference_ids(row)))
         decoding, self.vocab = rollouts.decoding(), len(decoder.model.lm_head_weight)
         special = decoder.eos_id, decoder.mask_id
         trajectories = [synthetic_trajectory(prompt, decoding, self.vocab, *special) for prompt in self.prompts]

@@ -217,9 +217,13 @@ class Countdown(Benchmark):
         """The numbers in ascending order, and the target."""
         return f"{sorted(numbers_of(row))} {row['output']}"
 
+    def fields(self, row: Row) -> Row:
+        """The columns, and ``numbers``: those of ``input`` with a comma and a blank between them."""
+        return {**row, "numbers": ", ".join(map(str, numbers_of(row)))}
+
     def statement(self, row: Row) -> str:
         return (
-            f"Combine the numbers {', '.join(map(str, numbers_of(row)))} into an arithmetic expression that equals "
+            f"Combine the numbers {self.fields(row)['numbers']} into an arithmetic expression that equals "
             f"{row['output']}. Use every number exactly once, and nothing but +, -, *, / and parentheses."
         )
 

@@ -68,6 +68,10 @@ class Task(ABC):
         """A worked response to learn from, in the form that the prompt asks for; none if there is none."""
         return None
 
+    def fields(self, row: Row) -> Row:
+        """What a prompt file can name of a row, beginning with its columns."""
+        return row
+
     def key(self, row: Row) -> str:
         """What makes two rows the same problem."""
         return self.prompt(row)
