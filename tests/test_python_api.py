@@ -100,7 +100,7 @@ def test_options_are_checked_as_the_commands_are(random_model: Path) -> None:
             call()
     model = dopsd.load(random_model)
     for call, said in (
-        (lambda: model.generate(PUZZLE), "it is one text"),
+        (lambda: model.generate(PUZZLE), "it is one prompt"),
         (lambda: model.generate([PUZZLE], gen_lenght=8), "did you mean gen_length"),
         (lambda: model.generate([PUZZLE], gen_length=32, block_length=12), "block_length"),
     ):
