@@ -225,7 +225,14 @@ def test_every_metric_is_explained(make_trainer: Callable[..., Trainer]) -> None
     """What a run logs is in the table of docs/commands.md, and nothing else is but what only some runs log."""
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "commands.md").read_text(), re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    every = ("--correct_only", "false", "--eval_steps", "1", "--eval_strategy", "steps")  # a response that trains is sure
+    every = (
+        "--correct_only",
+        "false",
+        "--eval_steps",
+        "1",
+        "--eval_strategy",
+        "steps",
+    )  # a response that trains is sure
     trainer = make_trainer("--reuse", "prompt", "--max_steps", "1", *every)
     trainer.train()
     logged = {name for row in trainer.state.log_history if "train_runtime" not in row for name in row}
