@@ -232,7 +232,7 @@ def test_every_metric_is_explained(make_trainer: Callable[..., Trainer]) -> None
         "1",
         "--eval_strategy",
         "steps",
-    )  # a response that trains is sure
+    )  # some response trains
     trainer = make_trainer("--reuse", "prompt", "--max_steps", "1", *every)
     trainer.train()
     logged = {name for row in trainer.state.log_history if "train_runtime" not in row for name in row}
