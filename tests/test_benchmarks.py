@@ -346,7 +346,10 @@ def test_benchmark_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     of_case = {one["name"]: one for one in json.loads(out.read_text())["benchmarks"] if one["group"] == case}
     assert of_case.keys() == {"floor", "eager", "ours torch"}
     medians = {name: one["stats"]["median"] for name, one in of_case.items()}
-    assert f"{medians['ours torch'] / medians['floor']:.2f}" in ratios.split()
+    # Rows keep four digits, so either time may be off by 5e-4 of itself, and the ratio is printed to a hundredth.
+    ratio = medians["ours torch"] / medians["floor"]
+    numbers = [float(word) for word in ratios.removeprefix(case).split() if word != "MiB"]
+    assert min(abs(number - ratio) for number in numbers) <= 0.005 + 1.001e-3 * ratio
     assert all(one["stats"]["rounds"] == 2 and one["extra_info"]["peak_bytes"] for one in of_case.values())
     assert of_case["ours torch"]["extra_info"]["error"] < TOLERANCE and "error" not in of_case["floor"]["extra_info"]
     assert sum("ours triton: Triton kernels need a GPU" in line for line in text.splitlines()) == 1
