@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dopsd.cache import BlockCache, Cache
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be, require
+from dopsd.models import merged_adapters
 from dopsd.seeds import REMASKING, mix_seeds
 from dopsd.trajectory import NEVER, Trajectory
 
@@ -138,8 +139,9 @@ def decode(
     positions as the sequence has that has most).
 
     Args:
-        model: offers ``hidden_states(input_ids, attention_mask, read)`` and ``lm_head_weight``; with a cache, a
-            :class:`~dopsd.models.bidirectional.BidirectionalModel`.
+        model: a module with ``hidden_states(input_ids, attention_mask, read)`` and ``lm_head_weight``; with a cache, a
+            :class:`~dopsd.models.bidirectional.BidirectionalModel`. Its adapters are merged meanwhile, as
+            :func:`~dopsd.models.merged_adapters` says.
         prompts: N tensors (P_n,) of int64 token ids, on the model's device, of any lengths.
         decoding: lengths, schedule and sampling.
         mask_id: the mask token; never chosen.
@@ -164,7 +166,7 @@ def decode(
     seeds = seeds.to(device)
     going = torch.ones(count, dtype=torch.bool, device=device)
     live = torch.arange(count, device=device)  # (n,) sequences still going, as of the last look
-    with inference(model):
+    with inference(model), merged_adapters(model):
         for block, counts in enumerate(decoding.schedule()):
             start, stop = block * width, (block + 1) * width
             cache = None

@@ -290,7 +290,7 @@ class Recorder:
         self.model, self.length = model, length
         self.shown: list[Tensor] = []
         self.lm_head_weight = model.lm_head_weight
-        self.training, self.eval, self.train = model.training, model.eval, model.train
+        self.training, self.eval, self.train, self.modules = model.training, model.eval, model.train, model.modules
 
     def hidden_states(self, ids: Tensor, mask: Tensor | None, read: Tensor) -> Tensor:
         """The model's, with the response noted."""

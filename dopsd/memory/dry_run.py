@@ -22,7 +22,7 @@ from dopsd.distillation import costliest_batch
 from dopsd.memory.meter import CUDA_ALLOWANCE
 from dopsd.memory.planner import Persistent, optimizer_bytes
 from dopsd.memory.probe import synthetic_trajectory
-from dopsd.models import MODELS, add_lora, checkpoint_activations
+from dopsd.models import MODELS, add_lora, checkpoint_activations, merged_adapters
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.sampler import inference
 from dopsd.step_batch import Example, Reuse, StepBatch
@@ -234,7 +234,7 @@ class DryRun:
         def step(network: BidirectionalModel, sequences: int) -> Iterator[None]:
             ids = torch.zeros(sequences, length, dtype=torch.int64)
             read = ids[:, : self.rollouts.block_length]
-            with inference(network), self.autocast():
+            with inference(network), self.autocast(), merged_adapters(network):
                 if self.rollouts.cache == "none":
                     kept: object = network.hidden_states(ids, None, read)
                 else:

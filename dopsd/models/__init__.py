@@ -12,7 +12,15 @@ from transformers import AutoConfig, BitsAndBytesConfig
 
 from dopsd.errors import RunError, UsageError, require
 from dopsd.files import first_line
-from dopsd.models.adapter import STUDENT, adapter_files, add_lora, check_saved, load_adapter, save_adapter
+from dopsd.models.adapter import (
+    STUDENT,
+    adapter_files,
+    add_lora,
+    check_saved,
+    load_adapter,
+    merged_adapters,
+    save_adapter,
+)
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.models.checkpoint import check_layers, check_loaded, load_tokenizer, read_config, tensors_of
 from dopsd.models.dream import DreamModel
@@ -32,6 +40,7 @@ __all__ = [
     "device_of",
     "load_adapter",
     "load_model",
+    "merged_adapters",
     "quantization",
     "require_layers",
     "save_adapter",

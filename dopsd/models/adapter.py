@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -58,6 +60,35 @@ def add_lora(model: DiffusionModel, targets: Sequence[str] | None, r: int, alpha
     return get_peft_model(
         model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")
     )
+
+
+@contextmanager
+def merged_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, a layer with an adapter computes one product in place of three: its weights are a copy with that added.
+
+    The copy has the dtype in which products are computed. On the way out the layers' own weights are back, which no
+    subtraction would give exactly. Layers of 16-bit or quantised weights compute as before: their sum with an adapter
+    would be rounded to a grid on which they already are, and an adapter of less than half its spacing would be lost.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if type(layer) is LoraLinear]
+    own: list[tuple[Any, nn.Parameter]] = []
+    try:
+        for layer in layers:
+            base, names = layer.get_base_layer(), [name for name in layer.active_adapters if name in layer.lora_A]
+            weight, kind = base.weight, base.weight.device.type
+            wide = weight.dtype in (torch.float32, torch.float64)
+            if layer.disable_adapters or layer.merged or layer.lora_variant or not wide or not names:
+                continue
+            with torch.no_grad(), torch.autocast(kind, enabled=False):
+                summed = sum((layer.get_delta_weight(name) for name in names), start=weight)
+            if torch.is_autocast_enabled(kind) and weight.dtype == torch.float32:
+                summed = summed.to(torch.get_autocast_dtype(kind))
+            own.append((layer, weight))
+            base.weight, layer.merged_adapters = nn.Parameter(summed, requires_grad=False), names
+        yield
+    finally:
+        for layer, weight in own:
+            layer.get_base_layer().weight, layer.merged_adapters = weight, []
 
 
 def save_adapter(student: PeftModel, folder: Path, base: str) -> str:
