@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dopsd.drift import mean_drifts
 from dopsd.method import BatchLoss, Method, Note, Sizes
-from dopsd.rollout import Decoder, Rollout
+from dopsd.rollout import Rollout
 from dopsd.seeds import DRIFT, REVEAL, mix_seeds
 from dopsd.step_batch import Example, StepBatch, collate, step_batches
 from dopsd.tasks import Row
@@ -43,14 +43,6 @@ class Distillation(Method[Example, StepBatch]):
     def check(self, rows: Sequence[Row]) -> None:
         if self.shows_references:
             self.decoder.check_lengths(map(self.decoder.reference_ids, rows), self.decoding.gen_length)
-
-    def rollouts(
-        self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
-    ) -> list[Rollout]:
-        """The first correct response of at most ``pass_k`` tries at each row, else the best; or the best of all."""
-        options = self.decoding
-        tries = options.first_try(), seeds, options.pass_k, options.temperature
-        return decoder.pass_at_k(rows, *tries, every=options.all_tries, on_rows=on_rows)
 
     def example(self, rollout: Rollout, seed: int) -> Example:
         """What is trained on of a rollout; drawn from ``seed`` alone."""

@@ -122,7 +122,6 @@ class Method(ABC, Generic[E, B]):
     def check(self, rows: Sequence[Row]) -> None:
         """Raise RunError if something of the rows can't be trained on; their prompts are known to fit."""
 
-    @abstractmethod
     def rollouts(
         self,
         decoder: Decoder,
@@ -130,7 +129,14 @@ class Method(ABC, Generic[E, B]):
         seeds: Tensor,  # (N,) int64
         on_rows: Callable[[int], object],
     ) -> list[Rollout]:
-        """Graded responses to the rows, drawn from their seeds; none if the method learns from the rows alone."""
+        """Graded responses to the rows, drawn from their seeds; none if a method learns from the rows alone.
+
+        Unless it says otherwise: the first correct one of at most ``pass_k`` tries at each row, else the best; or the
+        best of all.
+        """
+        options = self.decoding
+        tries = options.first_try(), seeds, options.pass_k, options.temperature
+        return decoder.pass_at_k(rows, *tries, every=options.all_tries, on_rows=on_rows)
 
     @abstractmethod
     def examples(

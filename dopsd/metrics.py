@@ -51,15 +51,16 @@ def of_rollouts(rollouts: Sequence[Rollout], eos_id: int) -> dict[str, float]:
     }
 
 
-def of_groups(rollouts: Sequence[Rollout], size: int, eos_id: int) -> dict[str, float]:
-    """As :func:`of_rollouts`, of tries that are ``size`` side by side for each prompt; with their rewards."""
-    groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+def of_groups(groups: Sequence[Sequence[Rollout]], eos_id: int) -> dict[str, float]:
+    """As :func:`of_rollouts`, of all the tries at each prompt; with their rewards."""
     rewards = [torch.tensor([rollout.score for rollout in group], dtype=torch.float64) for group in groups]
     right = [[rollout.score >= 1 for rollout in group] for group in groups]
     return {
-        **of_rollouts(rollouts, eos_id),  # whose share of right first tries is that of all, for each is one
+        **of_rollouts(
+            [rollout for group in groups for rollout in group], eos_id
+        ),  # whose share of right first tries is that of all, for each is one
         "pass_rate": mean([float(any(group)) for group in right]),
-        "tries": mean([float(group.index(True) + 1 if any(group) else size) for group in right]),
+        "tries": mean([float(group.index(True) + 1 if any(group) else len(group)) for group in right]),
         "reward": mean([float(reward.mean()) for reward in rewards]),
         "reward_std": mean([float(reward.std()) for reward in rewards]),
     }

@@ -46,8 +46,9 @@ def test_several_processes_log_what_one_would() -> None:
 def test_figures_of_groups() -> None:
     """Two prompts with three tries each: two right, the first at the second try; none right, and all alike."""
     trajectory = Trajectory(torch.arange(2), torch.tensor([5, 5, 0, 5]), torch.arange(4), 4)
-    scores = [0.0, 1.0, 1.0, 0.25, 0.25, 0.25]
-    found = of_groups([Rollout({}, trajectory, "", score, tries=1) for score in scores], size=3, eos_id=0)
+    scores = [[0.0, 1.0, 1.0], [0.25, 0.25, 0.25]]
+    groups = [[Rollout({}, trajectory, "", score, tries=1) for score in group] for group in scores]
+    found = of_groups(groups, eos_id=0)
     assert found == pytest.approx(
         {
             "pass_rate": 1 / 2,

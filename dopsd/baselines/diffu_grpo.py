@@ -5,7 +5,7 @@ With exact likelihoods, standardised advantages and no reference it is what Just
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dopsd.baselines.groups import GroupMethod
 from dopsd.baselines.likelihood import Group, Likelihood, LikelihoodBatch, collate, likelihood_batches
-from dopsd.method import BatchLoss, Method, Note
-from dopsd.metrics import of_groups
-from dopsd.rollout import Decoder, Rollout
+from dopsd.method import BatchLoss, Note
+from dopsd.rollout import Rollout
 from dopsd.sampler import inference
 from dopsd.tasks import Row
 
@@ -25,8 +25,11 @@ from dopsd.tasks import Row
 LEAST_DEVIATION = 1e-4
 
 
-class DiffuGRPO(Method[Group, LikelihoodBatch]):
-    """PPO's clipped surrogate over tokens, with a penalty for leaving a reference; arguments as of :class:`Method`."""
+class DiffuGRPO(GroupMethod[Group, LikelihoodBatch]):
+    """PPO's clipped surrogate over tokens, with a penalty for leaving a reference.
+
+    Arguments as of :class:`~dopsd.method.Method`.
+    """
 
     example_type = Group
     summary = "the model decodes several answers to a problem, and what is better than their mean becomes likelier"
@@ -36,20 +39,11 @@ class DiffuGRPO(Method[Group, LikelihoodBatch]):
         options = self.teaching
         self.likelihood = Likelihood(options.likelihood == "exact", options.prompt_mask, options.share_prompt_mask)
 
-    def rollouts(
-        self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
-    ) -> list[Rollout]:
-        """``pass_k`` responses to each row, side by side."""
-        size, temperature = self.decoding.pass_k, self.decoding.temperature
-        return decoder.group(rows, self.decoding.decoding(), seeds, size, temperature, on_rows=on_rows)
-
     def examples(self, rows: Sequence[Row], rollouts: Sequence[Rollout], seeds: Tensor) -> list[Group]:
         """A group for each row; without a reference, only those whose rewards differ, for others have no gradient."""
-        size = self.decoding.pass_k
-        groups = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
         return [
             self.group(responses, int(seed))
-            for responses, seed in zip(groups, seeds, strict=True)
+            for responses, seed in zip(self.groups(rollouts), seeds, strict=True)
             if self.teaching.kl_weight or len({response.score for response in responses}) > 1
         ]
 
@@ -130,9 +124,6 @@ class DiffuGRPO(Method[Group, LikelihoodBatch]):
             loss = loss + self.teaching.kl_weight * kl
             figures["kl"] = kl.detach()
         return BatchLoss(loss.sum(), figures)
-
-    def figures(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        return of_groups(rollouts, self.decoding.pass_k, self.decoder.eos_id)
 
     def most_states(self, rollout: Rollout) -> int:
         return self.teaching.updates_per_batch * self.states(self.alike(rollout))

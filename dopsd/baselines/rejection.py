@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from dopsd.baselines.masked import MaskedResponse
 from dopsd.baselines.sft import Denoising
-from dopsd.rollout import Decoder, Rollout
+from dopsd.rollout import Rollout
 from dopsd.tasks import Row
 
 
@@ -18,14 +18,6 @@ class Rejection(Denoising):
     summary = (
         "the model decodes answers, and learns the masked tokens of those that are right. No stronger model took part"
     )
-
-    def rollouts(
-        self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
-    ) -> list[Rollout]:
-        """The first correct response of at most ``pass_k`` tries at each row, else the best; or the best of all."""
-        options = self.decoding
-        tries = options.first_try(), seeds, options.pass_k, options.temperature
-        return decoder.pass_at_k(rows, *tries, every=options.all_tries, on_rows=on_rows)
 
     def examples(self, rows: Sequence[Row], rollouts: Sequence[Rollout], seeds: Tensor) -> list[MaskedResponse]:
         """Those of the accepted ``rollouts``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dopsd.baselines.groups import GroupMethod
 from dopsd.baselines.masked import MaskedBatch, MaskedResponse, collate, denoising
-from dopsd.method import BatchLoss, Method, Note
-from dopsd.metrics import of_groups
-from dopsd.rollout import Decoder, Rollout
+from dopsd.method import BatchLoss, Note
+from dopsd.rollout import Rollout
 from dopsd.sampler import inference
 from dopsd.seeds import MASKING, PAIRING, mix_seeds
 from dopsd.tasks import Row
@@ -55,8 +55,8 @@ class PreferenceBatch(MaskedBatch):
     share: Tensor
 
 
-class VRPO(Method[Pair, PreferenceBatch]):
-    """DPO with estimates B of the ELBO in the place of log-likelihoods; arguments as of :class:`Method`.
+class VRPO(GroupMethod[Pair, PreferenceBatch]):
+    """DPO with estimates B of the ELBO in the place of log-likelihoods; arguments as of :class:`~dopsd.method.Method`.
 
     The loss of a pair of a right response w and a wrong one l, with the reference's weights those at the start, is
 
@@ -74,18 +74,10 @@ class VRPO(Method[Pair, PreferenceBatch]):
     example_type = Pair
     summary = "the model decodes several answers to a problem, and learns to prefer the right ones to the wrong ones"
 
-    def rollouts(
-        self, decoder: Decoder, rows: Sequence[Row], seeds: Tensor, on_rows: Callable[[int], object]
-    ) -> list[Rollout]:
-        """``pass_k`` responses to each row."""
-        tries = self.decoding.pass_k, self.decoding.temperature
-        return decoder.group(rows, self.decoding.decoding(), seeds, *tries, on_rows=on_rows)
-
     def examples(self, rows: Sequence[Row], rollouts: Sequence[Rollout], seeds: Tensor) -> list[Pair]:
         """One of each row with right and wrong responses, of which its seed draws one each."""
-        pairs, size = [], self.decoding.pass_k
-        for number, seed in enumerate(seeds):
-            group = rollouts[number * size : (number + 1) * size]
+        pairs = []
+        for group, seed in zip(self.groups(rollouts), seeds, strict=True):
             right = [rollout for rollout in group if rollout.score >= self.teaching.score_threshold]
             wrong = [rollout for rollout in group if rollout.score < self.teaching.score_threshold]
             if right and wrong:
@@ -168,9 +160,6 @@ class VRPO(Method[Pair, PreferenceBatch]):
     def loss(self, batch: PreferenceBatch) -> BatchLoss:
         slope = -(self.logprob(batch) * batch.weight[batch.state]).sum()
         return BatchLoss(batch.share.sum() + (slope - slope.detach()), {})
-
-    def figures(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        return of_groups(rollouts, self.decoding.pass_k, self.decoder.eos_id)
 
     def most_states(self, rollout: Rollout) -> int:
         return 2 * self.teaching.elbo_draws
