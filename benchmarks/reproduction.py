@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.reproduce import (
     ABLATIONS,
+    ANNEALED,
     AR_STYLE,
     FIXED,
     METHODS,
@@ -211,9 +212,25 @@ def methods() -> str:
     return table(rows) + claims([(f"{ours} is above {other}", against(ours, other)) for ours, other in pairs])
 
 
+def annealed() -> str:
+    rows = [
+        {
+            "": name,
+            "seeds": str(len(runs(name))),
+            "two tokens a step (%)": accuracy(name),
+            "one token a step (%)": accuracy(name, ONE),
+            "against the first": found.signed() if name != before and (found := against(name, before)) else "",
+        }
+        for before in list(ANNEALED)[:1]
+        for name in ANNEALED
+        if runs(name)
+    ]
+    return table(rows)
+
+
 def rates() -> str:
     rows = []
-    for name in METHODS:
+    for name in (*METHODS, *ANNEALED):
         tried = {rate: found for rate, found in search(name).items() if found is not None}
         if tried:
             best = chosen(name)
@@ -403,5 +420,5 @@ def missing() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (gain, methods, rates, costs, toy, ablations, stability, savings, missing)
+    f.__name__: f for f in (gain, methods, rates, costs, toy, ablations, stability, savings, annealed, missing)
 }

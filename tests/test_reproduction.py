@@ -146,28 +146,22 @@ def made(cell: Cell, share: float = 0.5, **others: Any) -> dict[str, Any]:
         for update, accuracy in ((0, 0.5), (10, 0.6), (20, 0.7))
     ]
     names = [f"{measure}, 2" for measure in ("greedy", "pass@8", *map(reproduction.revealed, (0.1, 0.25, 0.5)))]
-    about = {"name": cell.name, "seed": cell.seed, "options": cell.options, "model": reproduce.model()}
+    about = {"name": cell.name, "seed": cell.seed, "options": cell.options, "weights": cell.weights}
     about |= {"bf16": True, "machine": {"device": "some CPU", "versions": {"torch": "2"}}}
     about |= {"curve": points, "updates": 20, "collapse": [], "ended": None} if variant.rates else {}
     return {**about, "seconds": {"train": 1.0, "greedy, 2": 1.0}, "scores": dict.fromkeys(names, scores), **others}
 
 
-def stand_in(name: str, options: dict[str, Any], seed: int, path: Path) -> None:
+def stand_in(cell: Cell, path: Path) -> None:
     """Instead of a run: the second of three rates is best; a run may be killed once, or fail."""
-    rate = options.get("learning_rate")
-    if name.startswith("killed") and not path.with_suffix(".once").exists():
+    if cell.name.startswith("killed") and not path.with_suffix(".once").exists():
         path.with_suffix(".once").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    if name.startswith("wrong"):
+    if cell.name.startswith("wrong"):
         raise SystemExit(2)
-    accuracy = {0.1: 0.3, 0.2: 0.8, 0.3: 0.8}.get(rate, 0.5)
-    content = {
-        "options": options,
-        "model": reproduce.model(),
-        "curve": [{"accuracy": accuracy}],
-        "seconds": {"all": 7.0},
-    }
-    write_json(path, content)
+    curve = [{"accuracy": 0.5 if cell.rate is None else {0.1: 0.3, 0.2: 0.8, 0.3: 0.8}.get(cell.rate, 0.5)}]
+    about = {"options": cell.options, "weights": cell.weights}
+    write_json(path, {**about, "curve": curve, "seconds": {"all": 7.0}})
 
 
 def test_what_is_missing_is_run_and_what_was_killed_is_run_again(
@@ -194,7 +188,7 @@ def test_what_is_missing_is_run_and_what_was_killed_is_run_again(
     names = {path.stem for path in folder.glob("*.json")}
     searched = {f"searched_{rate}_{seed}" for rate, seed in ((0.1, 0), (0.2, 0), (0.3, 0), (0.2, 1))}
     assert names == {*searched, "follows_0.2_0", "follows_0.2_1", "shipped_0"}
-    (folder / "follows_0.2_1.json").write_text('{"options": {}, "model": ""}')  # of other options
+    (folder / "follows_0.2_1.json").write_text('{"options": {}, "weights": ""}')  # of other options
     assert reproduce.main(["--jobs", "3"]) == 1
     ran = re.findall(r"^(\S+): \d+ s; ", capsys.readouterr().out, re.MULTILINE)
     assert sorted(ran) == ["follows_0.2_1", "killed_0.5_0", "killed_0.5_1"]
@@ -237,15 +231,15 @@ def test_the_page_says_what_the_files_say(folder: Path) -> None:
     assert f"| {FIXED} takes fewer prompts than diffu-GRPO | +0.0 (+0.0 to +0.0) | undecided |" in text["costs"]
     assert "| 50 % revealed is less than 5 points below the best of 8 | +5.0 (+5.0 to +5.0) | holds |" in text["toy"]
     assert re.search(r"\| greedy \| 75\.0 \(.*\) \| 100\.0 \(100\.0 to 100\.0\) \|", text["toy"])
-    assert "SFT" not in text["missing"] and "rejection 8, off-policy 8\n" in text["missing"]
+    assert "SFT 8" not in text["missing"] and "rejection 8, off-policy 8\n" in text["missing"]
     assert "Each on one thread: some CPU, torch 2, bf16." in text["missing"]
     plots.draw_reproduction(reproduction.curves(), reproduction.UNITS, folder)
     assert (folder / "reproduction.png").stat().st_size > 1000
 
 
-def test_a_file_about_another_model_is_none(folder: Path) -> None:
+def test_a_file_about_other_weights_is_none(folder: Path) -> None:
     cell = Cell("base", None, 0)
     write_json(folder / f"{cell.name}.json", made(cell))
     assert record(cell) is not None
-    write_json(folder / f"{cell.name}.json", made(cell, model="another"))
+    write_json(folder / f"{cell.name}.json", made(cell, weights="others"))
     assert record(cell) is None
