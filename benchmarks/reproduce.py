@@ -4,7 +4,8 @@
     python -m benchmarks.reproduce --tables 1 5 --jobs 2    # goes on where it was stopped, or killed
 
 A run is a cell: a variant of the tiny recipe, a learning rate and a seed. It is a process of its own on one thread, and
-leaves one file under ``benchmarks/results/reproduction``, whole or not at all. Learning rates and adapters are chosen
+leaves one file under ``benchmarks/results/reproduction``, whole or not at all. Its seconds are the processor's, which
+other work beside it does not stretch. Learning rates and adapters are chosen
 on validation problems; test problems are only graded. `benchmarks.report` makes docs/reproduction.md from the files.
 """
 
@@ -255,10 +256,10 @@ class Keeper(TrainerCallback):
         self.trainer.evaluate()  # the adapter that a run begins with may be its best
 
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
-        self.began = time.monotonic()
+        self.began = time.process_time()
 
     def on_step_end(self, *_: Any, **kwargs: Any) -> None:
-        self.seconds += time.monotonic() - self.began
+        self.seconds += time.process_time() - self.began
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:
         accuracy = metrics["eval_accuracy"]
@@ -299,12 +300,12 @@ def train(options: Options, seed: int) -> Row:
         trainer, test = build(*groups)
         keeper = Keeper(trainer)
         trainer.add_callback(keeper)
-        start, ended = time.monotonic(), None
+        start, ended = time.process_time(), None
         try:
             trainer.train()
         except RunError as error:  # such as weights that are not finite: what came before it counts
             ended = str(error)
-        trained = time.monotonic()
+        trained = time.process_time()
         keeper.restore()
         scores = report.held_out(trainer, test, "after", Path(folder))
     given = {name: value for group in groups for name, value in vars(group).items()}
@@ -316,7 +317,7 @@ def train(options: Options, seed: int) -> Row:
         "collapse": collapse.events(log),
         "ended": ended,
         "curve": curve(keeper.points, log, given["per_device_train_batch_size"], given["updates_per_batch"]),
-        "seconds": {**seconds, "test": time.monotonic() - trained},
+        "seconds": {**seconds, "test": time.process_time() - trained},
         "scores": {f"greedy, {rate}": bits(some) for rate, some in scores.items()},
     }
 
