@@ -1,0 +1,96 @@
+"""The layers' ops: arguments are checked and flattened here."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..common.arguments import check_device, check_floating, check_shape
+from .contracts import LoraLinear, adapters_of, check_linear, check_norm
+from .functions import Project, SwiGLU
+
+
+def lora_linears(
+    x: Tensor,
+    linears: Sequence[LoraLinear],
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Linear layers of one input with their adapters, behind a norm if there is one, with a residual if there is one.
+
+    With n = x / sqrt(mean(x^2) + eps) * weight, or n = x without a norm, each layer gives
+    n W^T + bias + scale dropout(n) A^T B^T (LoRA, Hu et al. 2021); the residual is added to the last one's.
+
+    For the backward pass x and the products with A are kept, and nothing else; the norm, the dropout and W in ``dtype``
+    are computed again. Only x, the residual and adapters have gradients.
+
+    Args:
+        x: (..., d), fp16, bf16, fp32 or fp64.
+        linears: at least one.
+        norm: weight (d,) and eps.
+        residual: (..., out) of the last layer.
+        dtype: of the products; None for that of x.
+
+    Returns:
+        (..., out) of each layer in ``dtype``; with the residual, in what the two promote to.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or device, or a frozen one that requires a gradient.
+    """
+    dtype = _check(x, linears, norm, dtype)
+    if not linears:
+        raise ValueError("linears is empty, but must hold at least one layer.")
+    flat, rest = x.reshape(-1, x.shape[-1]), None
+    if residual is not None:
+        check_floating("residual", residual)
+        check_device("residual", residual, x.device)
+        check_shape("residual", residual[..., :0], (*x.shape[:-1], 0), "a row for each of x")
+        rest = residual.reshape(-1, residual.shape[-1])
+    outputs = Project.apply(flat, rest, norm, tuple(linears), dtype, *adapters_of(linears))
+    return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+
+def lora_swiglu(
+    x: Tensor,
+    gate: LoraLinear,
+    up: LoraLinear,
+    down: LoraLinear,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x + down(silu(gate(n)) * up(n)), with n and the layers as in :func:`lora_linears` (SwiGLU, Shazeer 2020).
+
+    For the backward pass x, what gate and up give, and the products with A are kept.
+
+    Args:
+        x: (..., d), fp16, bf16, fp32 or fp64.
+        gate, up: from width d to a common one, h.
+        down: from width h to d.
+        norm, dtype: as in :func:`lora_linears`.
+
+    Returns:
+        (..., d), in what the dtypes of x and of the products promote to.
+
+    Raises:
+        TypeError, ValueError: as :func:`lora_linears`.
+    """
+    dtype = _check(x, (gate, up), norm, dtype)
+    linears = (gate, up, down)
+    output: Tensor = SwiGLU.apply(x.reshape(-1, x.shape[-1]), norm, linears, dtype, *adapters_of(linears))
+    return output.view(x.shape)
+
+
+def _check(
+    x: Tensor, linears: Sequence[LoraLinear], norm: tuple[Tensor, float] | None, dtype: torch.dtype | None
+) -> torch.dtype:
+    """Check what both ops share, and return the dtype of the products."""
+    check_floating("x", x)
+    if x.dim() == 0:
+        raise ValueError("x is a scalar, but must have shape (..., d).")
+    for number, linear in enumerate(linears):
+        check_linear(f"linears[{number}]", linear, x)
+    check_norm(norm, x)
+    return x.dtype if dtype is None else dtype
