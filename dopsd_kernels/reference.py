@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .confidence.contracts import ConfidenceOutput
+from .lora_layer.contracts import LoraLinear
 from .step_kl.contracts import StepKLOptions, StepKLOutput
 from .token_logprob.contracts import TokenLogprob
 
@@ -276,3 +277,54 @@ def philox4x32(
         )
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     return c0, c1, c2, c3
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Halves of a transformer layer over frozen weights with LoRA adapters
+# ------------------------------------------------------------------------------------------------------------
+
+
+def lora_linears(
+    x: Tensor,  # (..., d)
+    linears: Sequence[LoraLinear],
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,  # (..., out)
+) -> tuple[Tensor, ...]:
+    """Specify `dopsd_kernels.lora_linears`, in the dtype of x."""
+    inner = x if norm is None else x * (x.square().mean(-1, keepdim=True) + norm[1]).rsqrt() * norm[0]
+    *others, last = (_lora_linear(inner, linear) for linear in linears)
+    return *others, last if residual is None else residual + last
+
+
+def lora_swiglu(
+    x: Tensor,  # (..., d)
+    gate: LoraLinear,
+    up: LoraLinear,
+    down: LoraLinear,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+) -> Tensor:  # (..., d)
+    """Specify `dopsd_kernels.lora_swiglu`, in the dtype of x."""
+    of_gate, of_up = lora_linears(x, [gate, up], norm=norm)
+    return x + _lora_linear(of_gate * torch.sigmoid(of_gate) * of_up, down)
+
+
+def _lora_linear(x: Tensor, linear: LoraLinear) -> Tensor:
+    output = x @ linear.matrix(x.dtype).T
+    if linear.bias is not None:
+        output = output + linear.bias
+    if linear.lora_a is None or linear.lora_b is None:
+        return output
+    kept = dropout_mask(x.shape, linear.dropout, linear.seed).to(x.device)
+    dropped = torch.where(kept, x / (1 - linear.dropout), 0)
+    return output + linear.scale * (dropped @ linear.lora_a.T @ linear.lora_b.T)
+
+
+def dropout_mask(shape: Sequence[int], probability: float, seed: int) -> Tensor:
+    """Return which entries stay, a bool tensor: each has a word of 32 bits, and falls out by the lowest."""
+    index, zero = torch.arange(math.prod(shape)), torch.zeros(1, dtype=torch.int64)
+    key = torch.tensor([seed & _MASK]), torch.tensor([(seed >> 32) & _MASK])
+    words = philox4x32((index // 4, zero, zero, zero), key)
+    word = torch.stack(torch.broadcast_tensors(*words), -1).gather(-1, (index % 4)[:, None])[:, 0]
+    return (word >= int(probability * 2**32)).view(*shape)

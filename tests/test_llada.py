@@ -17,8 +17,9 @@ from transformers import AttentionInterface
 from dopsd.assets.pretrain import character_tokenizer
 from dopsd.errors import RunError, UsageError
 from dopsd.models import load_model
-from dopsd.models.bidirectional import RMSNorm, rotary_tables
+from dopsd.models.bidirectional import rotary_tables
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
+from dopsd.models.parts import RMSNorm
 
 SHAPES = [
     {},

@@ -271,7 +271,7 @@ def test_what_is_measured_lies_within_a_tenth_of_what_was_predicted(
     output = tmp_path / "run"
     unseen = meter.CUDA_ALLOWANCE if device == "cuda" else 0
     options = ["--stop_at_eos", "false", "--correct_only", "false", "--steps", "24", "--lora_r", "64", "--pass_k", "1"]
-    options += ["--per_device_train_batch_size", "6", "--eval_problems", "2", "--max_steps", "1"]
+    options += ["--per_device_train_batch_size", "12", "--eval_problems", "2", "--max_steps", "1"]
     options += ["--sequences_per_forward", "8", "--eval_strategy", "no", "--save_strategy", "no", "--bf16", "false"]
     options += ["--use_cpu", str(device == "cpu")]
     words = [sys.executable, "-c", PROGRAM, device, *small_run, *options, "--output_dir", str(output)]
@@ -288,7 +288,7 @@ def test_what_is_measured_lies_within_a_tenth_of_what_was_predicted(
     for row in rows[1:]:
         log = dict(zip(names, row.split(","), strict=True))
         if log["loss"]:
-            assert float(log["states"]) == 6 * 24 > states
+            assert float(log["states"]) == 12 * 24 > states
             assert float(log["peak_gib"]) == pytest.approx(float(log["predicted_peak_gib"]), rel=0.1)
     assert "predicted, not measured" in done.stdout and "GiB predicted" in " ".join(done.stdout.split())
 

@@ -19,6 +19,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
+from dopsd.models.fused import fused
+from dopsd.models.parts import Parts, RMSNorm
 from dopsd_kernels import prefix_attention
 
 # Fields of a config.json that say nothing about what a model computes in evaluation mode.
@@ -82,20 +84,6 @@ def rotary_theta(theta: float, parameters: Any) -> float:
     return float(given.get("rope_theta", theta))
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32 and cast back before the weight."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
-
-
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (..., T, head_dim) of the rotary embedding at integer ``positions`` (..., T), in fp32."""
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
@@ -130,20 +118,6 @@ def eager(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) ->
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask, -torch.inf)
     return scores.softmax(-1) @ value
-
-
-class Parts(NamedTuple):
-    """The modules of a layer, whatever a checkpoint calls them."""
-
-    attention_norm: nn.Module
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    attention_out: nn.Module
-    mlp_norm: nn.Module
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
 
 
 class Packed(NamedTuple):
@@ -227,25 +201,22 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         prefix_value: Tensor | None = None,  # (G, H_kv, W, D)
         packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # (B, R or T, d), and the keys and values (B, H_kv, T, D)
-        parts = self.parts()
-        normed = parts.attention_norm(x)
+        parts = fused(self.parts(), x)
+        x, *projected = parts.project(x, read)
+        query, key, value = (self._heads(part) for part in projected)
         cos, sin = rotary
-        key = rotate(self._heads(parts.key(normed)), cos, sin)
-        value = self._heads(parts.value(normed))
+        key = rotate(key, cos, sin)
         if read is not None:
             # From here on every position is on its own, so only those that are read need be computed: exact.
-            rows = read[..., None].expand(-1, -1, x.shape[-1])
-            x, normed = x.gather(1, rows), normed.gather(1, rows)
             columns = read[:, None, :, None].expand(-1, -1, -1, self.head_dim)
             cos, sin = (table.expand(len(x), -1, -1, -1).gather(2, columns) for table in rotary)
-        query = rotate(self._heads(parts.query(normed)), cos, sin)
+        query = rotate(query, cos, sin)
         if packed is None:
             mixed = self._attend(query, key, value, key_mask)
         else:
             mixed = self._attend_to_prefix(query, key, value, prefix_key, prefix_value, packed)
-        x = x + parts.attention_out(mixed.transpose(1, 2).flatten(2))
-        normed = parts.mlp_norm(x)
-        return x + parts.down(F.silu(parts.gate(normed)) * parts.up(normed)), key, value
+        x = parts.add_attention(x, mixed.transpose(1, 2).flatten(2))
+        return parts.add_mlp(x), key, value
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

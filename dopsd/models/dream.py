@@ -13,11 +13,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from dopsd.models.bidirectional import (
     BidirectionalLayer,
     BidirectionalModel,
-    Parts,
-    RMSNorm,
     refuse_unknown_fields,
     rotary_theta,
 )
+from dopsd.models.parts import Parts, RMSNorm
 
 # Published fields besides those below, and the one value that is implemented.
 FIXED = {

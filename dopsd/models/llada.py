@@ -14,11 +14,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from dopsd.models.bidirectional import (
     BidirectionalLayer,
     BidirectionalModel,
-    Parts,
-    RMSNorm,
     refuse_unknown_fields,
     rotary_theta,
 )
+from dopsd.models.parts import Parts, RMSNorm
 
 # What the published configuration class can ask for besides the fields below, and the one value that is implemented.
 FIXED = {

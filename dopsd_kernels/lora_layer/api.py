@@ -49,7 +49,7 @@ def lora_linears(
         check_shape("residual", residual[..., :0], (*x.shape[:-1], 0), "a row for each of x")
         rest = residual.reshape(-1, residual.shape[-1])
     outputs = Project.apply(flat, rest, norm, tuple(linears), dtype, *adapters_of(linears))
-    return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+    return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
 
 def lora_swiglu(

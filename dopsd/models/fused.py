@@ -1,0 +1,130 @@
+"""A layer computed by `dopsd_kernels.lora_layer`, where its modules are what that computes and no more."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dopsd.models.parts import Parts, RMSNorm, rows
+from dopsd_kernels.lora_layer import LoraLinear, lora_linears, lora_swiglu
+
+log = logging.getLogger(__name__)
+
+NORMS = ("attention_norm", "mlp_norm")
+LINEARS = ("query", "key", "value", "attention_out", "gate", "up", "down")
+
+
+class NotFusedError(Exception):
+    """Modules compute something else; says what."""
+
+
+class FusedParts(NamedTuple):
+    """What :class:`~dopsd.models.parts.Parts` computes, in the dtype ``dtype`` of products.
+
+    It keeps less for the backward pass: a layer's inputs, what attention and the nonlinearity need, and the adapters'
+    narrow products.
+    """
+
+    linears: dict[str, LoraLinear]
+    norms: dict[str, tuple[Tensor, float]]
+    dtype: torch.dtype
+
+    def project(self, x: Tensor, read: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See :meth:`Parts.project`."""
+        query, key, value = (self.linears[name] for name in ("query", "key", "value"))
+        project = partial(lora_linears, norm=self.norms["attention_norm"], dtype=self.dtype)
+        if read is None:
+            queries, keys, values = project(x, [query, key, value])
+        else:
+            keys, values = project(x, [key, value])
+            x = rows(x, read)
+            (queries,) = project(x, [query])
+        return x, queries, keys, values
+
+    def add_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """See :meth:`Parts.add_attention`."""
+        (x,) = lora_linears(mixed, [self.linears["attention_out"]], residual=x, dtype=self.dtype)
+        return x
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """See :meth:`Parts.add_mlp`."""
+        linears = (self.linears[name] for name in ("gate", "up", "down"))
+        return lora_swiglu(x, *linears, norm=self.norms["mlp_norm"], dtype=self.dtype)
+
+
+def fused(
+    parts: Parts,
+    x: Tensor,  # a layer's input
+) -> Parts | FusedParts:
+    """The parts fused, or as they are where these are not understood; the log says so once, and why."""
+    if torch.compiler.is_compiling():
+        return parts  # the compiler fuses modules by itself, and chooses what to keep
+    try:
+        linears = {name: lora_linear(getattr(parts, name)) for name in LINEARS}
+        norms = {name: norm(getattr(parts, name)) for name in NORMS}
+    except NotFusedError as reason:
+        say_once(str(reason))
+        return parts
+    kind = x.device.type
+    return FusedParts(linears, norms, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+
+
+@cache
+def say_once(reason: str) -> None:
+    """Tell the log which path layers take."""
+    log.info(f"layers are computed by their modules, and keep more for the backward pass: {reason}")
+
+
+def draw_seed() -> int:
+    """From the generator whose state checkpoints keep, and which a pass that is computed again sees again."""
+    drawn = torch.randint(2**62, ())
+    return 0 if isinstance(drawn, FakeTensor) else int(drawn)  # tensors without memory have no numbers
+
+
+def norm(module: nn.Module) -> tuple[Tensor, float]:
+    """Weight and eps of a norm; NotFusedError if it is another one, or trained."""
+    if type(module) is not RMSNorm:
+        raise NotFusedError(f"a norm is a {type(module).__name__}")
+    return frozen(module.weight, "a norm"), module.eps
+
+
+def frozen(tensor: Any, what: str) -> Any:
+    """A tensor of which no gradient is wanted; NotFusedError for others."""
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise NotFusedError(f"{what} is trained")
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+
+
+def lora_linear(module: nn.Module) -> LoraLinear:
+    """A linear layer with the adapter that is active; NotFusedError for what is more than that."""
+    base: Any = module
+    adapter: dict[str, Any] = {}
+    if type(module) is PeftLinear:
+        base = module.get_base_layer()
+        names = [] if module.disable_adapters or module.merged else module.active_adapters
+        names = [name for name in names if name in module.lora_A]
+        if len(names) > 1:
+            raise NotFusedError(f"several adapters are active: {', '.join(names)}")
+        if module.lora_variant or module.fan_in_fan_out:
+            raise NotFusedError("an adapter is no plain LoRA")
+        for name in names:
+            if module.lora_B[name].bias is not None:
+                raise NotFusedError("an adapter has a bias")
+            dropout = module.lora_dropout[name]
+            rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+            adapter = {
+                "lora_a": module.lora_A[name].weight,
+                "lora_b": module.lora_B[name].weight,
+                "scale": float(module.scaling[name]),
+                "dropout": rate,
+                "seed": draw_seed() if rate else 0,
+            }
+    if type(base) is not nn.Linear:
+        raise NotFusedError(f"a linear layer is a {type(base).__name__}")
+    return LoraLinear(frozen(base.weight, "a base weight"), frozen(base.bias, "a base bias"), **adapter)
