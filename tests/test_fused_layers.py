@@ -18,6 +18,7 @@ from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 
 IDS = torch.arange(3 * 9).reshape(3, 9) % 30
 MASK = torch.arange(9) >= torch.tensor([[0], [2], [0]])
+LINEARS = LLaDAModelLM.lora_modules
 READ = torch.tensor([[3, 4], [8, 5], [2, 2]])
 
 
@@ -189,6 +190,36 @@ def test_a_layer_keeps_thirteen_numbers_a_column(dropout: float, modules: Callab
         assert 12 < ours <= 13
         modules()
         assert kept() > 1.7 * ours
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_weights(kind: str, modules: Callable[[], None]) -> None:
+    """Unpacked for each pass: what is computed with the weights that they stand for, in place of them."""
+    nn = pytest.importorskip("bitsandbytes").nn
+    model = llada(torch.float32, init_std=0.1)
+    for block in model.layers:
+        for name in LINEARS:
+            own = getattr(block, name)
+            if kind == "nf4":
+                made = nn.Linear4bit(*own.weight.T.shape, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+                made.weight = nn.Params4bit(own.weight.detach(), requires_grad=False, quant_type="nf4")
+            else:
+                made = nn.Linear8bitLt(*own.weight.T.shape, bias=False, has_fp16_weights=False)
+                made.weight = nn.Int8Params(own.weight.detach(), requires_grad=False, has_fp16_weights=False)
+            setattr(block, name, made.to("cpu"))
+    model.hidden_states(IDS[:, :0].new_ones(1, 2))  # 8-bit layers take their scales to themselves at the first call
+    student = adapted(model)
+    assert isinstance(fused.fused(model.layers[0].parts(), torch.zeros(1, 1, 32)), fused.FusedParts)
+    ours = results(student, model)
+    for block in model.layers:
+        for name in LINEARS:
+            layer = getattr(block, name)
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+            plain.weight = torch.nn.Parameter(fused.dequantize_module_weight(layer.base_layer).detach(), False)
+            layer.base_layer = plain
+    modules()
+    for got, expected in zip(ours, results(student, model), strict=True):
+        assert float((got - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
 # ---- what is left to the modules ----

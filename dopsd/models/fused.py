@@ -7,7 +7,8 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 NORMS = ("attention_norm", "mlp_norm")
 LINEARS = ("query", "key", "value", "attention_out", "gate", "up", "down")
+# PEFT's classes over linear layers, and those of bitsandbytes, which need not be there.
+ADAPTED = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
+QUANTIZED = {"bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt"}
 
 
 class NotFusedError(Exception):
@@ -105,13 +109,13 @@ def lora_linear(module: nn.Module) -> LoraLinear:
     """A linear layer with the adapter that is active; NotFusedError for what is more than that."""
     base: Any = module
     adapter: dict[str, Any] = {}
-    if type(module) is PeftLinear:
+    if isinstance(module, LoraLayer) and name_of(module) in ADAPTED:
         base = module.get_base_layer()
         names = [] if module.disable_adapters or module.merged else module.active_adapters
         names = [name for name in names if name in module.lora_A]
         if len(names) > 1:
             raise NotFusedError(f"several adapters are active: {', '.join(names)}")
-        if module.lora_variant or module.fan_in_fan_out:
+        if getattr(module, "lora_variant", None) or getattr(module, "fan_in_fan_out", False):
             raise NotFusedError("an adapter is no plain LoRA")
         for name in names:
             if module.lora_B[name].bias is not None:
@@ -125,6 +129,14 @@ def lora_linear(module: nn.Module) -> LoraLinear:
                 "dropout": rate,
                 "seed": draw_seed() if rate else 0,
             }
+    bias = frozen(base.bias, "a base bias") if hasattr(base, "bias") else None
+    if name_of(base) in QUANTIZED:
+        return LoraLinear(partial(dequantize_module_weight, base), bias, **adapter)
     if type(base) is not nn.Linear:
         raise NotFusedError(f"a linear layer is a {type(base).__name__}")
-    return LoraLinear(frozen(base.weight, "a base weight"), frozen(base.bias, "a base bias"), **adapter)
+    return LoraLinear(frozen(base.weight, "a base weight"), bias, **adapter)
+
+
+def name_of(module: nn.Module) -> str:
+    """The whole name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
