@@ -232,6 +232,7 @@ def test_quantised_weights(kind: str, modules: Callable[[], None]) -> None:
         ({"lora_bias": True}, "an adapter has a bias"),
         ({"base": True}, "a base weight is trained"),
         ({"two": True}, "several adapters are active: default, other"),
+        ({"hook": True}, "a linear layer has hooks"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -245,6 +246,8 @@ def test_the_log_says_once_what_is_computed_by_modules(
     student = get_peft_model(model, config).double()
     if "base" in change:
         model.model.transformer.blocks[0].k_proj.weight.requires_grad_(True)
+    if "hook" in change:
+        model.layers[0].k_proj.register_forward_hook(lambda *call: call[-1])
     if "two" in change:
         student.add_adapter("other", config)
         student.base_model.set_adapter(["default", "other"])

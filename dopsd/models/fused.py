@@ -129,12 +129,15 @@ def lora_linear(module: nn.Module) -> LoraLinear:
                 "dropout": rate,
                 "seed": draw_seed() if rate else 0,
             }
-    bias = frozen(base.bias, "a base bias") if hasattr(base, "bias") else None
-    if name_of(base) in QUANTIZED:
-        return LoraLinear(partial(dequantize_module_weight, base), bias, **adapter)
-    if type(base) is not nn.Linear:
+    quantised = name_of(base) in QUANTIZED
+    if not quantised and type(base) is not nn.Linear:
         raise NotFusedError(f"a linear layer is a {type(base).__name__}")
-    return LoraLinear(frozen(base.weight, "a base weight"), bias, **adapter)
+    if module._forward_hooks or module._forward_pre_hooks or base._forward_hooks or base._forward_pre_hooks:
+        raise NotFusedError("a linear layer has hooks")
+    if base.weight.device.type == "meta":
+        raise NotFusedError("a weight is fetched when its module is called")
+    weight = partial(dequantize_module_weight, base) if quantised else frozen(base.weight, "a base weight")
+    return LoraLinear(weight, frozen(base.bias, "a base bias"), **adapter)
 
 
 def name_of(module: nn.Module) -> str:
