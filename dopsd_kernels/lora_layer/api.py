@@ -1,4 +1,8 @@
-"""The layers' ops: arguments are checked and flattened here."""
+"""The layers' ops: arguments are checked and flattened here.
+
+torch.compile leaves them as they are: a weight may be any function, the products are library calls, and what is between
+them is in kernels already.
+"""
 
 from collections.abc import Sequence
 
@@ -10,6 +14,7 @@ from .contracts import LoraLinear, adapters_of, check_linear, check_norm
 from .functions import Project, Rotary, SwiGLU
 
 
+@torch.compiler.disable
 def lora_linears(
     x: Tensor,
     linears: Sequence[LoraLinear],
@@ -52,6 +57,7 @@ def lora_linears(
     return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
 
 
+@torch.compiler.disable
 def lora_swiglu(
     x: Tensor,
     gate: LoraLinear,
@@ -83,6 +89,7 @@ def lora_swiglu(
     return output.view(x.shape)
 
 
+@torch.compiler.disable
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding: x cos + (-x2, x1) sin with the halves x1 and x2 of x along D (RoFormer, Su et al. 2021).
 
