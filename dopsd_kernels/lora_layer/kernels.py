@@ -3,10 +3,7 @@
 All of it is bound by memory, so every number is read once, computed with in fp32, rounded once and written once. A
 norm's row lies in the registers of one program; its backward makes the norm's factor again, and adds the residual's
 gradient on the way. The nonlinearity and the dropout go over flat memory. A token's rotary tables are read once for
-several heads.
-
-A configuration is the size of a BLOCK of flat memory, the columns of a row for each warp (WARP_COLUMNS), or the heads
-of a token that a program rotates (BLOCK_H).
+several heads. Any size of program that keeps the memory busy is as fast as another, so there is nothing to tune.
 """
 
 from typing import Any
@@ -16,8 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.configs import LAUNCH, choose
+from ..common.configs import LAUNCH
 from ..common.philox_kernels import philox_words
+
+# Columns of a row for each warp; entries of flat memory, and heads of a token, for each program.
+_WARP_COLUMNS, _BLOCK, _HEADS = 512, 2048, 16
 
 # ------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -223,9 +223,9 @@ def swiglu(
 ) -> Tensor:  # (N, h)
     """silu(gate) * up."""
     gate, up = gate.contiguous(), up.contiguous()
-    out, launch = torch.empty_like(gate), _flat_launch(gate)
+    out = torch.empty_like(gate)
     if gate.numel():
-        _swiglu[_blocks(gate, launch)](gate, up, out, gate.numel(), **launch)
+        _swiglu[_blocks(gate)](gate, up, out, gate.numel(), **_FLAT)
     return out
 
 
@@ -236,9 +236,9 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N, h) of gate, of up, and the result again
     """The gradients of gate and up, and silu(gate) * up."""
     gradient, gate, up = gradient.contiguous(), gate.contiguous(), up.contiguous()
-    of_gate, out, launch = torch.empty_like(gate), torch.empty_like(gate), _flat_launch(gate)
+    of_gate, out = torch.empty_like(gate), torch.empty_like(gate)
     if gate.numel():
-        _swiglu_backward[_blocks(gate, launch)](gradient, gate, up, of_gate, out, gate.numel(), **launch)
+        _swiglu_backward[_blocks(gate)](gradient, gate, up, of_gate, out, gate.numel(), **_FLAT)
     return of_gate, gradient, out
 
 
@@ -249,10 +249,10 @@ def drop(
 ) -> Tensor:  # (N, d)
     """Dropout with the mask that `LoraLinear` defines."""
     x = x.contiguous()
-    out, launch = torch.empty_like(x), _flat_launch(x)
+    out = torch.empty_like(x)
     if x.numel():
         scale = 1 / (1 - probability)
-        _drop[_blocks(x, launch)](x, out, x.numel(), seed, int(probability * 2.0**32), scale, **launch)
+        _drop[_blocks(x)](x, out, x.numel(), seed, int(probability * 2.0**32), scale, **_FLAT)
     return out
 
 
@@ -266,9 +266,8 @@ def rotary(
     batch, heads, length, width = x.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     out = torch.empty_like(x)
-    config = choose("layer_rotary", x.device)
     if x.numel():
-        _rotary[(batch * length, triton.cdiv(heads, config["BLOCK_H"]))](
+        _rotary[(batch * length, triton.cdiv(heads, _HEADS))](
             x,
             cos.contiguous(),
             sin.contiguous(),
@@ -281,7 +280,8 @@ def rotary(
             width // 2,
             TRANSPOSED=transposed,
             COLUMNS=triton.next_power_of_2(width // 2),
-            **config,
+            BLOCK_H=_HEADS,
+            num_warps=4,
             **LAUNCH,
         )
     return out
@@ -293,13 +293,11 @@ def _rows(x: Tensor) -> Tensor:
 
 def _row_launch(x: Tensor) -> dict[str, Any]:
     columns = triton.next_power_of_2(x.shape[1])
-    warps = columns // choose("layer_rows", x.device)["WARP_COLUMNS"]
-    return {"BLOCK": columns, "num_warps": min(max(warps, 1), 16), **LAUNCH}
+    return {"BLOCK": columns, "num_warps": min(max(columns // _WARP_COLUMNS, 1), 16), **LAUNCH}
 
 
-def _flat_launch(x: Tensor) -> dict[str, Any]:
-    return {**choose("layer_flat", x.device), **LAUNCH}
+_FLAT = {"BLOCK": _BLOCK, "num_warps": 8, **LAUNCH}
 
 
-def _blocks(x: Tensor, launch: dict[str, Any]) -> tuple[int]:
-    return (triton.cdiv(x.numel(), launch["BLOCK"]),)
+def _blocks(x: Tensor) -> tuple[int]:
+    return (triton.cdiv(x.numel(), _BLOCK),)
