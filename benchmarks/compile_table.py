@@ -3,10 +3,10 @@
     python -m benchmarks.compile_table                        # every architecture, as a table; exit status 1 on a fault
     python -m benchmarks.compile_table --arch sm_90 --json table.json
 
-The public ops are called with tensors that have no memory, and Triton compiles what they launch: with each entry of the
-kernels' configurations, for the dtypes and options that change most what a program keeps in registers. A row is at
-fault if it spills more registers than it may, needs more shared memory than the chip has, or multiplies 16-bit operands
-without tensor cores.
+The ops are called with tensors that have no memory, and Triton compiles what they launch: with each entry of the
+kernels' configurations, for the dtypes and options that change most what a program keeps in registers. What lies
+between a layer's products has no entries and is compiled for widths of models. A row is at fault if it spills more
+registers than it may, needs more shared memory than the chip has, or multiplies 16-bit operands without tensor cores.
 """
 
 from __future__ import annotations
@@ -79,6 +79,21 @@ def _attention(dtype: torch.dtype, width: int) -> None:
     prefix_attention(*tensors, **masks, backend="triton").sum().backward()
 
 
+def _layer(dtype: torch.dtype, width: int, hidden: int, heads: int, products: torch.dtype = torch.bfloat16) -> None:
+    from dopsd_kernels.lora_layer import kernels
+
+    x, weight = torch.empty(33, width, dtype=dtype), torch.empty(width, dtype=dtype)
+    normed = kernels.rms_norm(x, weight, 1e-5, products)
+    kernels.rms_norm_backward(normed, x, x, weight, 1e-5)
+    gate, up = torch.empty(33, hidden, dtype=products), torch.empty(33, hidden, dtype=products)
+    kernels.swiglu_backward(kernels.swiglu(gate, up), gate, up)
+    kernels.drop(normed, 0.05, 1 << 40)
+    of_head = torch.empty(3, 11, heads, 128, dtype=products).transpose(1, 2)
+    cos, sin = torch.empty(1, 1, 11, 128), torch.empty(1, 1, 11, 128)
+    for transposed in (False, True):
+        kernels.rotary(of_head, cos, sin, transposed)
+
+
 # Configuration entry -> by label, the calls that launch it; with biases and masks, which cost registers.
 _SAMPLE = {"temperature": 1.0, "seed": 0}
 _BUCKET = {"divergence": "jsd", "top_k": 20, "tail": "bucket", "clip_form": "nonnegative"}
@@ -114,7 +129,14 @@ CALLS: dict[str, dict[str, Callable[[], None]]] = {
         for name in ("prefix_attention", "prefix_attention_query_gradient", "prefix_attention_key_gradient")
     },
     "prefix_attention_fp32": {"fp32, D = 64": functools.partial(_attention, _FP32, 64)},
+    "lora_layer": {
+        "fp32, d = 16384": functools.partial(_layer, _FP32, 16384, 12288, 32, _FP32),
+        "fp32 and bf16, LLaDA-8B": functools.partial(_layer, _FP32, 4096, 12288, 32),
+        "bf16, LLaDA-8B": functools.partial(_layer, _BF16, 4096, 12288, 32),
+        "bf16, Dream-7B": functools.partial(_layer, _BF16, 3584, 18944, 28),
+    },
 }
+_FIXED = [{"arch": list(TARGETS), "config": {}}]  # of what has no entry
 
 # Bytes that may be spilled. Once per vocabulary tile, whose reduction needs more registers than its product, and not
 # inside the product: by the largest tiles, by a top_k of 128 (1 KB of keys per row), and by fp32 operands, which lie in
@@ -246,7 +268,7 @@ def work(arch: str) -> list[tuple[Any, ...]]:
     return [
         (arch, entry, one["config"], label)
         for entry, calls in CALLS.items()
-        for one in entries[entry]
+        for one in entries.get(entry, _FIXED)
         if arch in one["arch"]
         for label in calls
     ]

@@ -148,6 +148,7 @@ def _ops(*ops: str, among: Callable[[str], bool]) -> Measure:
 # What is measured, and its share of the time that is left against those of the parts that follow.
 PARTS: dict[str, tuple[float, Measure]] = {
     "loss": (12, _ops("step_kl", "token_logprob", "products", among=lambda name: name in HEADLINE or "out" in name)),
+    "layer": (4, _ops("lora_layer", among=lambda name: True)),
     "step": (38, step),
     "confidence": (8, _ops("confidence", among=lambda name: name != "ours torch")),
     "attention": (8, _ops("attention", among=lambda name: name == "ours triton")),

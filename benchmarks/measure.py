@@ -134,6 +134,23 @@ def peak_memory(run: Callable[[], object]) -> int:
     return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
 
+def kept_memory(forward: Callable[[], torch.Tensor | None], inputs: Sequence[torch.Tensor]) -> int | None:
+    """The bytes of all storages that autograd keeps of a forward pass beside its inputs'; None if there is no graph."""
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x.detach()  # a node that holds its own result would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = forward()
+    if out is None:
+        return None
+    for x in inputs:
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
 def ceilings(rehearsal: bool) -> dict[str, tuple[float, Trial]]:
     """A large product's flops and a large copy's bytes, and the trials that do them."""
     cuda = DEVICE.type == "cuda" and not rehearsal
@@ -208,6 +225,9 @@ def measure_case(
             trial.attempt(lambda: row.update(error(case, row["provider"])))  # noqa: B023
             trial.attempt(trial.run)  # pays one-time costs
             trial.attempt(lambda: setattr(trial, "peak_bytes", peak_memory(trial.run)))  # noqa: B023
+            if case.phase == "both":
+                forward = functools.partial(op.providers[row["provider"]].forward, case, *tensors)
+                trial.attempt(lambda: row.update(kept_bytes=kept_memory(forward, tensors)))  # noqa: B023
         interleave([*(trial for _, trial in limits.values()), *trials], *rounds)
     except Unusable as lost:
         failed = [{**row, "status": trial.status} for row, trial in zip(rows, trials, strict=True)]

@@ -42,6 +42,11 @@ def no_triton(device: torch.device) -> str | None:
     return triton_unsupported([torch.empty(0, device=device)])
 
 
+def kernels_instead(device: torch.device) -> str | None:
+    """Why what has Triton kernels without being asked for them is not timed in plain PyTorch, or None if it is."""
+    return "on a GPU the kernels are taken" if no_triton(device) is None else None
+
+
 def only_on_gpu(device: torch.device) -> str | None:
     """Why flex_attention is not timed, or None if it is."""
     return "on a CPU flex_attention is not compiled, and has no backward" if device.type == "cpu" else None

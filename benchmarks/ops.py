@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.missing import Missing, installed, no_compiler, no_torch_ce, no_triton, only_on_gpu
+from benchmarks import attention, layer
+from benchmarks.missing import Missing, installed, kernels_instead, no_compiler, no_torch_ce, no_triton, only_on_gpu
 from benchmarks.results import ABOUT, Row, name_of
-from dopsd_kernels import fused_confidence, fused_step_kl, fused_token_logprob, prefix_attention, reference
+from dopsd_kernels import fused_confidence, fused_step_kl, fused_token_logprob, reference
 from dopsd_kernels.common import products
 from dopsd_kernels.step_kl.contracts import StepKLOptions
 
 _FLOOR_BYTES = 1 << 30  # logits of one of the floor's products
+_LIGER = installed("liger-kernel", "liger_kernel", gpu=True)
 
 # By setting.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -58,19 +60,22 @@ class Case:
     heads: int = 0
     length: int = 0  # T tokens of a sequence
     prefix: int = 0  # P keys that a group shares
+    hidden: int = 0  # width between an MLP's products
+    rank: int = 0  # of adapters
 
     def __str__(self) -> str:
         return name_of(self.about())
 
     def about(self) -> Row:
         """The columns that name it."""
-        part = "attention" if self.op == "attention" else "kernels"
+        part = {"attention": "attention", "lora_layer": "layer"}.get(self.op, "kernels")
         columns = {name: getattr(self, name, "") for name in ABOUT[part] if name != "provider"}
         return {"part": part, **columns, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def small(self) -> Case:
         """The same with few enough rows, or groups and heads, for fp64."""
-        return replace(self, rows=min(self.rows, 64), groups=min(self.groups, 1), heads=min(self.heads, 2))
+        few = {"groups": min(self.groups, 1), "heads": min(self.heads, 2)} if self.op == "attention" else {}
+        return replace(self, rows=min(self.rows, 64), **few)
 
 
 class Provider(NamedTuple):
@@ -245,6 +250,10 @@ def _reverse(case: Case) -> bool:
     return case.setting == "reverse_kl"  # Liger's and TRL's JSD with beta 1
 
 
+def _both(case: Case) -> bool:
+    return case.phase == "both"  # compiling takes longer than all else
+
+
 def _plain_reverse(case: Case) -> bool:
     return _reverse(case) and case.data == "diffuse"  # compiling takes longer than all else
 
@@ -332,62 +341,6 @@ def _product(case: Case, hidden: Tensor, _: Tensor, weight: Tensor, *, multiply:
     return multiply(weight.T.reshape(-1)[: case.rows * case.vocab].view(case.rows, case.vocab), weight)
 
 
-# prefix_attention
-
-
-def _attended(case: Case, device: torch.device) -> tuple[Tensor, ...]:
-    """Random q, k, v and the prefix' keys and values, with gradients."""
-    generator = torch.Generator(device).manual_seed(0)
-    own = (case.groups, case.sequences, case.heads, case.length, case.width)
-    shared = (case.groups, case.heads, case.prefix, case.width)
-    drawn = [torch.randn(shape, generator=generator, device=device) for shape in (own, own, own, shared, shared)]
-    return tuple(x.to(case.dtype).requires_grad_() for x in drawn)
-
-
-def _attention_needs(case: Case) -> dict[str, float]:
-    """Two products forward, four backward (scores computed again do not count); every tensor once."""
-    queries = case.groups * case.sequences * case.heads * case.length
-    product = 2 * queries * (case.prefix + case.length) * case.width
-    own, shared = queries * case.width, case.groups * case.heads * case.prefix * case.width
-    # q, k, v, out and the prefix' two; backward reads them and out's gradient, and writes the gradients.
-    numbers = 4 * own + 2 * shared if case.phase == "forward" else 12 * own + 6 * shared
-    return {"flops": product * (2 if case.phase == "forward" else 6), "bytes": numbers * case.dtype.itemsize}
-
-
-def _our_attention(case: Case, *tensors: Tensor, backend: str) -> Tensor:
-    return prefix_attention(*tensors, backend=backend)
-
-
-def _concatenated(case: Case, q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
-    """PyTorch's attention over every sequence's own copy of the prefix."""
-    keys, values = (
-        torch.cat([prefix[:, None].expand(-1, q.shape[1], -1, -1, -1), own], 3).flatten(0, 1)
-        for prefix, own in ((k_prefix, k), (v_prefix, v))
-    )
-    return F.scaled_dot_product_attention(q.flatten(0, 1), keys, values).view_as(q)
-
-
-def _flex(case: Case, q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor) -> Tensor:
-    """flex_attention over the prefix and all of a group's sequences, with a mask that keeps these apart."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    queries, own_keys, own_values = (x.transpose(1, 2).flatten(2, 3) for x in (q, k, v))
-    keys, values = torch.cat([k_prefix, own_keys], 2), torch.cat([v_prefix, own_values], 2)
-    attend = flex_attention if q.device.type == "cpu" else _compiled(flex_attention)
-    out = attend(queries, keys, values, block_mask=_flex_mask(case.sequences, case.length, case.prefix, str(q.device)))
-    return out.unflatten(2, (case.sequences, case.length)).transpose(1, 2)
-
-
-@functools.cache
-def _flex_mask(sequences: int, length: int, prefix: int, device: str) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key < prefix) | ((key - prefix) // length == query // length)
-
-    return create_block_mask(allowed, None, None, sequences * length, prefix + sequences * length, device=device)
-
-
 # The tables
 
 
@@ -407,7 +360,7 @@ OPS = {
             "floor": Provider(_floor_kl),
             "eager": Provider(_eager_kl),
             **_ours(_our_kl),
-            "liger": Provider(_liger_jsd, installed("liger-kernel", "liger_kernel", gpu=True), _reverse),
+            "liger": Provider(_liger_jsd, _LIGER, _reverse),
             "trl": Provider(_trl, installed("trl", "trl"), _reverse),
             "liger chunked": Provider(_liger_chunked, installed("liger-kernel", "liger_kernel"), _plain_reverse),
             "compile": Provider(_compiled_kl, no_compiler, _plain_reverse),
@@ -428,7 +381,7 @@ OPS = {
             **_ours(functools.partial(_logprob, fused_token_logprob)),
             "torch ce": Provider(functools.partial(_torch_ce, chunked=False), no_torch_ce, _plain_tokens),
             "torch ce chunked": Provider(functools.partial(_torch_ce, chunked=True), no_torch_ce, _plain_tokens),
-            "liger ce": Provider(_liger_ce, installed("liger-kernel", "liger_kernel", gpu=True), _plain_tokens),
+            "liger ce": Provider(_liger_ce, _LIGER, _plain_tokens),
             "cut ce": Provider(_cut_ce, installed("cut-cross-entropy", "cut_cross_entropy", gpu=True), _plain_tokens),
         },
     ),
@@ -450,13 +403,26 @@ OPS = {
         },
     ),
     "attention": Op(
-        _attended,
-        _attention_needs,
-        _concatenated,
+        attention.tensors,
+        attention.needs,
+        attention.concatenated,
         {
-            "concatenated": Provider(_concatenated),
-            **_ours(_our_attention),
-            "flex": Provider(_flex, only_on_gpu),
+            "concatenated": Provider(attention.concatenated),
+            **_ours(attention.ours),
+            "flex": Provider(attention.flex, only_on_gpu),
+        },
+    ),
+    "lora_layer": Op(
+        layer.tensors,
+        layer.needs,
+        layer.peft,
+        {
+            "floor": Provider(layer.floor),
+            "eager": Provider(layer.peft),
+            "compile": Provider(functools.partial(layer.peft, call=layer.compiled), no_compiler, _both),
+            "liger": Provider(functools.partial(layer.peft, parts=layer.liger), _LIGER),
+            "ours torch": Provider(layer.ours, kernels_instead),
+            "ours triton": Provider(layer.ours, no_triton),
         },
     ),
 }
@@ -467,18 +433,19 @@ def cases(device: torch.device, rehearsal: bool = False) -> list[Case]:
     many, few = 512, 64
     head = {"width": 256, "vocab": 16384, "dtype": torch.float32}
     decoder = {**head, "vocab": 32768}
-    attention = {"groups": 1, "sequences": 15, "heads": 8, "width": 128, "dtype": torch.float32}
+    of_attention = {"groups": 1, "sequences": 15, "heads": 8, "width": 128, "dtype": torch.float32}
     # Those of a block's other states with reuse of all but the block, and of the prompt.
     lengths = [{"length": 32, "prefix": 424}, {"length": 256, "prefix": 200}]
+    of_layer = layer.SIZES["rehearsal" if rehearsal else device.type]
     if rehearsal:
         many, few = 12, 8
         head = decoder = {**head, "width": 32, "vocab": 500}
-        attention |= {"groups": 2, "heads": 2}
+        of_attention |= {"groups": 2, "heads": 2}
         lengths = [{"length": 4, "prefix": 12}]
     elif device.type == "cuda":
         many, few = 2048, 256
         head = decoder = {"width": 4096, "vocab": 126464, "dtype": torch.bfloat16}
-        attention |= {"groups": 8, "heads": 32, "dtype": torch.bfloat16}
+        of_attention |= {"groups": 8, "heads": 32, "dtype": torch.bfloat16}
 
     def loss(setting: str, rows: int, **more: str) -> Case:
         return Case("step_kl", "both", setting, rows, **head, **more)
@@ -494,7 +461,8 @@ def cases(device: torch.device, rehearsal: bool = False) -> list[Case]:
             for rows in (32, many)
         ),
         *(Case("confidence", "forward", "sampled", rows, **decoder, data="peaked") for rows in (32, many)),
-        *(Case("attention", phase, **attention, **sizes) for sizes in lengths for phase in ("forward", "both")),
+        *(Case("attention", phase, **of_attention, **sizes) for sizes in lengths for phase in ("forward", "both")),
+        *(Case("lora_layer", phase, dtype=head["dtype"], **of_layer) for phase in ("forward", "both")),
         loss("forward_kl", many),
         loss("reverse_kl", many, data="peaked"),
     ]

@@ -40,6 +40,7 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "TFLOP/s": lambda row: f"{row['flops'] / row['ms'] / 1e9:.3g}",
     "of ceiling": lambda row: f"{100 * row['of_ceiling']:.0f} %",
     "memory": lambda row: f"{row['peak_bytes'] / 2**20:.0f} MiB",
+    "kept per token": lambda row: f"{row['kept_bytes'] / row['sequences'] / row['length'] / 1024:.1f} KiB",
     "peak memory": lambda row: f"{row['total_bytes'] / 2**30:.1f} GiB",
     "error": lambda row: f"{row['error']:.0e}",
     "tokens per step": lambda row: str(row["tokens_per_step"]),
@@ -155,8 +156,24 @@ def details() -> str:
     return _by_machine(table)
 
 
-def _by_machine(table: Callable[[Content], str]) -> str:
-    found = [(kind, newest(kind, "kernels")) for kind in KINDS]
+def layer() -> str:
+    """A layer with adapters, by kind of machine: every row, with what it keeps for the backward pass."""
+
+    def table(content: Content) -> str:
+        rows = rows_of(content, "layer")
+        columns = ("case", "provider", "ms (20 to 80 %)", "TFLOP/s", "of ceiling", "memory", "kept per token", "error")
+        names = ("sequences", "length", "width", "heads", "hidden", "rank", "dtype")
+        sizes = dict.fromkeys(", ".join(f"{name} {row[name]}" for name in names) for row in rows)
+        missing = f" Not run: {'; '.join(absent(rows))}." if absent(rows) else ""
+        return (
+            f"{_shown((row for row in rows if 'ms' in row), *columns)}\n{_where(content)} {'; '.join(sizes)}.{missing}"
+        )
+
+    return _by_machine(table, "layer")
+
+
+def _by_machine(table: Callable[[Content], str], part: str = "kernels") -> str:
+    found = [(kind, newest(kind, part)) for kind in KINDS]
     return "\n\n".join(table(run) if run else f"On a {kind.upper()}: not measured." for kind, run in found)
 
 
@@ -265,7 +282,7 @@ def rows_of(content: Content, part: str) -> list[Row]:
     return [row for row in content["rows"] if row["part"] == part]
 
 
-SECTIONS = {f.__name__: f for f in (kernels, details, tests, step, train, schema)}
+SECTIONS = {f.__name__: f for f in (kernels, details, layer, tests, step, train, schema)}
 SECTIONS |= reproduction.SECTIONS
 
 

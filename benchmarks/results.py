@@ -32,7 +32,7 @@ Row = dict[str, Any]
 Content = dict[str, Any]
 
 COLUMNS = {
-    "part": "kernels, attention, step, tests or train",
+    "part": "kernels, attention, layer, step, tests or train",
     "status": "ok, out of memory, out of time, or skipped: or failed: with the reason",
     "rounds": "how often it was timed",
     "ms": "median time in milliseconds: of the GPU alone where there is one, else by the wall clock",
@@ -41,6 +41,7 @@ COLUMNS = {
     "host_ms": "median time that the host needed to issue it to a GPU",
     "over": "ratio of the time to that of each other provider in the same rounds",
     "peak_bytes": "most memory beyond what existed before, of a step before all its phases; null where not measured",
+    "kept_bytes": "what is kept for the backward pass beside the inputs",
     "total_bytes": "most memory in use, weights and optimiser included; null where it was not measured",
     "flops": "arithmetic that the result needs, whatever was done; nothing that is computed again",
     "bytes": "memory traffic that it needs: every input and output once",
@@ -58,6 +59,8 @@ COLUMNS = {
     "phase": "forward or both; of a step: rollout, teacher, student, optimiser, update (the last three)",
     "provider": "who computed it",
     "variant": "of a step, with which options",
+    "hidden": "width between an MLP's products",
+    "rank": "of adapters",
     "groups": "G, prefixes",
     "sequences": "S, sequences of a prefix",
     "heads": "H",
@@ -83,6 +86,7 @@ COLUMNS = {
 ABOUT: dict[str, tuple[str, ...]] = {
     "kernels": ("op", "setting", "data", "rows", "width", "vocab", "dtype", "phase", "provider", "variant"),
     "attention": ("groups", "sequences", "heads", "length", "prefix", "width", "dtype", "phase", "provider"),
+    "layer": ("sequences", "length", "width", "heads", "hidden", "rank", "dtype", "phase", "provider"),
     "step": ("provider", "variant", "states_per_forward", "phase", "prefix", "length", "states", "dtype"),
     "tests": ("name",),
     "train": ("seed",),
@@ -108,6 +112,8 @@ def name_of(row: Row) -> str:
     """What a row is about, in a few words; of an op, its case."""
     if row["part"] == "attention":
         return f"attention {row['phase']}, T = {row['length']}, P = {row['prefix']}"
+    if row["part"] == "layer":
+        return f"layer {row['phase']}, N = {row['sequences']} x {row['length']}"
     if row["part"] != "kernels":
         return f"{row['part']} {row.get('phase', '')}".strip()
     peaked = ", peaked" if row["data"] == "peaked" else ""

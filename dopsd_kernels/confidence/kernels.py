@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.configs import LAUNCH, choose
+from ..common.philox_kernels import philox_words
 from ..common.topk_kernels import LOWEST_KEY, insert_largest, key_column, key_value, largest_key, ordered_key
 from .contracts import ConfidenceOutput
 
@@ -54,12 +55,7 @@ def gumbel_noise(
     COLUMNS: tl.constexpr,
 ):
     """Return the standard Gumbel noise (R, COLUMNS) that `reference.gumbel_noise` defines."""
-    counter = (begin // 4 + tl.arange(0, COLUMNS // 4))[None, :].to(tl.uint32)
-    zero = counter * 0
-    word_0, word_1, word_2, word_3 = tl.philox(seed[:, None], counter, zero, zero, zero)
-    # Joining puts the last operand's index last: the words of a counter lie in the order 0, 1, 2, 3.
-    word = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
-    return gumbel_of_word(tl.reshape(word, (seed.shape[0], COLUMNS)))
+    return gumbel_of_word(philox_words(seed, begin, COLUMNS))
 
 
 @triton.jit

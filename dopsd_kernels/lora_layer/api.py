@@ -1,4 +1,8 @@
-"""The layers' ops: arguments are checked and flattened here."""
+"""The layers' ops: arguments are checked and flattened here.
+
+torch.compile leaves them as they are: a weight may be any function, the products are library calls, and what is between
+them is in kernels already.
+"""
 
 from collections.abc import Sequence
 
@@ -7,9 +11,10 @@ from torch import Tensor
 
 from ..common.arguments import check_device, check_floating, check_shape
 from .contracts import LoraLinear, adapters_of, check_linear, check_norm
-from .functions import Project, SwiGLU
+from .functions import Project, Rotary, SwiGLU
 
 
+@torch.compiler.disable
 def lora_linears(
     x: Tensor,
     linears: Sequence[LoraLinear],
@@ -52,6 +57,7 @@ def lora_linears(
     return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
 
+@torch.compiler.disable
 def lora_swiglu(
     x: Tensor,
     gate: LoraLinear,
@@ -81,6 +87,36 @@ def lora_swiglu(
     linears = (gate, up, down)
     output: Tensor = SwiGLU.apply(x.reshape(-1, x.shape[-1]), norm, linears, dtype, *adapters_of(linears))
     return output.view(x.shape)
+
+
+@torch.compiler.disable
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding: x cos + (-x2, x1) sin with the halves x1 and x2 of x along D (RoFormer, Su et al. 2021).
+
+    Only the tables are kept for the backward pass; only x has a gradient.
+
+    Args:
+        x: (B, H, T, D) with an even D, fp16, bf16, fp32 or fp64; computed in fp32, of fp64 in fp64.
+        cos, sin: (B or 1, 1, T, D).
+
+    Returns:
+        (B, H, T, D) in the dtype of x, with its strides if these leave no gaps.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or device, or a table that requires a gradient.
+    """
+    check_floating("x", x)
+    if x.dim() != 4 or x.shape[3] % 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but must have (B, H, T, D) with an even D.")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_floating(name, table)
+        check_device(name, table, x.device)
+        batch = 1 if table.shape[:1] == (1,) else len(x)
+        check_shape(name, table, (batch, 1, *x.shape[2:]), "a row for each token of each sequence, or of all")
+        if table.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but only x gets one here.")
+    rotated: Tensor = Rotary.apply(x, cos, sin)
+    return rotated
 
 
 def _check(

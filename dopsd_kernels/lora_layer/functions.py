@@ -140,7 +140,7 @@ class Project(torch.autograd.Function):
             of_x, of_narrow = input_gradient(gradients, ctx.linears, adapters)
             inner = normed(x, ctx.norm, ctx.dtype)
             of_adapters = adapter_gradients(gradients, of_narrow, inner, ctx.linears, adapters, narrow)
-            of_x = (of_x if ctx.norm is None else elementwise.rms_norm_backward(of_x, x, *ctx.norm)).to(x.dtype)
+            of_x = of_x.to(x.dtype) if ctx.norm is None else elementwise.rms_norm_backward(of_x, x, None, *ctx.norm)
         return of_x, upstream[-1] if ctx.needs_input_grad[1] else None, None, None, None, *of_adapters
 
 
@@ -179,6 +179,27 @@ class SwiGLU(torch.autograd.Function):
             of_x, of_narrow = input_gradient(gradients, first, adapters[:inner])
             again = normed(x, ctx.norm, gate.dtype)
             of_first = adapter_gradients(gradients, of_narrow, again, first, adapters[:inner], narrow[: inner // 2])
-            of_x = of_x if ctx.norm is None else elementwise.rms_norm_backward(of_x, x, *ctx.norm)
-            of_x = upstream + of_x.to(x.dtype)
+            of_x = upstream + of_x if ctx.norm is None else elementwise.rms_norm_backward(of_x, x, upstream, *ctx.norm)
         return of_x, None, None, None, *of_first, *of_last
+
+
+class Rotary(torch.autograd.Function):
+    """The rotary embedding, which keeps its tables alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (B, H, T, D)
+        cos: Tensor,  # (B or 1, 1, T, D)
+        sin: Tensor,  # (B or 1, 1, T, D)
+    ) -> Tensor:  # (B, H, T, D)
+        ctx.save_for_backward(cos, sin)
+        with undisturbed(x):
+            return elementwise.rotary(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        with undisturbed(upstream):
+            return elementwise.rotary(upstream, cos, sin, transposed=True), None, None
