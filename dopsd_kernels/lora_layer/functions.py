@@ -36,6 +36,16 @@ def pairs(
     return ((linear, next(left), next(left)) for linear in linears if linear.lora_a is not None)
 
 
+def add_product(
+    total: Tensor,  # (N, m)
+    a: Tensor,  # (N, k)
+    b: Tensor,  # (k, m)
+    scale: float = 1.0,
+) -> None:
+    """Add scale a b to ``total``, in one pass over it; the operation is one that counters of operations know."""
+    torch.addmm(total, a, b, alpha=scale, out=total)
+
+
 def narrow_products(
     x: Tensor,  # (N, d)
     linears: Sequence[LoraLinear],
@@ -56,7 +66,7 @@ def products(
 ) -> tuple[list[Tensor], list[Tensor]]:  # (N, out) for each layer; (N, r) for each adapter
     """What the layers make of one input, and the narrow products on the way."""
     narrow = narrow_products(x, linears, adapters)
-    left = zip(narrow, (b for _, _, b in pairs(linears, adapters, x.dtype)), strict=True)
+    left = zip(narrow, (b.T for _, _, b in pairs(linears, adapters, x.dtype)), strict=True)
     outputs = []
     for linear in linears:
         weight, rest = linear.matrix(x.dtype), residual if linear is linears[-1] else None
@@ -64,7 +74,7 @@ def products(
         first = rest if linear.bias is None and rest is not None and rest.dtype == x.dtype else linear.bias
         output = x @ weight.T if first is None else torch.addmm(first.to(x.dtype), x, weight.T)
         if linear.lora_a is not None:
-            output.addmm_((pair := next(left))[0], pair[1].T, alpha=linear.scale)
+            add_product(output, *next(left), linear.scale)
         outputs.append(output if rest is None or first is rest else rest + output)
     return outputs, narrow
 
@@ -78,7 +88,7 @@ def input_gradient(
     dtype = gradients[0].dtype
     of_input = gradients[0] @ linears[0].matrix(dtype)
     for gradient, linear in zip(gradients[1:], linears[1:], strict=True):
-        of_input.addmm_(gradient, linear.matrix(dtype))
+        add_product(of_input, gradient, linear.matrix(dtype))
     adapted = [gradient for gradient, one in zip(gradients, linears, strict=True) if one.lora_a is not None]
     parts = [
         (linear, a, (gradient @ b).mul_(linear.scale))
@@ -89,7 +99,7 @@ def input_gradient(
         for linear, a, one in parts:
             of_input += dropped(one @ a, linear)
     elif parts:
-        of_input.addmm_(torch.cat(of_narrow, -1), torch.cat([a for _, a, _ in parts]))
+        add_product(of_input, torch.cat(of_narrow, -1), torch.cat([a for _, a, _ in parts]))
     return of_input, of_narrow
 
 
