@@ -30,7 +30,7 @@ from dopsd.memory.keeper import MemoryKeeper
 from dopsd.method import Serialisable, Sizes
 from dopsd.methods import METHODS
 from dopsd.metrics import Figures, TokenCount, combined, means
-from dopsd.models import check_saved, require_layers, save_adapter
+from dopsd.models import check_saved, compile_layers, require_layers, save_adapter
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.pending import Pending
 from dopsd.progress import ProgressBar
@@ -103,6 +103,9 @@ class Trainer(transformers.Trainer):
         checkpointing = bool(args.gradient_checkpointing)
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             setattr(args, name, False)
+        if args.torch_compile:  # transformers compiles what it calls itself, which is nothing here
+            require_layers(decoder.model, "torch_compile", "True", "false")
+            compile_layers(decoder.model, args.torch_compile_backend, args.torch_compile_mode)
         # It would also delete the last complete checkpoint before the next is.
         self.kept_checkpoints, args.save_total_limit = args.save_total_limit, None
         sizes = Sizes(teaching.states_per_forward, checkpointing, decoder.batch_size)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dopsd.models import STUDENT, add_lora, bidirectional, fused
+from dopsd.models import STUDENT, add_lora, bidirectional, compile_layers, fused
 from dopsd.models.dream import DreamConfig, DreamModel
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM
 
@@ -67,7 +67,7 @@ def results(student: PeftModel, model: Any, bf16: bool = False) -> list[Tensor]:
     hook.remove()
     states.pow(3).sum().backward()
     gradients = [p.grad.double().clone() for p in student.parameters() if p.grad is not None]
-    assert len(gradients) == 2 * 2 * 7 and embedded[0].grad is not None
+    assert len(gradients) == len(model.layers) * 2 * 7 and embedded[0].grad is not None
     return [states.detach().double(), embedded[0].grad.double(), *gradients]
 
 
@@ -270,3 +270,24 @@ def test_a_network_without_an_adapter() -> None:
     parts = model.layers[0].parts()
     assert fused.fused(parts, states) is parts
     torch.testing.assert_close(model.hidden_states(IDS), states, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_layers_share_their_graphs() -> None:
+    """One graph for each way of calling, for all layers and sizes; what is computed is what modules compute."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    model = llada(n_layers=3)
+    student = adapted(model)
+    expected = results(student, model)
+    compile_layers(model, "eager", None)
+    counters.clear()
+    for got, want in zip(results(student, model), expected, strict=True):
+        assert float((got - want).norm()) <= 1e-10 * float(want.norm())
+    assert counters["stats"]["unique_graphs"] == 2  # the last layer reads some positions
+    graphs = []
+    for size in (4, 5, 7, 8):
+        model.hidden_states(IDS[:, :size], MASK[:, :size], READ.clamp_max(size - 1)).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
+    torch._dynamo.reset()

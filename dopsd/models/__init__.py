@@ -37,6 +37,7 @@ __all__ = [
     "check_saved",
     "checkpoint_activations",
     "class_of",
+    "compile_layers",
     "device_of",
     "load_adapter",
     "load_model",
@@ -178,6 +179,25 @@ def require_layers(model: Any, argument: str, given: str, exact: str) -> None:
     """Raise UsageError unless the keys and values of ``model`` can be reused, or ``given`` is ``exact``."""
     accepted = f"only {exact} with {type(model).__name__}, which is one of transformers; LLaDA and Dream have it all"
     require(given == exact or isinstance(model, BidirectionalModel), argument, given, accepted)
+
+
+# In which a layer may be called; beyond, something is compiled for anew again and again.
+WAYS = 64
+
+
+def compile_layers(model: BidirectionalModel, backend: str | None, mode: str | None) -> None:
+    """Compile each layer for itself: they share their graphs, one for each way in which they are called.
+
+    Sizes are symbols in the graphs, so that no micro-batch is compiled for anew.
+
+    Args:
+        model: whose layers.
+        backend, mode: torch.compile's.
+    """
+    # Ways are many: with a gradient or not, by one of several adapters or none, all positions or some, padded or not.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, WAYS)
+    for layer in model.layers:
+        layer.compile(fullgraph=True, dynamic=True, backend=backend or "inductor", mode=mode)
 
 
 def checkpoint_activations(model: Any, on: bool) -> None:
