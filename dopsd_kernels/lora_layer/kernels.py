@@ -111,7 +111,8 @@ def _swiglu_backward(
 @triton.jit(do_not_specialize=["seed"])
 def _drop(
     x,  # (count,)
-    out,  # (count,)
+    total,  # (count,), added; None: 0
+    out,  # (count,), total where there is one
     count,
     seed: tl.int64,
     threshold: tl.int64,  # below 2^32
@@ -125,6 +126,8 @@ def _drop(
     h = tl.load(x + place, mask=inside).to(tl.float32)
     # A product, as everywhere in PyTorch: NaN stays.
     kept = h * tl.where(word >= threshold.to(tl.uint32), scale, 0.0)
+    if total is not None:
+        kept += tl.load(total + place, mask=inside).to(tl.float32)
     tl.store(out + place, kept.to(out.dtype.element_ty), mask=inside)
 
 
@@ -246,13 +249,14 @@ def drop(
     x: Tensor,  # (N, d)
     probability: float,
     seed: int,
+    total: Tensor | None = None,  # (N, d), contiguous; overwritten
 ) -> Tensor:  # (N, d)
-    """Dropout with the mask that `LoraLinear` defines."""
+    """Dropout with the mask that `LoraLinear` defines, added to the total in place if there is one."""
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if total is None else total
     if x.numel():
-        scale = 1 / (1 - probability)
-        _drop[_blocks(x)](x, out, x.numel(), seed, int(probability * 2.0**32), scale, **_FLAT)
+        threshold, scale = int(probability * 2.0**32), 1 / (1 - probability)
+        _drop[_blocks(x)](x, total, out, x.numel(), seed, threshold, scale, **_FLAT)
     return out
 
 
