@@ -271,7 +271,7 @@ def rotary(
     x = x if x.stride(3) == 1 else x.contiguous()
     out = torch.empty_like(x)
     if x.numel():
-        _rotary[(batch * length, triton.cdiv(heads, _HEADS))](
+        _rotary[(batch * length, -(-heads // _HEADS))](
             x,
             cos.contiguous(),
             sin.contiguous(),
@@ -283,7 +283,7 @@ def rotary(
             length,
             width // 2,
             TRANSPOSED=transposed,
-            COLUMNS=triton.next_power_of_2(width // 2),
+            COLUMNS=_power_of_2(width // 2),
             BLOCK_H=_HEADS,
             num_warps=4,
             **LAUNCH,
@@ -296,7 +296,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _row_launch(x: Tensor) -> dict[str, Any]:
-    columns = triton.next_power_of_2(x.shape[1])
+    columns = _power_of_2(x.shape[1])
     return {"BLOCK": columns, "num_warps": min(max(columns // _WARP_COLUMNS, 1), 16), **LAUNCH}
 
 
@@ -304,4 +304,8 @@ _FLAT = {"BLOCK": _BLOCK, "num_warps": 8, **LAUNCH}
 
 
 def _blocks(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), _BLOCK),)
+    return (-(-x.numel() // _BLOCK),)
+
+
+def _power_of_2(n: int) -> int:  # at least n, which is at least 1
+    return 1 << (n - 1).bit_length()
