@@ -147,14 +147,18 @@ def _ops(*ops: str, among: Callable[[str], bool]) -> Measure:
 
 # What is measured, and its share of the time that is left against those of the parts that follow.
 PARTS: dict[str, tuple[float, Measure]] = {
-    "loss": (12, _ops("step_kl", "token_logprob", "products", among=lambda name: name in HEADLINE or "out" in name)),
-    "layer": (4, _ops("lora_layer", among=lambda name: True)),
+    "loss": (
+        14,
+        _ops("step_kl", "token_logprob", "products", "lora_layer", among=lambda x: x in HEADLINE or "out" in x),
+    ),
     "step": (38, step),
     "confidence": (8, _ops("confidence", among=lambda name: name != "ours torch")),
     "attention": (8, _ops("attention", among=lambda name: name == "ours triton")),
     "peers": (
         14,
-        _ops("step_kl", "token_logprob", "confidence", "attention", among=lambda name: name not in HEADLINE),
+        _ops(
+            "step_kl", "token_logprob", "confidence", "attention", "lora_layer", among=lambda who: who not in HEADLINE
+        ),
     ),
     "tests": (30, tests),
     "train": (40, train),

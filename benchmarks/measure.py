@@ -139,7 +139,7 @@ def kept_memory(forward: Callable[[], torch.Tensor | None], inputs: Sequence[tor
     kept: dict[int, int] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x.detach()  # a node that holds its own result would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
@@ -147,7 +147,7 @@ def kept_memory(forward: Callable[[], torch.Tensor | None], inputs: Sequence[tor
     if out is None:
         return None
     for x in inputs:
-        kept.pop(x.untyped_storage().data_ptr(), None)
+        kept.pop(x.untyped_storage()._cdata, None)
     return sum(kept.values())
 
 

@@ -165,9 +165,8 @@ def layer() -> str:
         names = ("sequences", "length", "width", "heads", "hidden", "rank", "dtype")
         sizes = dict.fromkeys(", ".join(f"{name} {row[name]}" for name in names) for row in rows)
         missing = f" Not run: {'; '.join(absent(rows))}." if absent(rows) else ""
-        return (
-            f"{_shown((row for row in rows if 'ms' in row), *columns)}\n{_where(content)} {'; '.join(sizes)}.{missing}"
-        )
+        timed = _shown((row for row in rows if "ms" in row), *columns)
+        return f"{timed}\n{_where(content)} {'; '.join(sizes)}.{missing}"
 
     return _by_machine(table, "layer")
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import conftest, gpu, measure, ops, report, results, tune
+from benchmarks import conftest, gpu, layer, measure, ops, report, results, tune
 from benchmarks.measure import Trial, Unusable, error, measure_case
 from benchmarks.ops import OPS, Case, Provider, cases, providers
 from benchmarks.results import Content, Recorder, Row
@@ -69,6 +70,29 @@ def test_the_floor_is_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = ops._bare(hidden, weight)
     assert buffer.shape == (7, 1000)
     torch.testing.assert_close(buffer[: 24 % 7], hidden[-(24 % 7) :] @ weight.T)
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.op == "lora_layer"], ids=str)
+def test_a_layer_does_the_arithmetic_that_it_needs(case: Case) -> None:
+    """The floor all of it; PEFT's modules and ours all but attention's, which is one operator."""
+    tensors, attention = layer.tensors(case, CPU), 4 * case.sequences * case.length**2 * case.width
+    needed, in_place = (
+        layer.needs(case)["flops"],
+        {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * math.prod(a) * b[1]},
+    )
+    for forward, rest in ((layer.floor, 0), (layer.peft, attention), (layer.ours, attention)):
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            out = forward(case, *tensors)
+            if case.phase == "both" and out is not None:
+                out.sum().backward()
+        assert counter.get_total_flops() == needed - rest * (3 if case.phase == "both" else 1)
+
+
+def test_what_a_graph_keeps_is_counted_once() -> None:
+    x, y = torch.ones(10, requires_grad=True), torch.ones(10)
+    assert measure.kept_memory(lambda: None, [x]) is None
+    # The results of both exp, of the square and of relu, two of them by two nodes; and neither of the inputs.
+    assert measure.kept_memory(lambda: (x * y).exp() ** 2 * x.exp() + x.relu(), [x, y]) == 4 * 10 * 4
 
 
 def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

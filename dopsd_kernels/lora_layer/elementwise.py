@@ -80,16 +80,18 @@ def drop(
     x: Tensor,  # (N, d)
     probability: float,
     seed: int,
+    total: Tensor | None = None,  # (N, d), contiguous; overwritten
 ) -> Tensor:  # (N, d)
-    """Dropout with the mask that `LoraLinear` defines; linear, and its own transpose."""
-    if (kernels := _kernels(x)) is not None:
-        return kernels.drop(x, probability, seed)
+    """Dropout with the mask that `LoraLinear` defines; linear, and its own transpose. A total is added, in place."""
+    if (kernels := _kernels(x, total)) is not None:
+        return kernels.drop(x, probability, seed, total)
     counters = torch.arange((x.numel() + 3) // 4, device=x.device)
     words = philox(torch.tensor([seed], device=x.device), counters).flatten()[: x.numel()].view(x.shape)
     # As unsigned numbers: flipping the highest bit of both keeps their order as signed ones.
     threshold = int(probability * 2.0**32) - 2**31
     kept = words.bitwise_xor_(torch.tensor(-(2**31), dtype=torch.int32, device=x.device)) >= threshold
-    return (x * kept).mul_(1 / (1 - probability))
+    dropped = (x * kept).mul_(1 / (1 - probability))
+    return dropped if total is None else total.add_(dropped)
 
 
 def rotary(

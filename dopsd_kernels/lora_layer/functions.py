@@ -97,7 +97,10 @@ def input_gradient(
     of_narrow = [part[2] for part in parts]
     if any(linear.dropout for linear, _, _ in parts):
         for linear, a, one in parts:
-            of_input += dropped(one @ a, linear)
+            if linear.dropout:
+                elementwise.drop(one @ a, linear.dropout, linear.seed, of_input)
+            else:
+                of_input.addmm_(one, a)
     elif parts:
         add_product(of_input, torch.cat(of_narrow, -1), torch.cat([a for _, a, _ in parts]))
     return of_input, of_narrow

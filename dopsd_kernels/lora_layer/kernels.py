@@ -111,7 +111,8 @@ def _swiglu_backward(
 @triton.jit(do_not_specialize=["seed"])
 def _drop(
     x,  # (count,)
-    out,  # (count,)
+    total,  # (count,), added; None: 0
+    out,  # (count,), total where there is one
     count,
     seed: tl.int64,
     threshold: tl.int64,  # below 2^32
@@ -125,6 +126,8 @@ def _drop(
     h = tl.load(x + place, mask=inside).to(tl.float32)
     # A product, as everywhere in PyTorch: NaN stays.
     kept = h * tl.where(word >= threshold.to(tl.uint32), scale, 0.0)
+    if total is not None:
+        kept += tl.load(total + place, mask=inside).to(tl.float32)
     tl.store(out + place, kept.to(out.dtype.element_ty), mask=inside)
 
 
@@ -246,13 +249,14 @@ def drop(
     x: Tensor,  # (N, d)
     probability: float,
     seed: int,
+    total: Tensor | None = None,  # (N, d), contiguous; overwritten
 ) -> Tensor:  # (N, d)
-    """Dropout with the mask that `LoraLinear` defines."""
+    """Dropout with the mask that `LoraLinear` defines, added to the total in place if there is one."""
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if total is None else total
     if x.numel():
-        scale = 1 / (1 - probability)
-        _drop[_blocks(x)](x, out, x.numel(), seed, int(probability * 2.0**32), scale, **_FLAT)
+        threshold, scale = int(probability * 2.0**32), 1 / (1 - probability)
+        _drop[_blocks(x)](x, total, out, x.numel(), seed, threshold, scale, **_FLAT)
     return out
 
 
@@ -267,7 +271,7 @@ def rotary(
     x = x if x.stride(3) == 1 else x.contiguous()
     out = torch.empty_like(x)
     if x.numel():
-        _rotary[(batch * length, triton.cdiv(heads, _HEADS))](
+        _rotary[(batch * length, -(-heads // _HEADS))](
             x,
             cos.contiguous(),
             sin.contiguous(),
@@ -279,7 +283,7 @@ def rotary(
             length,
             width // 2,
             TRANSPOSED=transposed,
-            COLUMNS=triton.next_power_of_2(width // 2),
+            COLUMNS=_power_of_2(width // 2),
             BLOCK_H=_HEADS,
             num_warps=4,
             **LAUNCH,
@@ -292,7 +296,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _row_launch(x: Tensor) -> dict[str, Any]:
-    columns = triton.next_power_of_2(x.shape[1])
+    columns = _power_of_2(x.shape[1])
     return {"BLOCK": columns, "num_warps": min(max(columns // _WARP_COLUMNS, 1), 16), **LAUNCH}
 
 
@@ -300,4 +304,8 @@ _FLAT = {"BLOCK": _BLOCK, "num_warps": 8, **LAUNCH}
 
 
 def _blocks(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), _BLOCK),)
+    return (-(-x.numel() // _BLOCK),)
+
+
+def _power_of_2(n: int) -> int:  # at least n, which is at least 1
+    return 1 << (n - 1).bit_length()
