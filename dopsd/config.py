@@ -93,6 +93,10 @@ class LoadArguments:
     shift_logits: bool = option(
         False, "Whether a transformers model's logits predict the next position's token (LLaDA and Dream say it)."
     )
+    block_size: int | None = option(
+        None,
+        "Tokens of a block-causal model's blocks; 0: it has none, and full attention; none: as its config.json says.",
+    )
 
     def loading(self) -> dict[str, Any]:
         """The fields that :func:`dopsd.models.load_model` takes."""

@@ -23,8 +23,8 @@ from dopsd.units import gib, read_bytes
 log = logging.getLogger(__name__)
 
 
-def read_architecture(path: str) -> Any:
-    """The configuration in a config.json, a folder with one or a hub model.
+def read_architecture(path: str, block_size: int | None = None) -> Any:
+    """The configuration in a config.json, a folder with one or a hub model, with that ``block_size`` if there is one.
 
     Raises:
         UsageError: there is none, or it is of a family whose layers are not this project's.
@@ -37,7 +37,10 @@ def read_architecture(path: str) -> Any:
     accepted = f"only {', '.join(MODELS)} are planned without weights; a run's --memory_budget plans for any model"
     require(issubclass(network, BidirectionalModel), "model_config", path, accepted)
     try:
-        return network.config_class(**fields)
+        config = network.config_class(**fields)
+        if block_size is not None:
+            config.block_size = block_size
+        return config
     except (ValueError, TypeError) as error:
         raise RunError(f"model_config={path!r} can't be used: {first_line(error)}") from error
 
@@ -70,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     limit = read_bytes("gpu", arguments.gpu, None)
     accepted = "only d_opsd is planned without weights; a run's --memory_budget plans for any method"
     require(teaching.method == "d_opsd", "method", teaching.method, accepted)
-    config = read_architecture(arguments.model_config or model.model)
+    config = read_architecture(arguments.model_config or model.model, model.block_size)
     context = config.max_position_embeddings - arguments.prompt_length
     must_be(rollouts.gen_length <= context, "gen_length", rollouts.gen_length, f"at most {context}, for the context")
     workspace = workspace_for(limit, "cuda")
