@@ -499,14 +499,15 @@ class BidirectionalModel(DiffusionModel):
         anchor, mask = packed.anchor, cache.attention_mask
         if self.shift:
             read = self.shifted(read, None if mask is None else mask[packed.cached])
-        x, _ = self._packed(cache, packed, read)
+        x, _ = self.packed_states(cache, packed, read)
         if cache.before is not None:
             early = read < packed.start[anchor][:, None]
             x = torch.where(early[..., None], cache.before.index_select(0, anchor), x)
         return x
 
-    def _packed(self, cache: KVCache, packed: Packed, read: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """As :meth:`packed_hidden_states`, of the columns ``read`` themselves, and each layer's keys and values."""
+    def packed_states(self, cache: KVCache, packed: Packed, read: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """As :meth:`packed_hidden_states`, of the columns ``read`` themselves: no shift; and each layer's own keys and
+        values, (N, H_kv, T, D)."""
         mask, columns = cache.attention_mask, packed.columns()
         positions = columns if mask is None else columns - (~mask).sum(-1)[packed.cached][:, None]
         rotary = self._rotary(positions)

@@ -73,23 +73,3 @@ class BlockCausalModel(BidirectionalModel):
         read = start.new_zeros(len(input_ids) * slots).index_copy(0, slot, start).view(-1, slots)
         states, layers = self._states(input_ids, attention_mask, self.shifted(read, attention_mask), width)
         return KVCache(layers, attention_mask, states.flatten(0, 1).index_select(0, slot)[:, None])
-
-    def commit(self, cache: KVCache, packed: Packed) -> KVCache:
-        """A clean pass over finished blocks: writes their keys and values into ``cache``, without gradients.
-
-        Args:
-            cache: of N sequences; its layers are written to.
-            packed: blocks of some of them, with a slot for each.
-
-        Returns:
-            The cache, with the states before the blocks that follow.
-        """
-        self.begin_pass(packed.input_ids)
-        row, columns = packed.anchor, packed.columns()
-        states, layers = self._packed(cache, packed, columns[:, -1:] if self.shift else columns[:, :1])
-        for kept, made in zip(cache.layers, layers, strict=True):
-            for whole, part in zip(kept, made, strict=True):
-                whole[row[:, None], :, columns] = part.transpose(1, 2)
-        if cache.before is None:
-            return cache
-        return cache._replace(before=cache.before.index_copy(0, row, states))
