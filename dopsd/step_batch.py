@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel, Packed
+from dopsd.models.block_causal import BlockCausalModel
 from dopsd.sampler import left_pad
 from dopsd.trajectory import Trajectory
 
@@ -81,6 +82,11 @@ class Inputs:
         """(S, R, d), the states that predict the tokens at the response positions ``columns`` (S, R)."""
         return model.hidden_states(self.input_ids, self.attention_mask, columns + self.offset)
 
+    def to(self, device: torch.device) -> Inputs:
+        """The same on a device."""
+        mask = self.attention_mask
+        return Inputs(self.input_ids.to(device), None if mask is None else mask.to(device), self.offset)
+
     @property
     def tokens(self) -> int:
         """Tokens that a pass computes, padding included."""
@@ -124,12 +130,73 @@ class PackedInputs:
 
 
 @dataclass(frozen=True)
+class BlockInputs:
+    """One side's model inputs where a block-causal model's states take all before their block from final tokens.
+
+    Args:
+        clean: those of the E trajectories, as far as the last of these blocks begins.
+        packed: the S states, each with its block alone.
+    """
+
+    clean: Inputs
+    packed: Packed
+
+    @classmethod
+    def of(
+        cls,
+        whole: Inputs,  # of the S states
+        clean: Inputs,  # of the E trajectories, with their final tokens
+        trajectory: Tensor,  # (S,) int64, the trajectory of each state
+        start: Tensor,  # (S,) int64, its block's first position, negative in a prompt
+        block_length: int,
+    ) -> BlockInputs:
+        """The states' blocks cut out of ``whole``. All tensors are on the CPU."""
+        columns, total = (start + whole.offset)[:, None] + torch.arange(block_length), whole.input_ids.shape[1]
+        blocks, block = torch.stack((trajectory, columns[:, 0])).unique(dim=1, return_inverse=True)
+        source, begin = blocks
+        width, slot = int(begin.max()), Packed.assign_slots(block)
+        mask = clean.attention_mask
+        seen = torch.arange(width) < begin[:, None]
+        packed = Packed(
+            input_ids=whole.input_ids.gather(1, columns.clamp_max(total - 1)),
+            start=begin,
+            slot=slot[0],
+            slots=slot[1],
+            prefix_mask=seen if mask is None else seen & mask[source, :width],
+            source=source,
+            own_mask=columns < total if int(columns.max()) >= total else None,
+        )
+        # What no block looks at is not computed; there is something to compute where nothing is before the blocks.
+        cut = width or block_length
+        mask = None if mask is None else mask[:, :cut]
+        return cls(Inputs(clean.input_ids[:, :cut], mask, clean.offset), packed)
+
+    def to(self, device: torch.device) -> BlockInputs:
+        """The same on a device."""
+        packed = [x.to(device) if isinstance(x, Tensor) else x for x in self.packed]
+        return BlockInputs(self.clean.to(device), Packed(*packed))
+
+    def hidden_states(self, model: BlockCausalModel, columns: Tensor) -> Tensor:
+        """As :meth:`Inputs.hidden_states`."""
+        clean, packed = self.clean, self.packed
+        width = packed.prefix_mask.shape[1]
+        cache = model.clean_pass(clean.input_ids, clean.attention_mask, packed.source, packed.start, width)
+        return model.packed_hidden_states(cache, packed, columns + clean.offset)
+
+    @property
+    def tokens(self) -> int:
+        """As :attr:`Inputs.tokens`."""
+        return self.clean.tokens + self.packed.input_ids.numel()
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """S states, ready for both sides; a row is one state of one trajectory.
 
     Args:
         student, teacher: the model inputs.
-        columns: (S, B) int64, the response positions of each state's current block.
+        columns: (S, B) int64, the response positions of each state's current block; in place of those that a block
+            has outside of the response, the nearest inside.
         candidates: (S, B) bool, those masked for student and teacher alike: K is chosen among them.
         committed: (S, B) bool, those the student's step revealed.
         k: (S,) int64, how many it revealed.
@@ -140,8 +207,8 @@ class StepBatch:
         weight: (S,) fp32, 1 / number of states of that example (the 1/T of Eq. 12).
     """
 
-    student: Inputs | PackedInputs
-    teacher: Inputs | PackedInputs
+    student: Inputs | PackedInputs | BlockInputs
+    teacher: Inputs | PackedInputs | BlockInputs
     columns: Tensor
     candidates: Tensor
     committed: Tensor
@@ -166,6 +233,7 @@ def step_batches(
     size: int,
     *,
     reuse: Reuse = "none",
+    block_causal: bool = False,
     mask_id: int,
     pad_id: int,
     device: torch.device,
@@ -177,7 +245,9 @@ def step_batches(
     index = [(number, step) for number, example in enumerate(examples) for step in range(len(example.steps))]
     for start in range(0, len(index), size):
         part = index[start : start + size]
-        yield collate(examples, part, reuse=reuse, mask_id=mask_id, pad_id=pad_id, device=device)
+        yield collate(
+            *(examples, part), reuse=reuse, block_causal=block_causal, mask_id=mask_id, pad_id=pad_id, device=device
+        )
 
 
 def collate(
@@ -185,11 +255,15 @@ def collate(
     index: Sequence[tuple[int, int]],
     *,
     reuse: Reuse = "none",
+    block_causal: bool = False,
     mask_id: int,
     pad_id: int,
     device: torch.device,
 ) -> StepBatch:
-    """The states (example number, position in its steps) of ``index`` as one batch on ``device``."""
+    """The states (example number, position in its steps) of ``index`` as one batch on ``device``.
+
+    For a ``block_causal`` model, ``reuse`` of all but the block is of final tokens, and exact.
+    """
     wanted: dict[int, list[int]] = {}
     for number, step in index:
         wanted.setdefault(number, []).append(step)
@@ -198,32 +272,43 @@ def collate(
         example, trajectory = examples[number], examples[number].trajectory
         steps = example.steps[chosen]
         state, shown = example.views(chosen, mask_id)
-        columns = trajectory.block_starts(steps)[:, None] + torch.arange(trajectory.block_length)
+        start = trajectory.block_starts(steps)
+        position = start[:, None] + torch.arange(trajectory.block_length)
+        columns = position.clamp(0, len(trajectory.tokens) - 1)
+        inside = columns == position
         commits = trajectory.commits(steps)
         masked = (trajectory.reveal_step >= steps[:, None]) & ~example.reveal[chosen]
         parts.append(
             (
                 state,
                 shown,
+                start,
                 columns,
-                masked.gather(1, columns),
-                commits.gather(1, columns),
+                masked.gather(1, columns) & inside,
+                commits.gather(1, columns) & inside,
                 commits.sum(-1),
                 torch.full((len(chosen),), number),
                 torch.full((len(chosen),), 1 / len(example.steps)),
             )
         )
-    state, shown, columns, candidates, committed, k, number_of_example, weight = (
+    state, shown, start, columns, candidates, committed, k, number_of_example, weight = (
         torch.cat(part) for part in zip(*parts, strict=True)
     )
     student_prompts = [example.trajectory.prompt_ids for example in examples]
     teacher_prompts = [example.teacher_prompt_ids for example in examples]
-    student: Inputs | PackedInputs
-    teacher: Inputs | PackedInputs
-    if reuse == "none":
+    student: Inputs | PackedInputs | BlockInputs
+    teacher: Inputs | PackedInputs | BlockInputs
+    if reuse == "none" or block_causal:
         numbers = number_of_example.tolist()
-        student = with_prompts([student_prompts[number] for number in numbers], state.to(device), pad_id)
-        teacher = with_prompts([teacher_prompts[number] for number in numbers], shown.to(device), pad_id)
+        student = with_prompts([student_prompts[number] for number in numbers], state, pad_id)
+        teacher = with_prompts([teacher_prompts[number] for number in numbers], shown, pad_id)
+        if reuse != "none":
+            final = torch.stack([examples[number].trajectory.tokens for number in wanted])
+            row = torch.cat([torch.full((len(chosen),), row) for row, chosen in enumerate(wanted.values())])
+            cut = row, start, columns.shape[1]
+            student = BlockInputs.of(student, with_prompts([student_prompts[n] for n in wanted], final, pad_id), *cut)
+            teacher = BlockInputs.of(teacher, with_prompts([teacher_prompts[n] for n in wanted], final, pad_id), *cut)
+        student, teacher = student.to(device), teacher.to(device)
     else:
         anchors = Anchors.of(examples, wanted, mask_id)
         numbers = anchors.numbers
