@@ -105,14 +105,14 @@ class CleanBlocks:
         self.model, self.start = model, start
         self.own = torch.arange(model.block_size, device=start.device)
         self.width = prompt_ids.shape[1]  # no block that is open begins behind so many columns
-        rows, length = torch.arange(len(start), device=start.device), responses.shape[1]
+        length = responses.shape[1]
         # With the first block, whose keys nothing attends to, because a prompt may be empty.
         ids = torch.cat((prompt_ids, responses[:, : model.block_size]), dim=1)
         self.mask, mask = None, None
         if prompt_mask is not None:
             self.mask = torch.cat((prompt_mask, torch.ones_like(responses, dtype=torch.bool)), dim=1)
             mask = self.mask[:, : ids.shape[1]]
-        kept = model.clean_pass(ids, mask, rows, start, self.width)
+        kept = model.clean_pass(ids, mask, start, self.width)
         self.layers = [(F.pad(key, (0, 0, 0, length)), F.pad(value, (0, 0, 0, length))) for key, value in kept.layers]
         self.before = kept.before
 

@@ -19,7 +19,7 @@ from dopsd.config import (
     TrainingArguments,
 )
 from dopsd.errors import must_be, require
-from dopsd.models import SHIPPED
+from dopsd.models import SHIPPED, is_block_causal
 from dopsd.parser import Parser
 
 # The options of a training run, in the order of its groups.
@@ -75,8 +75,13 @@ def require_comparable(rollouts: RolloutArguments, teaching: TeachingArguments) 
 
 
 def default_recipe(model: str | None) -> str:
-    """The recipe that a model, the default one if none is named, is trained with unless one is named."""
-    return "tiny" if model is None or model in SHIPPED else "paper"
+    """The recipe that a model, the default one if none is named, is trained with unless one is named.
+
+    Of a hub model nothing is known yet: that of a block-causal one is named.
+    """
+    if model is None or model in SHIPPED:
+        return "tiny"
+    return "block_causal" if is_block_causal(model) else "paper"
 
 
 def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None], str]) -> list[str]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dopsd.cache import BlockCache, Cache, CleanBlocks
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be, require
-from dopsd.models import merged_adapters
+from dopsd.models import merged_adapters, require_layers
+from dopsd.models.bidirectional import DiffusionModel
 from dopsd.seeds import REMASKING, mix_seeds
-from dopsd.trajectory import NEVER, Trajectory
+from dopsd.trajectory import NEVER, Trajectory, block_positions
 
 Remasking = Literal["low_confidence", "random", "margin", "entropy", "leftmost"]
 SamplingDtype = Literal["float32", "float64"]
@@ -92,6 +93,17 @@ class Decoding:
     def schedule(self) -> list[list[int]]:
         """Tokens to reveal at each step of each block; remainders go to the first blocks and steps, as in LLaDA."""
         return [spread(self.block_length, steps) for steps in spread(self.total_steps, self.blocks)]
+
+
+def check_decoding(model: DiffusionModel, decoding: Decoding) -> None:
+    """Raise UsageError unless ``model`` can decode so: with that cache, and in blocks that are its own."""
+    require_layers(model, "cache", decoding.cache, "none")
+    own, given = model.block_size, decoding.block_length
+    require(
+        own in (None, given), "block_length", given, f"this model is block-causal, and its blocks have {own} tokens"
+    )
+    hint = "a block-causal model sees nothing behind a block: cache=block, which is exact, or none"
+    require(own is None or decoding.cache != "prefix", "cache", decoding.cache, hint)
 
 
 def spread(total: int, parts: int) -> list[int]:
@@ -192,10 +204,7 @@ def decode(
             steps = iter(countdown(counts))
             rows = live  # (n,) those with masks left in this block
             while len(rows):
-                position = start[rows, None] + every[:width]
-                inside = (position >= 0) & (position < length)
-                # What of the block is not in the response has another block's position in its place.
-                position = position + width * ((position < 0).long() - (position >= length).long())
+                position, inside = block_positions(start[rows], width, length)
                 masked = inside & (reveal_step[rows].gather(1, position) == NEVER)
                 reveals, most_masked = next(steps) if decoding.threshold is None else (1, 0)
                 if not known:

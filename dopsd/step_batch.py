@@ -12,7 +12,7 @@ from torch import Tensor
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel, Packed
 from dopsd.models.block_causal import BlockCausalModel
 from dopsd.sampler import left_pad
-from dopsd.trajectory import Trajectory
+from dopsd.trajectory import Trajectory, block_positions
 
 Reuse = Literal["none", "prompt", "block"]
 
@@ -173,15 +173,18 @@ class BlockInputs:
 
     def to(self, device: torch.device) -> BlockInputs:
         """The same on a device."""
-        packed = [x.to(device) if isinstance(x, Tensor) else x for x in self.packed]
-        return BlockInputs(self.clean.to(device), Packed(*packed))
+        tensors: dict[str, Any] = {
+            name: x.to(device) for name, x in self.packed._asdict().items() if isinstance(x, Tensor)
+        }
+        return BlockInputs(self.clean.to(device), self.packed._replace(**tensors))
 
     def hidden_states(self, model: BlockCausalModel, columns: Tensor) -> Tensor:
-        """As :meth:`Inputs.hidden_states`."""
+        """As :meth:`Inputs.hidden_states`; of columns outside of a state's block, what means nothing."""
         clean, packed = self.clean, self.packed
-        width = packed.prefix_mask.shape[1]
-        cache = model.clean_pass(clean.input_ids, clean.attention_mask, packed.source, packed.start, width)
-        return model.packed_hidden_states(cache, packed, columns + clean.offset)
+        width, start = packed.prefix_mask.shape[1], packed.start[packed.anchor][:, None]
+        read = (columns + clean.offset).maximum(start).minimum(start + packed.input_ids.shape[1] - 1)
+        cache = model.clean_pass(clean.input_ids, clean.attention_mask, packed.start, width, packed.source)
+        return model.packed_hidden_states(cache, packed, read)
 
     @property
     def tokens(self) -> int:
@@ -195,8 +198,8 @@ class StepBatch:
 
     Args:
         student, teacher: the model inputs.
-        columns: (S, B) int64, the response positions of each state's current block; in place of those that a block
-            has outside of the response, the nearest inside.
+        columns: (S, B) int64, the response positions of each state's current block, and those of another block in
+            place of any that it has outside of the response.
         candidates: (S, B) bool, those masked for student and teacher alike: K is chosen among them.
         committed: (S, B) bool, those the student's step revealed.
         k: (S,) int64, how many it revealed.
@@ -273,9 +276,7 @@ def collate(
         steps = example.steps[chosen]
         state, shown = example.views(chosen, mask_id)
         start = trajectory.block_starts(steps)
-        position = start[:, None] + torch.arange(trajectory.block_length)
-        columns = position.clamp(0, len(trajectory.tokens) - 1)
-        inside = columns == position
+        columns, inside = block_positions(start, trajectory.block_length, len(trajectory.tokens))
         commits = trajectory.commits(steps)
         masked = (trajectory.reveal_step >= steps[:, None]) & ~example.reveal[chosen]
         parts.append(

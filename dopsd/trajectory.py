@@ -18,6 +18,20 @@ def text_length(tokens: Tensor, eos_id: int) -> int:
     return int(ends[0]) if len(ends) else len(tokens)
 
 
+def block_positions(start: Tensor, width: int, length: int) -> tuple[Tensor, Tensor]:
+    """The positions of blocks of ``width`` from ``start`` (N,) on in responses of ``length``, and which there are.
+
+    A block that begins in a prompt, at a negative position, or ends behind the response has fewer: in the places of the
+    others are positions of another block, and none twice.
+
+    Returns:
+        (N, width) int64 and bool.
+    """
+    position = start[:, None] + torch.arange(width, device=start.device)
+    before, behind = position < 0, position >= length
+    return position + width * (before.long() - behind.long()), ~(before | behind)
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """What a student decoded, and when: 2L integers from which every state of the denoising process follows.

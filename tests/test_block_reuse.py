@@ -141,7 +141,7 @@ def test_reuse_is_exact(family: str) -> None:
     (exact, exact_gradient), (reused, gradient) = results
     torch.testing.assert_close(reused, exact, rtol=1e-11, atol=1e-11)
     assert float((gradient - exact_gradient).norm()) <= 1e-11 * float(exact_gradient.norm())
-    clean = model.clean_pass(torch.ones(1, 8, dtype=torch.int64), None, torch.tensor([0]), torch.tensor([4]), 4)
+    clean = model.clean_pass(torch.ones(1, 8, dtype=torch.int64), None, torch.tensor([4]), 4)
     assert all(key.requires_grad for key, _ in clean.layers)
 
 

@@ -209,7 +209,7 @@ class DryRun:
     def _training(self, reuse: Reuse, checkpointing: bool) -> Line:
         """A micro-batch beside what is persistent; the teacher's pass, which keeps nothing, is never its peak."""
 
-        def step(network: BidirectionalModel, batch: StepBatch, columns: Tensor) -> Iterator[None]:
+        def step(network: Any, batch: StepBatch, columns: Tensor) -> Iterator[None]:
             checkpoint_activations(network, checkpointing)
             network.train()
             with self.autocast():

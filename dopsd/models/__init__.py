@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from dopsd.errors import RunError, UsageError, require
-from dopsd.files import first_line
+from dopsd.files import first_line, read_json
 from dopsd.models.a2d import A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from dopsd.models.adapter import (
     STUDENT,
@@ -42,6 +42,7 @@ __all__ = [
     "checkpoint_activations",
     "class_of",
     "device_of",
+    "is_block_causal",
     "load_adapter",
     "load_model",
     "merged_adapters",
@@ -205,9 +206,24 @@ def quantization(kind: str) -> BitsAndBytesConfig:
     )
 
 
+def is_block_causal(folder: str) -> bool:
+    """Whether the ``config.json`` in a folder is that of a family with block-causal attention; False if there is none.
+
+    What else is wrong with it is said when the model is loaded.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        found = MODELS.get(str(read_json(path).get("model_type"))) if path.is_file() else None
+    except (RunError, OSError, ValueError):
+        return False
+    return found is not None and issubclass(found, BlockCausalModel)
+
+
 def require_layers(model: Any, argument: str, given: str, exact: str) -> None:
     """Raise UsageError unless the keys and values of ``model`` can be reused, or ``given`` is ``exact``."""
-    accepted = f"only {exact} with {type(model).__name__}, which is one of transformers; LLaDA and Dream have it all"
+    accepted = (
+        f"only {exact} with {type(model).__name__}, which is one of transformers; those of this project have it all"
+    )
     require(given == exact or isinstance(model, BidirectionalModel), argument, given, accepted)
 
 

@@ -50,16 +50,21 @@ class BlockCausalModel(BidirectionalModel):
         return positions, seen
 
     def clean_pass(
-        self, input_ids: Tensor, attention_mask: Tensor | None, source: Tensor, start: Tensor, width: int
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        start: Tensor,
+        width: int,
+        source: Tensor | None = None,
     ) -> KVCache:
         """What the states of G blocks take from their sequences' clean tokens; gradients flow through it.
 
         Args:
             input_ids: (E, T') int64, sequences of which all that is before any block is final.
             attention_mask: (E, T') bool, as in :meth:`hidden_states`.
-            source: (G,) int64, the sequence of each block.
-            start: (G,) int64, the column at which it begins.
+            start: (G,) int64, the column at which each block begins.
             width: of how many columns, from the first, keys and values are kept.
+            source: (G,) int64, the sequence of each block; None: each has one, in order.
 
         Returns:
             What :meth:`packed_hidden_states` takes, with ``source`` and ``start`` in its :class:`Packed`.
@@ -69,7 +74,9 @@ class BlockCausalModel(BidirectionalModel):
             # The last layer is read somewhere, for its keys and values.
             _, layers = self._states(input_ids, attention_mask, input_ids.new_zeros(len(input_ids), 1), width)
             return KVCache(layers, attention_mask, None)
-        slot, slots = Packed.assign_slots(source)
+        slot, slots = (
+            (torch.arange(len(start), device=start.device), 1) if source is None else Packed.assign_slots(source)
+        )
         read = start.new_zeros(len(input_ids) * slots).index_copy(0, slot, start).view(-1, slots)
         states, layers = self._states(input_ids, attention_mask, self.shifted(read, attention_mask), width)
         return KVCache(layers, attention_mask, states.flatten(0, 1).index_select(0, slot)[:, None])
