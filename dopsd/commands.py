@@ -96,7 +96,9 @@ def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None]
 def parse_plan(
     argv: Sequence[str],
 ) -> tuple[PlanArguments, ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
-    """The options of a plan without a run: a recipe's (``paper`` unless one is named), overridden by those in ``argv``.
+    """The options of a plan without a run: a recipe's, overridden by those in ``argv``.
+
+    Unless one is named it is ``paper``, or ``block_causal`` where that is what the configuration is.
 
     The GPU that is planned for computes in bf16 unless it is told not to, whatever this machine does.
     """
@@ -107,7 +109,12 @@ def parse_plan(
         prog="python -m dopsd.plan",
         description="Which sizes of a training run fit on a GPU, from a config.json alone.",
     )
-    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), lambda _: "paper")])
+    known, _ = Parser(PlanArguments, add_help=False).parse_known_args(list(argv))
+
+    def recipe(model: str | None) -> str:
+        return "block_causal" if is_block_causal(known.model_config or model or "") else "paper"
+
+    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), recipe)])
 
 
 def parse_sample(argv: Sequence[str]) -> SampleArguments:

@@ -206,14 +206,14 @@ def quantization(kind: str) -> BitsAndBytesConfig:
     )
 
 
-def is_block_causal(folder: str) -> bool:
-    """Whether the ``config.json`` in a folder is that of a family with block-causal attention; False if there is none.
+def is_block_causal(path: str) -> bool:
+    """Whether a ``config.json``, or that of a folder, is of a family with block-causal attention; False without one.
 
-    What else is wrong with it is said when the model is loaded.
+    What else is wrong with it is said when it is read for what it says.
     """
-    path = Path(folder) / "config.json"
     try:
-        found = MODELS.get(str(read_json(path).get("model_type"))) if path.is_file() else None
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        found = MODELS.get(str(read_json(file).get("model_type"))) if file.is_file() else None
     except (RunError, OSError, ValueError):
         return False
     return found is not None and issubclass(found, BlockCausalModel)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from dopsd.models.bidirectional import BidirectionalModel, KVCache, Packed
+from dopsd.models.bidirectional import BidirectionalModel, KVCache
 
 
 class BlockCausalModel(BidirectionalModel):
@@ -74,9 +74,9 @@ class BlockCausalModel(BidirectionalModel):
             # The last layer is read somewhere, for its keys and values.
             _, layers = self._states(input_ids, attention_mask, input_ids.new_zeros(len(input_ids), 1), width)
             return KVCache(layers, attention_mask, None)
-        slot, slots = (
-            (torch.arange(len(start), device=start.device), 1) if source is None else Packed.assign_slots(source)
-        )
-        read = start.new_zeros(len(input_ids) * slots).index_copy(0, slot, start).view(-1, slots)
+        # A few states more than are asked for: which sequence has which block is not known to the host.
+        read = start[:, None] if source is None else start.expand(len(input_ids), -1)
         states, layers = self._states(input_ids, attention_mask, self.shifted(read, attention_mask), width)
-        return KVCache(layers, attention_mask, states.flatten(0, 1).index_select(0, slot)[:, None])
+        if source is not None:
+            states = states[source, torch.arange(len(source), device=start.device)][:, None]
+        return KVCache(layers, attention_mask, states)
