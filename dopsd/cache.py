@@ -61,7 +61,7 @@ class BlockCache:
             return self._first(input_ids, attention_mask, read, sequences)
         packed = Packed(
             input_ids=input_ids[:, self.start : self.stop],
-            start=self.starts,
+            start=read.new_full((len(sequences),), self.start),
             slot=self.slot[sequences],
             slots=self.slots,
             prefix_mask=self.prefix_mask,
@@ -106,13 +106,14 @@ class CleanBlocks:
         self.own = torch.arange(model.block_size, device=start.device)
         self.width = prompt_ids.shape[1]  # no block that is open begins behind so many columns
         length = responses.shape[1]
+        rows = torch.arange(len(start), device=start.device)
         # With the first block, whose keys nothing attends to, because a prompt may be empty.
         ids = torch.cat((prompt_ids, responses[:, : model.block_size]), dim=1)
         self.mask, mask = None, None
         if prompt_mask is not None:
             self.mask = torch.cat((prompt_mask, torch.ones_like(responses, dtype=torch.bool)), dim=1)
             mask = self.mask[:, : ids.shape[1]]
-        kept = model.clean_pass(ids, mask, start, self.width)
+        kept = model.clean_pass(ids, mask, start, rows, 1, self.width)
         self.layers = [(F.pad(key, (0, 0, 0, length)), F.pad(value, (0, 0, 0, length))) for key, value in kept.layers]
         self.before = kept.before
 
@@ -151,9 +152,9 @@ class CleanBlocks:
     def packed(self, ids: Tensor, sequences: Tensor) -> Packed:
         """The open blocks of some sequences; what would be behind the response's end is nothing."""
         columns, last = self.start[sequences, None] + self.own, ids.shape[1] - 1
-        seen = torch.arange(self.width, device=ids.device) < self.start[:, None]
+        seen = columns.new_ones((len(self.start), self.width), dtype=torch.bool)
         if self.mask is not None:
-            seen &= self.mask[:, : self.width]
+            seen = self.mask[:, : self.width]
         inside = columns <= last
         tokens = ids.gather(1, columns.clamp_max(last))
-        return Packed(tokens, self.start, sequences, 1, seen, own_mask=inside)
+        return Packed(tokens, self.start[sequences], sequences, 1, seen, own_mask=inside, causal=True)

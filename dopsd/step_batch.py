@@ -100,11 +100,13 @@ class PackedInputs:
     Args:
         anchors: the G states that are computed in full.
         packed: the N others.
+        start: (G,) int64, the column of each where the tokens of the others begin.
         row: (S,) int64, each state's index among the anchors followed by the others.
     """
 
     anchors: Inputs
     packed: Packed
+    start: Tensor
     row: Tensor
 
     def hidden_states(self, model: BidirectionalModel, columns: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ class PackedInputs:
             self.anchors.input_ids,
             self.anchors.attention_mask,
             read[:groups],
-            self.packed.start,
+            self.start,
             self.packed.prefix_mask.shape[1],
         )
         own = model.packed_hidden_states(cache, self.packed, read[groups:])
@@ -152,19 +154,17 @@ class BlockInputs:
     ) -> BlockInputs:
         """The states' blocks cut out of ``whole``. All tensors are on the CPU."""
         columns, total = (start + whole.offset)[:, None] + torch.arange(block_length), whole.input_ids.shape[1]
-        blocks, block = torch.stack((trajectory, columns[:, 0])).unique(dim=1, return_inverse=True)
-        source, begin = blocks
-        width, slot = int(begin.max()), Packed.assign_slots(block)
-        mask = clean.attention_mask
-        seen = torch.arange(width) < begin[:, None]
+        begin, (slot, slots) = columns[:, 0], Packed.assign_slots(trajectory)
+        width, mask = int(begin.max()), clean.attention_mask
+        real = torch.ones(len(clean.input_ids), width, dtype=torch.bool) if mask is None else mask[:, :width]
         packed = Packed(
             input_ids=whole.input_ids.gather(1, columns.clamp_max(total - 1)),
             start=begin,
-            slot=slot[0],
-            slots=slot[1],
-            prefix_mask=seen if mask is None else seen & mask[source, :width],
-            source=source,
+            slot=slot,
+            slots=slots,
+            prefix_mask=real,
             own_mask=columns < total if int(columns.max()) >= total else None,
+            causal=True,
         )
         # What no block looks at is not computed; there is something to compute where nothing is before the blocks.
         cut = width or block_length
@@ -181,9 +181,10 @@ class BlockInputs:
     def hidden_states(self, model: BlockCausalModel, columns: Tensor) -> Tensor:
         """As :meth:`Inputs.hidden_states`; of columns outside of a state's block, what means nothing."""
         clean, packed = self.clean, self.packed
-        width, start = packed.prefix_mask.shape[1], packed.start[packed.anchor][:, None]
+        width, start = packed.prefix_mask.shape[1], packed.start[:, None]
         read = (columns + clean.offset).maximum(start).minimum(start + packed.input_ids.shape[1] - 1)
-        cache = model.clean_pass(clean.input_ids, clean.attention_mask, packed.start, width, packed.source)
+        blocks = packed.start, packed.slot, packed.slots
+        cache = model.clean_pass(clean.input_ids, clean.attention_mask, *blocks, width)
         return model.packed_hidden_states(cache, packed, read)
 
     @property
@@ -387,15 +388,15 @@ def pack(
     slot, slots = Packed.assign_slots(anchors.anchor[others])
     row = torch.where(anchors.itself, anchors.anchor, groups + (~anchors.itself).cumsum(0) - 1)
     start = inputs.offset + torch.zeros(groups, dtype=torch.int64).scatter(0, anchors.anchor, computed[:, 0])
-    start = start.to(device)
+    own, start = start[anchors.anchor[others]].to(device), start.to(device)
     # Without the columns behind the prompt where nothing attends to them.
     whole = computed.shape[1] == responses.shape[1]
     width = inputs.offset if whole else inputs.input_ids.shape[1]
     packed = Packed(
         input_ids=responses.gather(1, computed)[others].to(device),
-        start=start,
+        start=own,
         slot=slot.to(device),
         slots=slots,
         prefix_mask=Packed.prefix(start, computed.shape[1], width, inputs.attention_mask),
     )
-    return PackedInputs(inputs, packed, row.to(device))
+    return PackedInputs(inputs, packed, start, row.to(device))

@@ -89,7 +89,7 @@ def test_keys_of_the_last_denoising_step_are_not_those_of_a_clean_pass() -> None
     masked[0, 6] = MASK
     keys = []
     for block in (ids, masked):
-        cache = model.clean_pass(ids, None, torch.tensor([4]), 4)
+        cache = model.clean_pass(ids, None, torch.tensor([4]), torch.tensor([0]), 1, 4)
         packed = Packed(block[:, 4:], torch.tensor([4]), torch.tensor([0]), 1, torch.ones(1, 4, dtype=torch.bool))
         _, layers = model.packed_states(cache, packed, torch.tensor([[4]]))
         keys.append(layers[-1][0])

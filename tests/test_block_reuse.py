@@ -141,7 +141,7 @@ def test_reuse_is_exact(family: str) -> None:
     (exact, exact_gradient), (reused, gradient) = results
     torch.testing.assert_close(reused, exact, rtol=1e-11, atol=1e-11)
     assert float((gradient - exact_gradient).norm()) <= 1e-11 * float(exact_gradient.norm())
-    clean = model.clean_pass(torch.ones(1, 8, dtype=torch.int64), None, torch.tensor([4]), 4)
+    clean = model.clean_pass(torch.ones(1, 8, dtype=torch.int64), None, torch.tensor([4]), torch.tensor([0]), 1, 4)
     assert all(key.requires_grad for key, _ in clean.layers)
 
 
@@ -171,4 +171,4 @@ def test_tokens_that_are_computed() -> None:
     example = Example(trajectory, torch.arange(128), nothing, trajectory.prompt_ids)
     (exact,), (reused,) = batches_of([example], "none"), batches_of([example], "block")
     assert exact.tokens == 128 * 456 and reused.tokens == 456 - 32 + 128 * 32 == 4520
-    assert isinstance(reused.student, BlockInputs) and reused.student.packed.prefix_mask.shape == (8, 424)
+    assert isinstance(reused.student, BlockInputs) and reused.student.packed.prefix_mask.shape == (1, 424)

@@ -165,12 +165,12 @@ class Packed(NamedTuple):
 
     Args:
         input_ids: (N, T) int64, the tokens that are computed.
-        start: (G,) int64, the column of an anchor where its sequences' tokens stand: token j is at column start + j.
+        start: (N,) int64, the column of its anchor where each one's tokens stand: token j is at column start + j.
         slot: (N,) int64, ``slots`` times each one's anchor plus its number among that anchor's sequences.
         slots: of each anchor, the most sequences that one has.
         prefix_mask: (G, W) bool, which of an anchor's first W columns its sequences attend to.
-        source: (G,) int64, the sequence of the cache that each anchor is, where several are one; None: its own.
         own_mask: (N, T) bool, False at tokens that nothing attends to; None: there are none.
+        causal: whether of the columns that ``prefix_mask`` says only those before the tokens are attended to.
     """
 
     input_ids: Tensor
@@ -178,18 +178,13 @@ class Packed(NamedTuple):
     slot: Tensor
     slots: int
     prefix_mask: Tensor
-    source: Tensor | None = None
     own_mask: Tensor | None = None
+    causal: bool = False
 
     @property
     def anchor(self) -> Tensor:
         """(N,) int64, each one's anchor."""
         return self.slot // self.slots
-
-    @property
-    def cached(self) -> Tensor:
-        """(N,) int64, each one's sequence of the cache."""
-        return self.anchor if self.source is None else self.source[self.anchor]
 
     @staticmethod
     def assign_slots(anchor: Tensor) -> tuple[Tensor, int]:
@@ -208,7 +203,7 @@ class Packed(NamedTuple):
     def columns(self) -> Tensor:
         """(N, T) int64, where the tokens stand in their anchors."""
         own = torch.arange(self.input_ids.shape[1], device=self.start.device)
-        return self.start[self.anchor][:, None] + own
+        return self.start[:, None] + own
 
 
 class KVCache(NamedTuple):
@@ -217,7 +212,8 @@ class KVCache(NamedTuple):
     Args:
         layers: of each layer the keys and values (G, H_kv, W, D) of the first W columns.
         attention_mask: (G, T') bool, False at padding; None when nothing is padded.
-        before: (G, 1, d) the states before the columns where the others' tokens begin; None without a shift.
+        before: (G, 1, d) the states before the columns where the others' tokens begin, or (G * slots, 1, d), that of
+            each slot, where these begin at different ones; None without a shift.
     """
 
     layers: list[tuple[Tensor, Tensor]]
@@ -296,8 +292,6 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         prefix_value: Any,  # (G, H_kv, W, D)
         packed: Packed,
     ) -> Tensor:  # (N, H, R, D)
-        if packed.source is not None:
-            prefix_key, prefix_value = (x.index_select(0, packed.source) for x in (prefix_key, prefix_value))
         read, groups, own_mask = query.shape[2], len(prefix_key), packed.own_mask
         # The op takes as many queries as own keys, and as many sequences for each anchor.
         query = F.pad(query, (0, 0, 0, key.shape[2] - read))
@@ -314,6 +308,7 @@ class BidirectionalLayer(GradientCheckpointingLayer):
             prefix_value,
             prefix_mask=packed.prefix_mask,
             own_mask=None if own_mask is None else placed(own_mask),
+            prefix_length=placed(packed.start) if packed.causal else None,
         )
         return mixed.flatten(0, 1).index_select(0, packed.slot)[:, :, :read]
 
@@ -498,20 +493,20 @@ class BidirectionalModel(DiffusionModel):
         self.begin_pass(packed.input_ids)
         anchor, mask = packed.anchor, cache.attention_mask
         if self.shift:
-            read = self.shifted(read, None if mask is None else mask[packed.cached])
+            read = self.shifted(read, None if mask is None else mask[anchor])
         x, _ = self.packed_states(cache, packed, read)
         if cache.before is not None:
-            early = read < packed.start[anchor][:, None]
-            x = torch.where(early[..., None], cache.before.index_select(0, anchor), x)
+            early = read < packed.start[:, None]
+            x = torch.where(early[..., None], cache.before.index_select(0, packed.slot if packed.causal else anchor), x)
         return x
 
     def packed_states(self, cache: KVCache, packed: Packed, read: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """As :meth:`packed_hidden_states`, of the columns ``read`` themselves: no shift; and each layer's own keys and
         values, (N, H_kv, T, D)."""
         mask, columns = cache.attention_mask, packed.columns()
-        positions = columns if mask is None else columns - (~mask).sum(-1)[packed.cached][:, None]
+        positions = columns if mask is None else columns - (~mask).sum(-1)[packed.anchor][:, None]
         rotary = self._rotary(positions)
-        offset = (read - packed.start[packed.anchor][:, None]).clamp_min(0)
+        offset = (read - packed.start[:, None]).clamp_min(0)
         x = self.get_input_embeddings()(packed.input_ids)
         layers: list[tuple[Tensor, Tensor]] = []
         last = len(self.layers) - 1

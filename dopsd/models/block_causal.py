@@ -50,33 +50,25 @@ class BlockCausalModel(BidirectionalModel):
         return positions, seen
 
     def clean_pass(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        start: Tensor,
-        width: int,
-        source: Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None, start: Tensor, slot: Tensor, slots: int, width: int
     ) -> KVCache:
-        """What the states of G blocks take from their sequences' clean tokens; gradients flow through it.
+        """What the states of N blocks take from their sequences' clean tokens; gradients flow through it.
 
         Args:
-            input_ids: (E, T') int64, sequences of which all that is before any block is final.
-            attention_mask: (E, T') bool, as in :meth:`hidden_states`.
-            start: (G,) int64, the column at which each block begins.
+            input_ids: (G, T') int64, sequences of which all that is before any block is final.
+            attention_mask: (G, T') bool, as in :meth:`hidden_states`.
+            start: (N,) int64, the column at which each block begins.
+            slot, slots: which sequence's it is, as in :class:`Packed`.
             width: of how many columns, from the first, keys and values are kept.
-            source: (G,) int64, the sequence of each block; None: each has one, in order.
 
         Returns:
-            What :meth:`packed_hidden_states` takes, with ``source`` and ``start`` in its :class:`Packed`.
+            What :meth:`packed_hidden_states` takes, with the same blocks in a causal :class:`Packed`.
         """
         self.begin_pass(input_ids)
         if not self.shift:
             # The last layer is read somewhere, for its keys and values.
             _, layers = self._states(input_ids, attention_mask, input_ids.new_zeros(len(input_ids), 1), width)
             return KVCache(layers, attention_mask, None)
-        # A few states more than are asked for: which sequence has which block is not known to the host.
-        read = start[:, None] if source is None else start.expand(len(input_ids), -1)
+        read = start.new_zeros(len(input_ids) * slots).index_copy(0, slot, start).view(-1, slots)
         states, layers = self._states(input_ids, attention_mask, self.shifted(read, attention_mask), width)
-        if source is not None:
-            states = states[source, torch.arange(len(source), device=start.device)][:, None]
-        return KVCache(layers, attention_mask, states)
+        return KVCache(layers, attention_mask, states.flatten(0, 1)[:, None])
