@@ -19,7 +19,7 @@ from dopsd.config import (
     TrainingArguments,
 )
 from dopsd.errors import must_be, require
-from dopsd.models import SHIPPED
+from dopsd.models import SHIPPED, is_block_causal
 from dopsd.parser import Parser
 
 # The options of a training run, in the order of its groups.
@@ -75,8 +75,13 @@ def require_comparable(rollouts: RolloutArguments, teaching: TeachingArguments) 
 
 
 def default_recipe(model: str | None) -> str:
-    """The recipe that a model, the default one if none is named, is trained with unless one is named."""
-    return "tiny" if model is None or model in SHIPPED else "paper"
+    """The recipe that a model, the default one if none is named, is trained with unless one is named.
+
+    Of a hub model nothing is known yet: that of a block-causal one is named.
+    """
+    if model is None or model in SHIPPED:
+        return "tiny"
+    return "block_causal" if is_block_causal(model) else "paper"
 
 
 def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None], str]) -> list[str]:
@@ -91,7 +96,9 @@ def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None]
 def parse_plan(
     argv: Sequence[str],
 ) -> tuple[PlanArguments, ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
-    """The options of a plan without a run: a recipe's (``paper`` unless one is named), overridden by those in ``argv``.
+    """The options of a plan without a run: a recipe's, overridden by those in ``argv``.
+
+    Unless one is named it is ``paper``, or ``block_causal`` where that is what the configuration is.
 
     The GPU that is planned for computes in bf16 unless it is told not to, whatever this machine does.
     """
@@ -102,7 +109,12 @@ def parse_plan(
         prog="python -m dopsd.plan",
         description="Which sizes of a training run fit on a GPU, from a config.json alone.",
     )
-    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), lambda _: "paper")])
+    known, _ = Parser(PlanArguments, add_help=False).parse_known_args(list(argv))
+
+    def recipe(model: str | None) -> str:
+        return "block_causal" if is_block_causal(known.model_config or model or "") else "paper"
+
+    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), recipe)])
 
 
 def parse_sample(argv: Sequence[str]) -> SampleArguments:

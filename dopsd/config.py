@@ -30,9 +30,12 @@ from dopsd_kernels.step_kl import Divergence
 
 MethodName = Literal["d_opsd", "sft", "rejection", "diffu_grpo", "vrpo", "off_policy"]
 
+# The fields of an objective that are options.
+OF_OBJECTIVE = [f.name for f in fields(Objective) if f.name not in ("workspace_bytes", "block_causal")]
+
 # Which methods an option is for, if not for all.
 OF_METHODS: dict[str, tuple[MethodName, ...]] = {
-    **dict.fromkeys([f.name for f in fields(Objective) if f.name != "workspace_bytes"], ("d_opsd",)),
+    **dict.fromkeys(OF_OBJECTIVE, ("d_opsd",)),
     **dict.fromkeys(["teacher", "ema_decay", "equal_slices", "drift_samples", "drift_limit"], ("d_opsd",)),
     "correct_only": ("d_opsd", "rejection"),
     "score_threshold": ("d_opsd", "rejection", "vrpo"),
@@ -92,6 +95,10 @@ class LoadArguments:
     mask_token_id: int | None = option(None, "The mask token; none: as the checkpoint names it.")
     shift_logits: bool = option(
         False, "Whether a transformers model's logits predict the next position's token (LLaDA and Dream say it)."
+    )
+    block_size: int | None = option(
+        None,
+        "Tokens of a block-causal model's blocks; 0: it has none, and full attention; none: as its config.json says.",
     )
 
     def loading(self) -> dict[str, Any]:
@@ -185,7 +192,7 @@ class DecodingArguments:
     cache: Cache = option(
         "none",
         "What a block's later steps take from its first when decoding: nothing (exact), the keys and values of all "
-        "before the block, or of all but the block.",
+        "before the block, or of all but the block (exact for block-causal models).",
     )
     sequences_per_forward: int = option(256, "Sequences decoded at a time.")
 
@@ -250,7 +257,8 @@ class TeachingArguments:
     )
     retain_ratio: float = option(0.25, "rho: share of the candidate tokens revealed to the teacher.")
     reveal_scope: RevealScope = option(
-        "future_blocks", "Where candidates lie: behind the current block, anywhere, or in a later state of the student."
+        "future_blocks",
+        "Where candidates lie: behind the current block, anywhere, in it, or in a later state of the student.",
     )
     reveal_gap: int | None = option(1, "By how many steps later_state is later; none: when all is revealed.")
     reveal_tail: bool = option(True, "Whether tokens behind the first end-of-text are candidates, if decoded.")
@@ -293,7 +301,8 @@ class TeachingArguments:
     reuse: Reuse = option(
         "none",
         "What a block's other states take from its first: nothing (exact), the prompt's keys and values, or those of "
-        "all but their block, whose reveal is then drawn once.",
+        "all but their block, whose reveal is then drawn once. For block-causal models block is exact, and takes all "
+        "before the block from one pass over the final tokens.",
     )
     drift_samples: int = option(
         1, "States per trajectory and update whose drift, the KL that reuse makes on K, is measured; 0: none."
@@ -341,8 +350,8 @@ class TeachingArguments:
         return score >= (self.score_threshold if self.correct_only else 0.0)
 
     def objective(self) -> Objective:
-        """The fields that define the loss."""
-        return Objective(**{f.name: getattr(self, f.name) for f in fields(Objective) if f.name != "workspace_bytes"})
+        """The fields that define the loss, of a model that is not known yet."""
+        return Objective(**{name: getattr(self, name) for name in OF_OBJECTIVE}, block_causal=None)
 
 
 @dataclass

@@ -10,14 +10,21 @@ from typing import Any
 
 from torch import Tensor
 
+from dopsd.config import TeachingArguments
 from dopsd.drift import mean_drifts
+from dopsd.errors import require
 from dopsd.method import BatchLoss, Method, Note, Sizes
+from dopsd.models.bidirectional import DiffusionModel
+from dopsd.objective import Objective
 from dopsd.rollout import Rollout
 from dopsd.seeds import DRIFT, REVEAL, mix_seeds
 from dopsd.step_batch import Example, StepBatch, collate, step_batches
 from dopsd.tasks import Row
 
 log = logging.getLogger(__name__)
+
+# Blocks in which a block-causal model's teacher is shown enough, as far as is known.
+SHORT_BLOCK = 32
 
 
 class Distillation(Method[Example, StepBatch]):
@@ -32,9 +39,25 @@ class Distillation(Method[Example, StepBatch]):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.objective = replace(self.teaching.objective(), workspace_bytes=self.sizes.workspace_bytes)
+        self.objective = objective_for(self.decoder.model, self.teaching, self.sizes.workspace_bytes)
         self.shows_references = self.objective.teacher_context == "reference"
         self.said_drift = False  # that some trajectory was computed without reuse
+        block = self.decoder.model.block_size
+        if block is not None and block < SHORT_BLOCK and not self.shows_references:
+            log.warning(
+                f"a block-causal model's teacher is shown tokens of the current block alone, and blocks of {block} "
+                f"have few: less may be learnt than in blocks of {SHORT_BLOCK}"
+            )
+
+    @classmethod
+    def check_model(cls, model: DiffusionModel, teaching: TeachingArguments) -> None:
+        objective = objective_for(model, teaching)
+        hint = "this model counts blocks from a sequence's first token, so teacher and student would have other ones"
+        alike = not objective.block_causal or model.block_origin == "prompt_end"
+        require(alike or objective.teacher_context != "reference", "teacher_context", teaching.teacher_context, hint)
+
+    def collation(self) -> dict[str, Any]:
+        return {**super().collation(), "block_causal": self.objective.block_causal}
 
     def resize(self, sizes: Sizes) -> None:
         super().resize(sizes)
@@ -123,6 +146,12 @@ class Distillation(Method[Example, StepBatch]):
         reuse = self.objective.reuse if self.teaching.drift_limit is None else "none"
         few, many = self.example(short if states > 1 else long, seed=0), self.example(long, seed=0)
         return costliest_batch(few, many, states, reuse=reuse, **self.collation())
+
+
+def objective_for(model: DiffusionModel, teaching: TeachingArguments, workspace_bytes: int | None = None) -> Objective:
+    """The objective that a model is taught by; UsageError if it can't be."""
+    block_causal = model.block_size is not None
+    return replace(teaching.objective(), workspace_bytes=workspace_bytes, block_causal=block_causal)
 
 
 def costliest_batch(short: Example, long: Example, states: int, **options: Any) -> StepBatch:

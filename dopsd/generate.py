@@ -12,11 +12,11 @@ import torch
 from dopsd.commands import parse_load, parse_train
 from dopsd.config import LoadArguments, RolloutArguments
 from dopsd.errors import UsageError, require
-from dopsd.models import load_adapter, load_model, require_layers
+from dopsd.models import load_adapter, load_model
 from dopsd.parser import did_you_mean
 from dopsd.recorded import recorded, some
 from dopsd.rollout import Decoder
-from dopsd.sampler import Decoding
+from dopsd.sampler import Decoding, check_decoding
 from dopsd.seeds import mix_seeds
 from dopsd.tasks import Row, Task
 from dopsd.trajectory import Trajectory
@@ -82,7 +82,7 @@ class Model:
             rate = self.decoding.gen_length / self.decoding.total_steps
             decoding["steps"] = max(1, round(decoding["gen_length"] / rate))
         how = replace(self.decoding, **decoding, temperature=temperature)
-        require_layers(self.decoder.model, "cache", how.cache, "none")
+        check_decoding(self.decoder.model, how)
         decoder, rows = self.asked(prompts)
         decoder.check_lengths(map(decoder.prompt_ids, rows), how.gen_length)
         seeds = mix_seeds(seed, torch.arange(len(prompts)))

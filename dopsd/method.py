@@ -19,8 +19,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from dopsd.config import RolloutArguments, TeachingArguments
+from dopsd.errors import require
 from dopsd.metrics import of_rollouts
 from dopsd.models import checkpoint_activations, device_of
+from dopsd.models.bidirectional import DiffusionModel
 from dopsd.rollout import Decoder, Rollout
 from dopsd.tasks import Row
 from dopsd.teacher import TeacherWeights
@@ -118,6 +120,12 @@ class Method(ABC, Generic[E, B]):
             checkpoint_activations(decoder.model, True)
 
     # ---- what a method is ----
+
+    @classmethod
+    def check_model(cls, model: DiffusionModel, teaching: TeachingArguments) -> None:
+        """Raise UsageError if the model can't be taught so."""
+        hint = "only d_opsd trains block-causal models: other methods mask all of a response, which these never see"
+        require(model.block_size is None, "method", teaching.method, hint)
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raise RunError if something of the rows can't be trained on; their prompts are known to fit."""

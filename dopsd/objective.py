@@ -11,7 +11,7 @@ from torch import Tensor
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be
 from dopsd.sampler import inference
-from dopsd.step_batch import Inputs, PackedInputs, StepBatch
+from dopsd.step_batch import BlockInputs, Inputs, PackedInputs, StepBatch
 from dopsd.teacher import TeacherView, TeacherWeights
 from dopsd_kernels import fused_confidence, fused_step_kl
 from dopsd_kernels.step_kl import Divergence
@@ -62,7 +62,7 @@ class Selection(NamedTuple):
     columns: Tensor
     teacher_hidden: Tensor
 
-    def hidden(self, model: Any, inputs: Inputs | PackedInputs) -> Tensor:
+    def hidden(self, model: Any, inputs: Inputs | PackedInputs | BlockInputs) -> Tensor:
         """(R, d), the network's states at K; nothing else is read."""
         return inputs.hidden_states(model, self.columns)[self.state, self.rank]
 

@@ -368,7 +368,7 @@ def plot_trajectory(trace: TrajectoryTrace, path: Path, width: Width = "page") -
     ring = _ring(min(cell_width, cell_height) * 72)
     rows, positions = trace.chosen.cpu().nonzero(as_tuple=True)
     axes.plot(positions.numpy(), rows.numpy(), **ring)
-    for boundary in range(block, length, block):
+    for boundary in range(block - trajectory.lead, length, block):
         axes.axvline(boundary - 0.5, color=BLACK, linewidth=0.7, zorder=3)
     axes.set_xlim(-0.5, length - 0.5)
     axes.set_ylim(count - 0.5, -0.5)

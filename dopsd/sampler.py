@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dopsd.cache import BlockCache, Cache
+from dopsd.cache import BlockCache, Cache, CleanBlocks
 from dopsd.confidence import Confidence, choose_tokens, most_confident
 from dopsd.errors import must_be, require
-from dopsd.models import merged_adapters
+from dopsd.models import merged_adapters, require_layers
+from dopsd.models.bidirectional import DiffusionModel
 from dopsd.seeds import REMASKING, mix_seeds
-from dopsd.trajectory import NEVER, Trajectory
+from dopsd.trajectory import NEVER, Trajectory, block_positions
 
 Remasking = Literal["low_confidence", "random", "margin", "entropy", "leftmost"]
 SamplingDtype = Literal["float32", "float64"]
@@ -38,7 +39,8 @@ class Decoding:
         stop_at_eos: stop a sequence once everything before its first end-of-text token is revealed.
         sampling_dtype: logits and noise in ``float32`` or ``float64``.
         cache: what the steps of a block but its first take from the first: nothing (``none``, exact), the keys and
-            values of all before the block (``prefix``), or of all but the block (``block``).
+            values of all before the block (``prefix``), or of all but the block (``block``). With a block-causal model
+            ``block`` is exact: every step takes those of the finished blocks.
     """
 
     gen_length: int
@@ -93,6 +95,17 @@ class Decoding:
         return [spread(self.block_length, steps) for steps in spread(self.total_steps, self.blocks)]
 
 
+def check_decoding(model: DiffusionModel, decoding: Decoding) -> None:
+    """Raise UsageError unless ``model`` can decode so: with that cache, and in blocks that are its own."""
+    require_layers(model, "cache", decoding.cache, "none")
+    own, given = model.block_size, decoding.block_length
+    require(
+        own in (None, given), "block_length", given, f"this model is block-causal, and its blocks have {own} tokens"
+    )
+    hint = "a block-causal model sees nothing behind a block: cache=block, which is exact, or none"
+    require(own is None or decoding.cache != "prefix", "cache", decoding.cache, hint)
+
+
 def spread(total: int, parts: int) -> list[int]:
     """``total`` in ``parts`` whole numbers that differ by at most one, the larger first."""
     base, extra = divmod(total, parts)
@@ -139,7 +152,8 @@ def decode(
     positions as the sequence has that has most).
 
     Args:
-        model: a module with ``hidden_states(input_ids, attention_mask, read)`` and ``lm_head_weight``; with a cache, a
+        model: a module with ``hidden_states(input_ids, attention_mask, read)``, ``lm_head_weight`` and
+            ``lead(prompt_length)``, by which blocks begin in the prompt; with a cache, a
             :class:`~dopsd.models.bidirectional.BidirectionalModel`. Its adapters are merged meanwhile, as
             :func:`~dopsd.models.merged_adapters` says.
         prompts: N tensors (P_n,) of int64 token ids, on the model's device, of any lengths.
@@ -150,8 +164,8 @@ def decode(
         hints: (N, L) int64 tokens shown ahead of their turn, ``mask_id`` where there is none. A block's hints are
             cleared when decoding enters it.
         on_step: called after each step with the number of sequences still going (on a GPU, after the last block:
-            asking it costs waiting for it, and is done at the ends of blocks, or at every step with a threshold; a
-            cache waits at a block's first step too).
+            asking it costs waiting for it, and is done at the ends of blocks, or at every step with a threshold or
+            with blocks that begin in prompts; a cache waits at a block's first step too).
 
     Returns:
         N trajectories, on the CPU.
@@ -166,28 +180,42 @@ def decode(
     seeds = seeds.to(device)
     going = torch.ones(count, dtype=torch.bool, device=device)
     live = torch.arange(count, device=device)  # (n,) sequences still going, as of the last look
+    leads = [model.lead(len(prompt)) for prompt in prompts]
+    lead, every = torch.tensor(leads, device=device), torch.arange(length, device=device)
+    # Without a threshold, all sequences are at the same step of a block, which is then known here: if blocks are equal.
+    known = decoding.threshold is None and not any(leads)
+    schedule = decoding.schedule()
+    schedule += schedule[-1:] * any(leads)  # what is left behind a first block that is shorter
+    clean: CleanBlocks | None = None
     with inference(model), merged_adapters(model):
-        for block, counts in enumerate(decoding.schedule()):
-            start, stop = block * width, (block + 1) * width
-            cache = None
-            if decoding.cache != "none":
-                cache = BlockCache(model, decoding.cache, prompt_length + start, prompt_length + stop, count)
-            # Without a threshold, all sequences are at the same step of the block, which is then known here.
-            schedule = iter(countdown(counts))
+        for block, counts in enumerate(schedule):
+            start = block * width - lead  # (N,) each block's first position, negative in a prompt
+            cache: BlockCache | CleanBlocks | None = None
+            if decoding.cache != "none" and model.block_size is None:
+                cache = BlockCache(
+                    model, decoding.cache, prompt_length + block * width, prompt_length + (block + 1) * width, count
+                )
+            elif decoding.cache != "none":
+                if clean is None:
+                    clean = CleanBlocks(model, prompt_ids, prompt_mask, tokens, prompt_length + start)
+                else:
+                    clean.advance(torch.cat((prompt_ids[live], tokens[live]), dim=1), live)
+                cache = clean
+            steps = iter(countdown(counts))
             rows = live  # (n,) those with masks left in this block
             while len(rows):
-                masked = reveal_step[rows, start:stop] == NEVER
-                if decoding.threshold is None:
-                    reveals, most_masked = next(schedule)
-                else:
-                    reveals, most_masked = 1, int(masked.sum(-1).max())
+                position, inside = block_positions(start[rows], width, length)
+                masked = inside & (reveal_step[rows].gather(1, position) == NEVER)
+                reveals, most_masked = next(steps) if decoding.threshold is None else (1, 0)
+                if not known:
+                    most_masked = int(masked.sum(-1).max())
                 # The masked positions of the block, in order; a sequence with fewer has others behind them.
                 offsets = masked.long().argsort(dim=-1, descending=True, stable=True)[:, :most_masked]
                 masked = masked.gather(1, offsets)
-                columns = start + offsets
+                columns = position.gather(1, offsets)
                 shown = tokens[rows]
                 if hints is not None:
-                    shown[:, stop:] = hints[rows, stop:]
+                    shown = torch.where(every >= start[rows, None] + width, hints[rows], shown)
                 ids, attention_mask = torch.cat((prompt_ids[rows], shown), dim=1), None
                 if prompt_mask is not None:
                     attention_mask = torch.cat((prompt_mask[rows], torch.ones_like(shown, dtype=torch.bool)), dim=1)
@@ -207,19 +235,23 @@ def decode(
                 reveal_step[places] = torch.where(chosen, step[rows, None], reveal_step[places])
                 step[rows] += 1
                 going[rows] = ~finished(tokens[rows], reveal_step[rows], eos_id, decoding.stop_at_eos)
-                done = decoding.threshold is None and reveals == most_masked
-                if done or decoding.threshold is not None or reading_is_free(device):
+                done = known and reveals == most_masked
+                if done or not known or reading_is_free(device):
                     live = live[going[live].nonzero()[:, 0]]
                     rows = live
-                if decoding.threshold is not None:
-                    rows = live[(reveal_step[live, start:stop] == NEVER).any(-1).nonzero()[:, 0]]
+                if not known:
+                    masks = (reveal_step[live] == NEVER) & (every < start[live, None] + width)
+                    rows = live[masks.any(-1).nonzero()[:, 0]]
                 if on_step is not None:
                     on_step(len(live))
                 if done:
                     break
     tokens = torch.where(reveal_step == NEVER, eos_id, tokens).cpu()
     reveal_step = reveal_step.cpu()
-    return [Trajectory(prompt.cpu(), tokens[index], reveal_step[index], width) for index, prompt in enumerate(prompts)]
+    return [
+        Trajectory(prompt.cpu(), tokens[index], reveal_step[index], width, leads[index])
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def draw(

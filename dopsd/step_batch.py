@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel, Packed
+from dopsd.models.block_causal import BlockCausalModel
 from dopsd.sampler import left_pad
-from dopsd.trajectory import Trajectory
+from dopsd.trajectory import Trajectory, block_positions
 
 Reuse = Literal["none", "prompt", "block"]
 
@@ -81,6 +82,11 @@ class Inputs:
         """(S, R, d), the states that predict the tokens at the response positions ``columns`` (S, R)."""
         return model.hidden_states(self.input_ids, self.attention_mask, columns + self.offset)
 
+    def to(self, device: torch.device) -> Inputs:
+        """The same on a device."""
+        mask = self.attention_mask
+        return Inputs(self.input_ids.to(device), None if mask is None else mask.to(device), self.offset)
+
     @property
     def tokens(self) -> int:
         """Tokens that a pass computes, padding included."""
@@ -94,11 +100,13 @@ class PackedInputs:
     Args:
         anchors: the G states that are computed in full.
         packed: the N others.
+        start: (G,) int64, the column of each where the tokens of the others begin.
         row: (S,) int64, each state's index among the anchors followed by the others.
     """
 
     anchors: Inputs
     packed: Packed
+    start: Tensor
     row: Tensor
 
     def hidden_states(self, model: BidirectionalModel, columns: Tensor) -> Tensor:
@@ -111,7 +119,7 @@ class PackedInputs:
             self.anchors.input_ids,
             self.anchors.attention_mask,
             read[:groups],
-            self.packed.start,
+            self.start,
             self.packed.prefix_mask.shape[1],
         )
         own = model.packed_hidden_states(cache, self.packed, read[groups:])
@@ -124,12 +132,75 @@ class PackedInputs:
 
 
 @dataclass(frozen=True)
+class BlockInputs:
+    """One side's model inputs where a block-causal model's states take all before their block from final tokens.
+
+    Args:
+        clean: those of the E trajectories, as far as the last of these blocks begins.
+        packed: the S states, each with its block alone.
+    """
+
+    clean: Inputs
+    packed: Packed
+
+    @classmethod
+    def of(
+        cls,
+        whole: Inputs,  # of the S states
+        clean: Inputs,  # of the E trajectories, with their final tokens
+        trajectory: Tensor,  # (S,) int64, the trajectory of each state
+        start: Tensor,  # (S,) int64, its block's first position, negative in a prompt
+        block_length: int,
+    ) -> BlockInputs:
+        """The states' blocks cut out of ``whole``. All tensors are on the CPU."""
+        columns, total = (start + whole.offset)[:, None] + torch.arange(block_length), whole.input_ids.shape[1]
+        begin, (slot, slots) = columns[:, 0], Packed.assign_slots(trajectory)
+        width, mask = int(begin.max()), clean.attention_mask
+        real = torch.ones(len(clean.input_ids), width, dtype=torch.bool) if mask is None else mask[:, :width]
+        packed = Packed(
+            input_ids=whole.input_ids.gather(1, columns.clamp_max(total - 1)),
+            start=begin,
+            slot=slot,
+            slots=slots,
+            prefix_mask=real,
+            own_mask=columns < total if int(columns.max()) >= total else None,
+            causal=True,
+        )
+        # What no block looks at is not computed; there is something to compute where nothing is before the blocks.
+        cut = width or block_length
+        mask = None if mask is None else mask[:, :cut]
+        return cls(Inputs(clean.input_ids[:, :cut], mask, clean.offset), packed)
+
+    def to(self, device: torch.device) -> BlockInputs:
+        """The same on a device."""
+        tensors: dict[str, Any] = {
+            name: x.to(device) for name, x in self.packed._asdict().items() if isinstance(x, Tensor)
+        }
+        return BlockInputs(self.clean.to(device), self.packed._replace(**tensors))
+
+    def hidden_states(self, model: BlockCausalModel, columns: Tensor) -> Tensor:
+        """As :meth:`Inputs.hidden_states`; of columns outside of a state's block, what means nothing."""
+        clean, packed = self.clean, self.packed
+        width, start = packed.prefix_mask.shape[1], packed.start[:, None]
+        read = (columns + clean.offset).maximum(start).minimum(start + packed.input_ids.shape[1] - 1)
+        blocks = packed.start, packed.slot, packed.slots
+        cache = model.clean_pass(clean.input_ids, clean.attention_mask, *blocks, width)
+        return model.packed_hidden_states(cache, packed, read)
+
+    @property
+    def tokens(self) -> int:
+        """As :attr:`Inputs.tokens`."""
+        return self.clean.tokens + self.packed.input_ids.numel()
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """S states, ready for both sides; a row is one state of one trajectory.
 
     Args:
         student, teacher: the model inputs.
-        columns: (S, B) int64, the response positions of each state's current block.
+        columns: (S, B) int64, the response positions of each state's current block, and those of another block in
+            place of any that it has outside of the response.
         candidates: (S, B) bool, those masked for student and teacher alike: K is chosen among them.
         committed: (S, B) bool, those the student's step revealed.
         k: (S,) int64, how many it revealed.
@@ -140,8 +211,8 @@ class StepBatch:
         weight: (S,) fp32, 1 / number of states of that example (the 1/T of Eq. 12).
     """
 
-    student: Inputs | PackedInputs
-    teacher: Inputs | PackedInputs
+    student: Inputs | PackedInputs | BlockInputs
+    teacher: Inputs | PackedInputs | BlockInputs
     columns: Tensor
     candidates: Tensor
     committed: Tensor
@@ -166,6 +237,7 @@ def step_batches(
     size: int,
     *,
     reuse: Reuse = "none",
+    block_causal: bool = False,
     mask_id: int,
     pad_id: int,
     device: torch.device,
@@ -177,7 +249,9 @@ def step_batches(
     index = [(number, step) for number, example in enumerate(examples) for step in range(len(example.steps))]
     for start in range(0, len(index), size):
         part = index[start : start + size]
-        yield collate(examples, part, reuse=reuse, mask_id=mask_id, pad_id=pad_id, device=device)
+        yield collate(
+            *(examples, part), reuse=reuse, block_causal=block_causal, mask_id=mask_id, pad_id=pad_id, device=device
+        )
 
 
 def collate(
@@ -185,11 +259,15 @@ def collate(
     index: Sequence[tuple[int, int]],
     *,
     reuse: Reuse = "none",
+    block_causal: bool = False,
     mask_id: int,
     pad_id: int,
     device: torch.device,
 ) -> StepBatch:
-    """The states (example number, position in its steps) of ``index`` as one batch on ``device``."""
+    """The states (example number, position in its steps) of ``index`` as one batch on ``device``.
+
+    For a ``block_causal`` model, ``reuse`` of all but the block is of final tokens, and exact.
+    """
     wanted: dict[int, list[int]] = {}
     for number, step in index:
         wanted.setdefault(number, []).append(step)
@@ -198,32 +276,41 @@ def collate(
         example, trajectory = examples[number], examples[number].trajectory
         steps = example.steps[chosen]
         state, shown = example.views(chosen, mask_id)
-        columns = trajectory.block_starts(steps)[:, None] + torch.arange(trajectory.block_length)
+        start = trajectory.block_starts(steps)
+        columns, inside = block_positions(start, trajectory.block_length, len(trajectory.tokens))
         commits = trajectory.commits(steps)
         masked = (trajectory.reveal_step >= steps[:, None]) & ~example.reveal[chosen]
         parts.append(
             (
                 state,
                 shown,
+                start,
                 columns,
-                masked.gather(1, columns),
-                commits.gather(1, columns),
+                masked.gather(1, columns) & inside,
+                commits.gather(1, columns) & inside,
                 commits.sum(-1),
                 torch.full((len(chosen),), number),
                 torch.full((len(chosen),), 1 / len(example.steps)),
             )
         )
-    state, shown, columns, candidates, committed, k, number_of_example, weight = (
+    state, shown, start, columns, candidates, committed, k, number_of_example, weight = (
         torch.cat(part) for part in zip(*parts, strict=True)
     )
     student_prompts = [example.trajectory.prompt_ids for example in examples]
     teacher_prompts = [example.teacher_prompt_ids for example in examples]
-    student: Inputs | PackedInputs
-    teacher: Inputs | PackedInputs
-    if reuse == "none":
+    student: Inputs | PackedInputs | BlockInputs
+    teacher: Inputs | PackedInputs | BlockInputs
+    if reuse == "none" or block_causal:
         numbers = number_of_example.tolist()
-        student = with_prompts([student_prompts[number] for number in numbers], state.to(device), pad_id)
-        teacher = with_prompts([teacher_prompts[number] for number in numbers], shown.to(device), pad_id)
+        student = with_prompts([student_prompts[number] for number in numbers], state, pad_id)
+        teacher = with_prompts([teacher_prompts[number] for number in numbers], shown, pad_id)
+        if reuse != "none":
+            final = torch.stack([examples[number].trajectory.tokens for number in wanted])
+            row = torch.cat([torch.full((len(chosen),), row) for row, chosen in enumerate(wanted.values())])
+            cut = row, start, columns.shape[1]
+            student = BlockInputs.of(student, with_prompts([student_prompts[n] for n in wanted], final, pad_id), *cut)
+            teacher = BlockInputs.of(teacher, with_prompts([teacher_prompts[n] for n in wanted], final, pad_id), *cut)
+        student, teacher = student.to(device), teacher.to(device)
     else:
         anchors = Anchors.of(examples, wanted, mask_id)
         numbers = anchors.numbers
@@ -301,15 +388,15 @@ def pack(
     slot, slots = Packed.assign_slots(anchors.anchor[others])
     row = torch.where(anchors.itself, anchors.anchor, groups + (~anchors.itself).cumsum(0) - 1)
     start = inputs.offset + torch.zeros(groups, dtype=torch.int64).scatter(0, anchors.anchor, computed[:, 0])
-    start = start.to(device)
+    own, start = start[anchors.anchor[others]].to(device), start.to(device)
     # Without the columns behind the prompt where nothing attends to them.
     whole = computed.shape[1] == responses.shape[1]
     width = inputs.offset if whole else inputs.input_ids.shape[1]
     packed = Packed(
         input_ids=responses.gather(1, computed)[others].to(device),
-        start=start,
+        start=own,
         slot=slot.to(device),
         slots=slots,
         prefix_mask=Packed.prefix(start, computed.shape[1], width, inputs.attention_mask),
     )
-    return PackedInputs(inputs, packed, row.to(device))
+    return PackedInputs(inputs, packed, start, row.to(device))

@@ -18,7 +18,7 @@ from dopsd.step_batch import Example, Reuse
 from dopsd.trajectory import NEVER, Trajectory
 
 TeacherContext = Literal["self_future", "reference"]
-RevealScope = Literal["future_blocks", "masked", "later_state"]
+RevealScope = Literal["future_blocks", "masked", "block", "later_state"]
 RevealRounding = Literal["nearest", "down"]
 TeacherKind = Literal["fixed", "ema", "live"]
 
@@ -32,6 +32,7 @@ def self_future(
     retain_ratio: float,
     scope: RevealScope,
     gap: int | None = None,
+    block_causal: bool = False,
     tail: bool,
     rounding: RevealRounding = "nearest",
     eos_id: int,
@@ -44,9 +45,11 @@ def self_future(
         steps: the steps to draw for.
         retain_ratio: share of the candidates that is revealed.
         scope: candidates are the masked positions behind the current block (``future_blocks``), all masked ones
-            (``masked``), or those that the student's own ``gap`` steps after this one reveal (``later_state``). What
-            this step itself reveals stays masked for ``later_state``, so that K is never empty.
+            (``masked``), those of the current block (``block``), or those that the student's own ``gap`` steps after
+            this one reveal (``later_state``). K is never empty with the last two: as many positions of the block as
+            this step reveals stay masked with ``block``, and those that it reveals with ``later_state``.
         gap: of ``later_state``; with None candidates are all that is masked when this step is done.
+        block_causal: whether the model sees nothing behind the current block; then ``later_state`` stays inside.
         tail: whether positions behind the first end-of-text token are candidates, as far as they were decoded. A step
             with no text behind its block has no ``future_blocks`` candidates either way: what follows says nothing.
         rounding: of the share, to the ``nearest`` count (half up) or ``down``.
@@ -60,14 +63,20 @@ def self_future(
         candidates = candidates & (reveal_step > steps[:, None])
         if gap is not None:
             candidates = candidates & (reveal_step <= steps[:, None] + gap)
+    offset = positions - trajectory.block_starts(steps)[:, None]
+    if scope == "block" or (scope == "later_state" and block_causal):
+        candidates = candidates & (offset >= 0) & (offset < trajectory.block_length)
+    masked = candidates.sum(-1, keepdim=True)
     end = trajectory.text_length(eos_id)
     if not tail:
         candidates = candidates & (positions <= end)
     if scope == "future_blocks":
-        block_end = trajectory.block_starts(steps)[:, None] + trajectory.block_length
-        candidates = candidates & (positions >= block_end) & (block_end < end)
+        behind = offset >= trajectory.block_length
+        candidates = candidates & behind & (positions - offset + trajectory.block_length < end)
     share = candidates.sum(-1, keepdim=True).double() * retain_ratio
     count = (share + 0.5 * (rounding == "nearest")).long()
+    if scope == "block":
+        count = count.minimum(masked - trajectory.commits(steps).sum(-1, keepdim=True))
     draw = torch.rand(candidates.shape, generator=generator).masked_fill(~candidates, torch.inf)
     return candidates & (draw.argsort(-1).argsort(-1) < count)
 
@@ -76,7 +85,8 @@ def self_future(
 class TeacherView:
     """Which steps of a trajectory are trained on, and what the teacher sees at each.
 
-    Field meanings are those of the command-line options of the same names.
+    Field meanings are those of the command-line options of the same names. ``block_causal`` is no option: whether the
+    model sees nothing behind a block; None where that is not known yet, and what depends on it is not checked.
 
     Raises:
         UsageError: a field has a value that is not accepted.
@@ -91,6 +101,7 @@ class TeacherView:
     reveal_rounding: RevealRounding = "nearest"
     reuse: Reuse = "none"
     reveal_gap: int | None = 1
+    block_causal: bool | None = False
 
     def __post_init__(self) -> None:
         must_be_choices(self)
@@ -98,8 +109,20 @@ class TeacherView:
         gap, scope = self.reveal_gap, self.reveal_scope
         must_be(gap is None or gap >= 1, "reveal_gap", gap, "at least 1, or none")
         require(gap in (1, None) or scope == "later_state", "reveal_gap", gap, "it goes with reveal_scope=later_state")
-        hint = "a block then has one draw, but each of its states has later ones of its own: reuse=none or prompt"
-        require(scope != "later_state" or self.reuse != "block", "reveal_scope", scope, hint)
+        own_draws = scope in ("block", "later_state")
+        if self.block_causal is False:
+            hint = (
+                "a block then has one draw, but each of its states is shown what it still masks: reuse=none or prompt"
+            )
+            require(not own_draws or self.reuse != "block", "reveal_scope", scope, hint)
+        elif self.block_causal:
+            hint = "with a block-causal model all before a block can be reused: reuse=block, which is exact, or none"
+            require(self.reuse != "prompt", "reuse", self.reuse, hint)
+            hint = (
+                "a block-causal model sees nothing behind the current block, so a teacher that is shown tokens there "
+            )
+            hint += "is shown nothing: reveal_scope=block or later_state (--recipe block_causal)"
+            require(own_draws or self.teacher_context == "reference", "reveal_scope", scope, hint)
 
     def example(
         self,
@@ -119,8 +142,7 @@ class TeacherView:
         """
         steps = torch.arange(trajectory.num_steps)
         if self.skip_last_block:
-            last = len(trajectory.tokens) - trajectory.block_length
-            steps = steps[trajectory.block_starts(steps) < last]
+            steps = steps[trajectory.block_starts(steps) + trajectory.block_length < len(trajectory.tokens)]
         if self.skip_tail:
             text = trajectory.reveal_step[: trajectory.text_length(eos_id) + 1]
             steps = steps[steps <= text.max()]
@@ -133,13 +155,14 @@ class TeacherView:
             retain_ratio=self.retain_ratio,
             scope=self.reveal_scope,
             gap=self.reveal_gap,
+            block_causal=bool(self.block_causal),
             tail=self.reveal_tail,
             rounding=self.reveal_rounding,
             eos_id=eos_id,
             generator=torch.Generator().manual_seed(seed),
         )
         example = Example(trajectory, steps, reveal, teacher_prompt_ids)
-        if self.reuse == "block" and len(steps):
+        if self.reuse == "block" and not self.block_causal and len(steps):
             # One draw for a block, that of its first state, whose later positions are then the same in all its states.
             still_masked = trajectory.reveal_step >= steps[:, None]
             example = replace(example, reveal=reveal[example.anchors()] & still_masked)

@@ -36,7 +36,7 @@ from dopsd.pending import Pending
 from dopsd.progress import ProgressBar
 from dopsd.prompt_sampler import PromptSampler
 from dopsd.rollout import Decoder, Rollout, Row
-from dopsd.sampler import Decoding
+from dopsd.sampler import Decoding, check_decoding
 from dopsd.seeds import EVALUATION, mix_seeds
 from dopsd.teacher import TeacherWeights
 
@@ -74,11 +74,12 @@ class Trainer(transformers.Trainer):
     ) -> None:
         require(len(train_rows) > 0, "train_file", "no rows", "at least one row is needed to train")
         require_layers(decoder.model, "reuse", teaching.reuse, "none")
-        require_layers(decoder.model, "cache", rollouts.cache, "none")
+        check_decoding(decoder.model, rollouts.decoding())
         require_installed(OptimizerNames(args.optim).value)
         self.rollouts, self.teaching, self.student = rollouts, teaching, model
         self.base = model_arguments.model
         kind = METHODS[teaching.method]
+        kind.check_model(decoder.model, teaching)
         weights = teaching.teacher if kind.has_teacher else "live"
         teacher = TeacherWeights(model, weights, teaching.ema_decay, model_arguments.adapter is not None)
         self.slices: list[list[Serialisable]] = []  # of the current batch, those that are still to be trained on

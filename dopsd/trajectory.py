@@ -18,6 +18,20 @@ def text_length(tokens: Tensor, eos_id: int) -> int:
     return int(ends[0]) if len(ends) else len(tokens)
 
 
+def block_positions(start: Tensor, width: int, length: int) -> tuple[Tensor, Tensor]:
+    """The positions of blocks of ``width`` from ``start`` (N,) on in responses of ``length``, and which there are.
+
+    A block that begins in a prompt, at a negative position, or ends behind the response has fewer: in the places of the
+    others are positions of another block, and none twice.
+
+    Returns:
+        (N, width) int64 and bool.
+    """
+    position = start[:, None] + torch.arange(width, device=start.device)
+    before, behind = position < 0, position >= length
+    return position + width * (before.long() - behind.long()), ~(before | behind)
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """What a student decoded, and when: 2L integers from which every state of the denoising process follows.
@@ -30,6 +44,8 @@ class Trajectory:
         tokens: (L,) int64, the final response.
         reveal_step: (L,) int64 in [0, S) or ``NEVER``.
         block_length: positions per block; divides L.
+        lead: how many of the prompt's last tokens are in the first block, below ``block_length``; that block then has
+            fewer positions, and so has a last one that takes the rest.
 
     Raises:
         ValueError: if the four do not describe a block-by-block decoding; the sentence says in what way.
@@ -39,6 +55,7 @@ class Trajectory:
     tokens: Tensor
     reveal_step: Tensor
     block_length: int
+    lead: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "tokens", "reveal_step"):
@@ -49,6 +66,8 @@ class Trajectory:
             raise ValueError(f"tokens has {len(self.tokens)} positions and reveal_step has {len(self.reveal_step)}")
         if self.block_length < 1 or len(self.tokens) % self.block_length:
             raise ValueError(f"block_length={self.block_length} does not divide the length {len(self.tokens)}")
+        if not 0 <= self.lead < self.block_length:
+            raise ValueError(f"lead={self.lead} must be at least 0 and below block_length={self.block_length}")
         if bool((self.reveal_step < 0).any()):
             raise ValueError("reveal_step must not be negative")
         decoded = self.reveal_step != NEVER
@@ -56,8 +75,9 @@ class Trajectory:
         if len(steps) and len(steps.unique()) != self.num_steps:
             raise ValueError(f"reveal_step reaches {self.num_steps - 1} but leaves out some step before it")
         order = (steps * len(self.tokens) + torch.arange(len(self.tokens), device=steps.device)[decoded]).argsort()
-        blocks = torch.arange(len(self.tokens), device=steps.device)[decoded][order] // self.block_length
-        unfinished = bool(len(blocks)) and not bool(decoded[: int(blocks[-1]) * self.block_length].all())
+        blocks = (torch.arange(len(self.tokens), device=steps.device)[decoded][order] + self.lead) // self.block_length
+        before = int(blocks[-1]) * self.block_length - self.lead if len(blocks) else 0
+        unfinished = not bool(decoded[: max(before, 0)].all())
         mixed = bool((blocks.diff() < 0).any()) or bool((blocks.diff()[steps[order].diff() == 0] != 0).any())
         if unfinished or mixed:
             raise ValueError("reveal_step must finish one block before the next, and a step must stay in one block")
@@ -77,8 +97,9 @@ class Trajectory:
         return self.reveal_step == steps[:, None]
 
     def block_starts(self, steps: Tensor) -> Tensor:
-        """(len(steps),) first position of the block that each step worked on."""
-        return self.commits(steps).long().argmax(-1) // self.block_length * self.block_length
+        """(len(steps),) first position of the block that each step worked on; negative where that is in the prompt."""
+        position = self.commits(steps).long().argmax(-1) + self.lead
+        return position // self.block_length * self.block_length - self.lead
 
     def text_length(self, eos_id: int) -> int:
         """As :func:`text_length`, of the response."""
@@ -92,6 +113,7 @@ class Trajectory:
             "tokens": self.tokens.tolist(),
             "reveal_step": reveal_step.tolist(),
             "block_length": self.block_length,
+            "lead": self.lead,
         }
 
     @classmethod
@@ -100,4 +122,5 @@ class Trajectory:
         prompt_ids, tokens, reveal_step = (
             torch.tensor(fields[name], dtype=torch.int64) for name in ("prompt_ids", "tokens", "reveal_step")
         )
-        return cls(prompt_ids, tokens, reveal_step.masked_fill(reveal_step == -1, NEVER), fields["block_length"])
+        reveal_step = reveal_step.masked_fill(reveal_step == -1, NEVER)
+        return cls(prompt_ids, tokens, reveal_step, fields["block_length"], fields.get("lead", 0))

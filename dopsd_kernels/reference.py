@@ -173,6 +173,7 @@ def prefix_attention(
     *,
     prefix_mask: Tensor | None = None,  # (G, P) bool
     own_mask: Tensor | None = None,  # (G, S, T) bool
+    prefix_length: Tensor | None = None,  # (G, S) int64
     scale: float | None = None,
 ) -> Tensor:
     """Specify `dopsd_kernels.prefix_attention`, whose docstring defines the arguments."""
@@ -186,6 +187,8 @@ def prefix_attention(
     seen = torch.ones(groups, sequences, keys.shape[3], dtype=torch.bool, device=q.device)
     if prefix_mask is not None:
         seen[..., : k_prefix.shape[2]] = prefix_mask[:, None]
+    if prefix_length is not None:
+        seen[..., : k_prefix.shape[2]] &= torch.arange(k_prefix.shape[2], device=q.device) < prefix_length[..., None]
     if own_mask is not None:
         seen[..., k_prefix.shape[2] :] = own_mask
     scores = (q.to(dtype) @ keys.mT) * (width**-0.5 if scale is None else scale)

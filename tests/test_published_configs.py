@@ -92,6 +92,48 @@ DREAM: dict[str, Any] = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
+# Qwen's own fields and sizes, which these families have, and what each adds to them.
+QWEN: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def sizes(hidden: int, layers: int, heads: int, key_heads: int, intermediate: int, **more: Any) -> dict[str, Any]:
+    """Qwen's fields with these sizes, and more."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return {**QWEN, **dict(zip(names, (hidden, layers, heads, key_heads, intermediate), strict=True)), **more}
+
+
+QWEN3 = {"attention_bias": False, "head_dim": 128, "rope_scaling": None, "sliding_window": None}
+SDAR: dict[str, Any] = {
+    **QWEN3,
+    "architectures": ["SDARForCausalLM"],
+    "block_size": 4,
+    "debug": False,
+    "ep_size": 1,
+    "fuse_cross_entropy": True,
+    "mask_token_id": 151669,
+    "micro_forward": False,
+    "model_type": "sdar",
+    "skip_checkpoint": False,
+    "tie_word_embeddings": False,
+    "use_deepep": False,
+}
+A2D = {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3", "block_size": 32, "mask_token_id": 151669}
+CODER = {"architectures": ["A2DQwen2LMHeadModel"], "model_type": "a2d-qwen2", "block_size": 32, "mask_token_id": 151665}
+FAST = {"architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen", "bd_size": 32}
+TIED = {"tie_word_embeddings": True}
 SAVED_AGAIN = {"_attn_implementation_autoset": True, "transformers_version": "4.49.0"}
 # LLaDA-1.5 is LLaDA-8B-Instruct, trained and saved again; Dream-Coder and DiffuCoder have Dream's network over the
 # weights and the vocabulary of Qwen2.5-Coder-7B, which has Qwen2.5-7B's sizes.
@@ -102,6 +144,12 @@ CONFIGS = {
     "Dream-v0-Instruct-7B": (DREAM, 7_615_616_512),
     "Dream-Coder-v0-Instruct-7B": ({**DREAM, **SAVED_AGAIN, "max_position_embeddings": 32768}, 7_615_616_512),
     "DiffuCoder-7B-cpGRPO": ({**DREAM, **SAVED_AGAIN, "_name_or_path": "apple/DiffuCoder-7B-Instruct"}, 7_615_616_512),
+    # Qwen3's and Qwen2.5's own counts; SDAR's head is not tied to the embedding, as that of Qwen3-4B is.
+    "SDAR-4B-Chat": (sizes(2560, 36, 32, 8, 9728, **SDAR), 4_022_468_096 + 151936 * 2560),
+    "SDAR-8B-Chat": (sizes(4096, 36, 32, 8, 12288, **SDAR), 8_190_735_360),
+    "Qwen3-0.6B-A2D": (sizes(1024, 28, 16, 8, 3072, **QWEN3, **A2D, **TIED), 596_049_920),
+    "Qwen2.5-Coder-0.5B-A2D": (sizes(896, 24, 14, 2, 4864, **CODER, **TIED), 494_032_768),
+    "Fast_dLLM_v2_1.5B": (sizes(1536, 28, 12, 2, 8960, **FAST, **TIED, mask_token_id=151665), 1_543_714_304),
 }
 
 
@@ -121,7 +169,8 @@ def test_a_published_config_builds_its_network(tmp_path: Path, name: str) -> Non
     assert network.config.max_position_embeddings == context
     assert network.config.mask_token_id == fields["mask_token_id"] < fields["vocab_size"]
     assert network.config.rope_theta == fields["rope_theta"]
-    assert network.shift == (fields["model_type"] == "Dream")
+    assert network.shift == (fields["model_type"] in ("Dream", "Fast_dLLM_Qwen"))
+    assert network.block_size == (fields.get("block_size") or fields.get("bd_size"))
 
 
 @pytest.mark.parametrize("name", ["LLaDA-1.5", "DiffuCoder-7B-cpGRPO"])

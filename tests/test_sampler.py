@@ -37,22 +37,26 @@ def splitmix(*values: int) -> int:
 
 
 def loop_decode(
-    model: LLaDAModelLM, prompt: Tensor, decoding: Decoding, seed: int, hints: Tensor | None = None
+    model: Any, prompt: Tensor, decoding: Decoding, seed: int, hints: Tensor | None = None, lead: int = 0
 ) -> Trajectory:
-    """One prompt, no padding, logits of every position at every step, one position after the other."""
+    """One prompt, no padding, logits of every position at every step, one position after the other.
+
+    The first block has `lead` positions in the prompt, and what is then left at the end is a block of its own.
+    """
     length, width = decoding.gen_length, decoding.block_length
     blocks = length // width
     total = decoding.steps if decoding.steps is not None else max(blocks, length // 2)
     tokens, reveal_step = [MASK] * length, [NEVER] * length
     step = 0
-    for block in range(blocks):
-        steps_here = total // blocks + (1 if block < total % blocks else 0)
-        inside = range(block * width, (block + 1) * width)
+    for block in range(-(-(length + lead) // width)):
+        scheduled = min(block, blocks - 1)
+        steps_here = total // blocks + (1 if scheduled < total % blocks else 0)
+        inside = range(max(0, block * width - lead), min(length, (block + 1) * width - lead))
         step_here = 0
         while any(reveal_step[i] == NEVER for i in inside):
             shown = list(tokens)
             if hints is not None:
-                for i in range((block + 1) * width, length):
+                for i in range(inside.stop, length):
                     shown[i] = int(hints[i])
             with torch.no_grad():
                 ids = torch.cat((prompt, torch.tensor(shown)))[None]
@@ -92,8 +96,8 @@ def loop_decode(
             # Positions not yet decoded hold MASK, so the first end-of-text token is one that was decoded.
             if decoding.stop_at_eos and EOS in tokens and MASK not in tokens[: tokens.index(EOS)]:
                 tokens = [EOS if token == MASK else token for token in tokens]
-                return Trajectory(prompt, torch.tensor(tokens), torch.tensor(reveal_step), width)
-    return Trajectory(prompt, torch.tensor(tokens), torch.tensor(reveal_step), width)
+                return Trajectory(prompt, torch.tensor(tokens), torch.tensor(reveal_step), width, lead)
+    return Trajectory(prompt, torch.tensor(tokens), torch.tensor(reveal_step), width, lead)
 
 
 def make_prompts(*lengths: int) -> list[Tensor]:
@@ -108,7 +112,7 @@ def same(a: Trajectory, b: Trajectory) -> bool:
         torch.equal(a.prompt_ids, b.prompt_ids)
         and torch.equal(a.tokens, b.tokens)
         and torch.equal(a.reveal_step, b.reveal_step)
-        and a.block_length == b.block_length
+        and (a.block_length, a.lead) == (b.block_length, b.lead)
     )
 
 
@@ -289,7 +293,7 @@ class Recorder:
     def __init__(self, model: LLaDAModelLM, length: int) -> None:
         self.model, self.length = model, length
         self.shown: list[Tensor] = []
-        self.lm_head_weight = model.lm_head_weight
+        self.lm_head_weight, self.lead = model.lm_head_weight, model.lead
         self.training, self.eval, self.train, self.modules = model.training, model.eval, model.train, model.modules
 
     def hidden_states(self, ids: Tensor, mask: Tensor | None, read: Tensor) -> Tensor:

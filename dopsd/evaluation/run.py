@@ -27,10 +27,10 @@ from dopsd.evaluation.published import POSED
 from dopsd.evaluation.results import markdown, result
 from dopsd.evaluation.settings import Setting, hashed, identity, measures, plan, revealed, sentence, taken
 from dopsd.interruption import Interruption
-from dopsd.models import adapter_files, check_model, load_adapter, load_model, require_layers
+from dopsd.models import adapter_files, check_model, load_adapter, load_model
 from dopsd.ranks import Ranks, gather, join, meet, on_first_process
 from dopsd.rollout import Decoder, Rollout
-from dopsd.sampler import Decoding
+from dopsd.sampler import Decoding, check_decoding
 from dopsd.tasks import Row, Task, load_task
 from dopsd.trajectory import Trajectory
 from dopsd.versions import versions
@@ -83,7 +83,6 @@ def decode(args: EvaluationArguments, folder: Path | None, process: PartialState
     rows = {name: problems(task, args) for name, task in tasks.items()}
     asking = {name: args.asking(task, rows[name]) for name, task in tasks.items()}
     model, tokenizer = load_model(**args.loading())
-    require_layers(model, "cache", args.cache, "none")
     if args.adapter is not None:
         load_adapter(model, args.adapter, trainable=False)
     nn.Module.to(model, process.device)
@@ -91,6 +90,8 @@ def decode(args: EvaluationArguments, folder: Path | None, process: PartialState
         name: Decoder.of(model, tokenizer, task, args.sequences_per_forward, **asking[name])
         for name, task in tasks.items()
     }
+    for _, decoding in plan(args, decoders):
+        check_decoding(model, decoding)
     for name, decoder in decoders.items():
         decoder.check_lengths(map(decoder.prompt_ids, rows[name]), max(args.lengths(decoder.task)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dopsd.commands import parse_plan
+from dopsd.distillation import Distillation
 from dopsd.errors import RunError, must_be, require
 from dopsd.files import first_line, read_json
 from dopsd.memory.dry_run import DryProbe, DryRun
@@ -16,6 +17,7 @@ from dopsd.memory.planner import Planner, remedies, too_little, workspace_for
 from dopsd.models import MODELS, SHIPPED, class_of
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.models.checkpoint import read_config
+from dopsd.sampler import check_decoding
 from dopsd.step_batch import Reuse
 from dopsd.tables import show
 from dopsd.units import gib, read_bytes
@@ -23,8 +25,8 @@ from dopsd.units import gib, read_bytes
 log = logging.getLogger(__name__)
 
 
-def read_architecture(path: str) -> Any:
-    """The configuration in a config.json, a folder with one or a hub model.
+def read_architecture(path: str, block_size: int | None = None) -> Any:
+    """The configuration in a config.json, a folder with one or a hub model, with that ``block_size`` if there is one.
 
     Raises:
         UsageError: there is none, or it is of a family whose layers are not this project's.
@@ -37,7 +39,10 @@ def read_architecture(path: str) -> Any:
     accepted = f"only {', '.join(MODELS)} are planned without weights; a run's --memory_budget plans for any model"
     require(issubclass(network, BidirectionalModel), "model_config", path, accepted)
     try:
-        return network.config_class(**fields)
+        config = network.config_class(**fields)
+        if block_size is not None:
+            config.block_size = block_size
+        return config
     except (ValueError, TypeError) as error:
         raise RunError(f"model_config={path!r} can't be used: {first_line(error)}") from error
 
@@ -46,6 +51,8 @@ def options(run: DryRun, limit: int, sequences: int) -> list[dict[str, str]]:
     """Rows with the states that fit, and their peak, for each reuse, weights and with and without checkpointing."""
     rows = []
     for reuse in get_args(Reuse):
+        if run.block_causal and reuse == "prompt":
+            continue
         for quantize in ("none", "nf4"):
             probe = DryProbe(run, reuse, quantize)
             planner = Planner(probe, limit, run.states(), sequences, run.workspace_bytes)
@@ -70,11 +77,13 @@ def main(argv: Sequence[str]) -> None:
     limit = read_bytes("gpu", arguments.gpu, None)
     accepted = "only d_opsd is planned without weights; a run's --memory_budget plans for any method"
     require(teaching.method == "d_opsd", "method", teaching.method, accepted)
-    config = read_architecture(arguments.model_config or model.model)
+    config = read_architecture(arguments.model_config or model.model, model.block_size)
     context = config.max_position_embeddings - arguments.prompt_length
     must_be(rollouts.gen_length <= context, "gen_length", rollouts.gen_length, f"at most {context}, for the context")
     workspace = workspace_for(limit, "cuda")
     run = DryRun(config, model, rollouts, teaching, args, arguments.prompt_length, workspace)
+    check_decoding(run.network, rollouts.decoding())
+    Distillation.check_model(run.network, teaching)
     probe = DryProbe(run, teaching.reuse if teaching.drift_limit is None else "none", model.quantize)
     planner = Planner(probe, limit, run.states(), rollouts.sequences_per_forward, workspace)
     plan = planner.plan()

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from dopsd.cache import CleanBlocks
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.distillation import costliest_batch
 from dopsd.memory.meter import CUDA_ALLOWANCE
@@ -160,6 +161,7 @@ class DryRun:
         self.prompt_length, self.workspace_bytes = prompt_length, workspace_bytes
         self.vocab, self.layers = config.vocab_size, config.num_hidden_layers
         self.network, student = meta_networks(config, model)
+        self.block_causal = self.network.block_size is not None
         with torch.device("meta"):
             TeacherWeights(student, teaching.teacher, teaching.ema_decay, model.adapter is not None)
         # The first and the last layer are special: one has no gradient of its input, the other few positions.
@@ -188,12 +190,14 @@ class DryRun:
     def examples(self, reuse: Reuse) -> tuple[Example, Example]:
         """As those of :class:`~dopsd.memory.probe.RunProbe`."""
         # A reference's tokens are counted in the prompt's.
-        objective = replace(self.teaching.objective(), reuse=reuse, teacher_context="self_future")
+        objective = replace(
+            self.teaching.objective(), reuse=reuse, teacher_context="self_future", block_causal=self.block_causal
+        )
         several, decoding = self.args.train_batch_size > 1, self.rollouts.decoding()
 
         def example(length: int) -> Example:
             prompt_ids = torch.zeros(length, dtype=torch.int64)
-            trajectory = synthetic_trajectory(prompt_ids, decoding, self.vocab, 1)
+            trajectory = synthetic_trajectory(prompt_ids, decoding, self.vocab, 1, lead=self.network.lead(length))
             return objective.example(trajectory, prompt_ids, eos_id=1, seed=0)
 
         return example(max(1, self.prompt_length - several)), example(self.prompt_length)
@@ -204,12 +208,13 @@ class DryRun:
 
     def _batch(self, reuse: Reuse, states: int) -> StepBatch:
         options: dict[str, Any] = {"mask_id": 0, "pad_id": 1, "device": torch.device("cpu")}
-        return costliest_batch(*self.examples(reuse), states=states, reuse=reuse, **options)
+        options |= {"reuse": reuse, "block_causal": self.block_causal}
+        return costliest_batch(*self.examples(reuse), states=states, **options)
 
     def _training(self, reuse: Reuse, checkpointing: bool) -> Line:
         """A micro-batch beside what is persistent; the teacher's pass, which keeps nothing, is never its peak."""
 
-        def step(network: BidirectionalModel, batch: StepBatch, columns: Tensor) -> Iterator[None]:
+        def step(network: Any, batch: StepBatch, columns: Tensor) -> Iterator[None]:
             checkpoint_activations(network, checkpointing)
             network.train()
             with self.autocast():
@@ -231,12 +236,16 @@ class DryRun:
         """A step of decoding beside what is persistent."""
         length = self.prompt_length + self.rollouts.gen_length
 
-        def step(network: BidirectionalModel, sequences: int) -> Iterator[None]:
+        def step(network: Any, sequences: int) -> Iterator[None]:
             ids = torch.zeros(sequences, length, dtype=torch.int64)
             read = ids[:, : self.rollouts.block_length]
             with inference(network), self.autocast(), merged_adapters(network):
                 if self.rollouts.cache == "none":
                     kept: object = network.hidden_states(ids, None, read)
+                elif self.block_causal:
+                    prompt, response = ids[:, : self.prompt_length], ids[:, self.prompt_length :]
+                    clean = CleanBlocks(network, prompt, None, response, ids[:, 0])
+                    kept = clean, clean.hidden_states(ids, None, read, torch.arange(sequences))
                 else:
                     kept = network.anchor_hidden_states(ids, None, read, ids[:, 0], length)
             yield

@@ -20,16 +20,28 @@ from dopsd.tasks import Row
 from dopsd.trajectory import Trajectory
 
 
-def synthetic_trajectory(prompt_ids: Tensor, decoding: Decoding, vocab: int, *special: int) -> Trajectory:
-    """A response of random tokens, none of them ``special``, with the most steps that ``decoding`` can make."""
-    counts = [[1] * decoding.block_length] * decoding.blocks if decoding.threshold is not None else decoding.schedule()
-    reveals = torch.tensor([count for block in counts for count in block])
+def synthetic_trajectory(
+    prompt_ids: Tensor, decoding: Decoding, vocab: int, *special: int, lead: int = 0
+) -> Trajectory:
+    """A response of random tokens, none of them ``special``, with the most steps that ``decoding`` can make.
+
+    ``lead`` is as of a :class:`~dopsd.trajectory.Trajectory`.
+    """
+    length, width = decoding.gen_length, decoding.block_length
+    schedule = [[1] * width] * decoding.blocks if decoding.threshold is not None else decoding.schedule()
+    reveals: list[int] = []
+    for start in range(-lead, length, width):
+        left = min(start + width, length) - max(start, 0)
+        for count in schedule[min((start + lead) // width, len(schedule) - 1)]:
+            reveals.append(min(count, left))
+            left -= reveals[-1]
+    shares = torch.tensor([count for count in reveals if count])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (decoding.gen_length,), generator=generator)
     # An end of the text would hide what is behind it, and the mask has no probability.
     tokens[torch.isin(tokens, torch.tensor(special))] = next(token for token in range(vocab) if token not in special)
-    reveal_step = torch.arange(len(reveals)).repeat_interleave(reveals)
-    return Trajectory(prompt_ids.cpu(), tokens, reveal_step, decoding.block_length)
+    reveal_step = torch.arange(len(shares)).repeat_interleave(shares)
+    return Trajectory(prompt_ids.cpu(), tokens, reveal_step, width, lead)
 
 
 class RunProbe:
@@ -61,7 +73,10 @@ class RunProbe:
             rows.sort(key=lambda row: len(decoder.reference_ids(row)))
         decoding, self.vocab = rollouts.decoding(), len(decoder.model.lm_head_weight)
         special = decoder.eos_id, decoder.mask_id
-        trajectories = [synthetic_trajectory(prompt, decoding, self.vocab, *special) for prompt in self.prompts]
+        trajectories = [
+            synthetic_trajectory(prompt, decoding, self.vocab, *special, lead=decoder.model.lead(len(prompt)))
+            for prompt in self.prompts
+        ]
         self.short, self.long = (
             Rollout(row, trajectory, "", score=1.0, tries=1)
             for row, trajectory in zip((rows[0], rows[-1]), trajectories, strict=True)

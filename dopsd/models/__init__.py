@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from dopsd.errors import RunError, UsageError, require
-from dopsd.files import first_line
+from dopsd.files import first_line, read_json
+from dopsd.models.a2d import A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from dopsd.models.adapter import (
     STUDENT,
     adapter_files,
@@ -22,10 +23,13 @@ from dopsd.models.adapter import (
     save_adapter,
 )
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
+from dopsd.models.block_causal import BlockCausalModel
 from dopsd.models.checkpoint import check_layers, check_loaded, load_tokenizer, read_config, tensors_of
 from dopsd.models.dream import DreamModel
+from dopsd.models.fast_dllm import Fast_dLLM_QwenForCausalLM
 from dopsd.models.generic import FullAttention, full_attention
 from dopsd.models.llada import LLaDAModelLM
+from dopsd.models.sdar import SDARForCausalLM
 
 __all__ = [
     "MODELS",
@@ -39,6 +43,7 @@ __all__ = [
     "class_of",
     "compile_layers",
     "device_of",
+    "is_block_causal",
     "load_adapter",
     "load_model",
     "merged_adapters",
@@ -48,7 +53,22 @@ __all__ = [
 ]
 
 # model_type in a checkpoint's config.json -> the class that reads it. All others are transformers' own.
-MODELS: dict[str, type[DiffusionModel]] = {"llada": LLaDAModelLM, "Dream": DreamModel}
+MODELS: dict[str, type[DiffusionModel]] = {
+    "llada": LLaDAModelLM,
+    "Dream": DreamModel,
+    "sdar": SDARForCausalLM,
+    "a2d-qwen2": A2DQwen2LMHeadModel,
+    "a2d-qwen3": A2DQwen3LMHeadModel,
+    "Fast_dLLM_Qwen": Fast_dLLM_QwenForCausalLM,
+}
+
+# Known kinds that can't be read yet, and what is missing for it.
+MISSING = {
+    "llada2_moe": "layers with a mixture of experts and half-rotary heads",
+    "llada21_moe": "layers with a mixture of experts, and trajectories in which a decoded token is edited later",
+    "sdar_moe": "layers with a mixture of experts",
+    "nemotron_labs_diffusion": "YaRN, scaled queries, and finished blocks that are read causally token by token",
+}
 
 # Models that ship with the package, by the name ``--model`` takes.
 SHIPPED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
@@ -73,6 +93,7 @@ def load_model(
     attn_implementation: str = "sdpa",
     mask_token_id: int | None = None,
     shift_logits: bool = False,
+    block_size: int | None = None,
 ) -> tuple[DiffusionModel, Any]:
     """A model in evaluation mode, and its tokenizer. No code or pickle that comes with a checkpoint is run.
 
@@ -83,6 +104,8 @@ def load_model(
         attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.
         mask_token_id: the mask token where the checkpoint does not name it, or another one than it names.
         shift_logits: whether a transformers model's logits predict the next position's token.
+        block_size: of a block-causal model, where its config.json does not say it, or another one than it says; 0 for
+            full attention.
 
     Raises:
         UsageError: no such model, of a kind that is not known, or an option that can't be had here.
@@ -94,11 +117,15 @@ def load_model(
     require(
         generic or not shift_logits, "shift_logits", shift_logits, f"{fields['model_type']} models say it themselves"
     )
+    blocks = issubclass(network_class, BlockCausalModel)
+    require(blocks or block_size is None, "block_size", block_size, f"{fields['model_type']} models have no blocks")
     if attn_implementation == "flash_attention_2":
         installed = importlib.util.find_spec("flash_attn") is not None
         hint = "it needs a GPU and flash-attn: pip install 'dopsd[flash]'"
         require(installed and torch.cuda.is_available(), "attn_implementation", attn_implementation, hint)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if block_size is not None:
+        options["block_size"] = block_size
     if quantize != "none":
         installed = importlib.util.find_spec("bitsandbytes") is not None
         hint = "it needs a CUDA GPU and bitsandbytes: pip install 'dopsd[quant]'"
@@ -126,7 +153,10 @@ def load_model(
     rows = len(network.lm_head_weight)
     if len(tokenizer) > rows:
         raise RunError(f"model={model!r}: its tokenizer has {len(tokenizer)} tokens, and its embedding {rows} rows")
-    named = (mask_token_id, fields.get("mask_token_id"), tokenizer.mask_token_id)
+    named = (
+        *(mask_token_id, fields.get("mask_token_id"), tokenizer.mask_token_id),
+        tokenizer.get_added_vocab().get(network_class.mask_token),
+    )
     mask_id = next((value for value in named if value is not None), None)
     if mask_id is None or not 0 <= mask_id < rows:
         raise RunError(
@@ -142,6 +172,8 @@ def load_model(
 def class_of(model: str, fields: dict[str, Any]) -> type[DiffusionModel]:
     """The class that reads a checkpoint with these ``config.json`` fields; UsageError if there is none."""
     kind, architectures = fields.get("model_type"), fields.get("architectures") or []
+    missing = MISSING.get(str(kind))
+    require(missing is None, "model", model, f"{kind} models need what is not there yet: {missing}")
     found = MODELS.get(str(kind))
     if found is not None:
         fits = not architectures or architectures == [found.__name__]
@@ -175,9 +207,24 @@ def quantization(kind: str) -> BitsAndBytesConfig:
     )
 
 
+def is_block_causal(path: str) -> bool:
+    """Whether a ``config.json``, or that of a folder, is of a family with block-causal attention; False without one.
+
+    What else is wrong with it is said when it is read for what it says.
+    """
+    try:
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        found = MODELS.get(str(read_json(file).get("model_type"))) if file.is_file() else None
+    except (RunError, OSError, ValueError):
+        return False
+    return found is not None and issubclass(found, BlockCausalModel)
+
+
 def require_layers(model: Any, argument: str, given: str, exact: str) -> None:
     """Raise UsageError unless the keys and values of ``model`` can be reused, or ``given`` is ``exact``."""
-    accepted = f"only {exact} with {type(model).__name__}, which is one of transformers; LLaDA and Dream have it all"
+    accepted = (
+        f"only {exact} with {type(model).__name__}, which is one of transformers; those of this project have it all"
+    )
     require(given == exact or isinstance(model, BidirectionalModel), argument, given, accepted)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,13 +92,6 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding to ``x`` (B, H, T, D) in at least fp32."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
 def sdpa(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
     """Bidirectional attention (B, H, R, D) of ``query`` over ``key`` and ``value`` (B, H_kv, T, D)."""
     # On CPUs the backward of the fused kernel takes half of a training step at short lengths; plain products take a
@@ -120,15 +113,29 @@ def eager(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) ->
     return scores.softmax(-1) @ value
 
 
+def head_width(config: Any) -> int:
+    """Entries of an attention head: what a config's ``head_dim`` says, or else the width over the heads."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def rows_of(mask: Tensor | None, read: Tensor | None) -> Tensor | None:
+    """An attention mask (B or 1, 1, T or 1, T) for the queries at ``read`` (B, R) alone; None reads all."""
+    if mask is None or read is None or mask.shape[2] == 1:
+        return mask
+    return mask.expand(len(read), -1, -1, -1).gather(2, read[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))
+
+
 class Packed(NamedTuple):
     """N sequences that compute T tokens each, and take all other keys and values from one of G anchors.
 
     Args:
         input_ids: (N, T) int64, the tokens that are computed.
-        start: (G,) int64, the column of an anchor where its sequences' tokens stand: token j is at column start + j.
+        start: (N,) int64, the column of its anchor where each one's tokens stand: token j is at column start + j.
         slot: (N,) int64, ``slots`` times each one's anchor plus its number among that anchor's sequences.
         slots: of each anchor, the most sequences that one has.
         prefix_mask: (G, W) bool, which of an anchor's first W columns its sequences attend to.
+        own_mask: (N, T) bool, False at tokens that nothing attends to; None: there are none.
+        causal: whether of the columns that ``prefix_mask`` says only those before the tokens are attended to.
     """
 
     input_ids: Tensor
@@ -136,6 +143,8 @@ class Packed(NamedTuple):
     slot: Tensor
     slots: int
     prefix_mask: Tensor
+    own_mask: Tensor | None = None
+    causal: bool = False
 
     @property
     def anchor(self) -> Tensor:
@@ -159,7 +168,7 @@ class Packed(NamedTuple):
     def columns(self) -> Tensor:
         """(N, T) int64, where the tokens stand in their anchors."""
         own = torch.arange(self.input_ids.shape[1], device=self.start.device)
-        return self.start[self.anchor][:, None] + own
+        return self.start[:, None] + own
 
 
 class KVCache(NamedTuple):
@@ -168,7 +177,8 @@ class KVCache(NamedTuple):
     Args:
         layers: of each layer the keys and values (G, H_kv, W, D) of the first W columns.
         attention_mask: (G, T') bool, False at padding; None when nothing is padded.
-        before: (G, 1, d) the states before the columns where the others' tokens begin; None without a shift.
+        before: (G, 1, d) the states before the columns where the others' tokens begin, or (G * slots, 1, d), that of
+            each slot, where these begin at different ones; None without a shift.
     """
 
     layers: list[tuple[Tensor, Tensor]]
@@ -184,7 +194,7 @@ class BidirectionalLayer(GradientCheckpointingLayer):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = head_width(config)
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
 
     @abstractmethod
@@ -195,22 +205,23 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         self,
         x: Tensor,  # (B, T, d)
         rotary: tuple[Tensor, Tensor],  # cos, sin (B or 1, 1, T, D)
-        key_mask: Tensor | None,  # (B, 1, 1, T) bool, True where a key may be attended to
+        key_mask: Tensor | None,  # (B or 1, 1, 1 or R or T, T) bool, True where a query may attend to a key
         read: Tensor | None,  # (B, R) int64
         prefix_key: Tensor | None = None,  # (G, H_kv, W, D): what packed sequences attend to besides themselves
         prefix_value: Tensor | None = None,  # (G, H_kv, W, D)
         packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # (B, R or T, d), and the keys and values (B, H_kv, T, D)
-        parts = fused(self.parts(), x)
+        modules = self.parts()
+        parts = fused(modules, x)
         x, *projected = parts.project(x, read)
         query, key, value = (self._heads(part) for part in projected)
         cos, sin = rotary
-        key = rotate(key, cos, sin)
+        key = parts.rotate(modules.key_norm(key), cos, sin)
         if read is not None:
             # From here on every position is on its own, so only those that are read need be computed: exact.
             columns = read[:, None, :, None].expand(-1, -1, -1, self.head_dim)
             cos, sin = (table.expand(len(x), -1, -1, -1).gather(2, columns) for table in rotary)
-        query = rotate(query, cos, sin)
+        query = parts.rotate(modules.query_norm(query), cos, sin)
         if packed is None:
             mixed = self._attend(query, key, value, key_mask)
         else:
@@ -244,14 +255,24 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         prefix_value: Any,  # (G, H_kv, W, D)
         packed: Packed,
     ) -> Tensor:  # (N, H, R, D)
-        read, groups = query.shape[2], len(prefix_key)
+        read, groups, own_mask = query.shape[2], len(prefix_key), packed.own_mask
         # The op takes as many queries as own keys, and as many sequences for each anchor.
         query = F.pad(query, (0, 0, 0, key.shape[2] - read))
-        query, key, value = (
-            x.new_zeros(groups * packed.slots, *x.shape[1:]).index_copy(0, packed.slot, x).unflatten(0, (groups, -1))
-            for x in (query, key, value)
+
+        def placed(x: Tensor) -> Tensor:
+            empty = x.new_zeros(groups * packed.slots, *x.shape[1:])
+            return empty.index_copy(0, packed.slot, x).unflatten(0, (groups, -1))
+
+        mixed = prefix_attention(
+            placed(query),
+            placed(key),
+            placed(value),
+            prefix_key,
+            prefix_value,
+            prefix_mask=packed.prefix_mask,
+            own_mask=None if own_mask is None else placed(own_mask),
+            prefix_length=placed(packed.start) if packed.causal else None,
         )
-        mixed = prefix_attention(query, key, value, prefix_key, prefix_value, prefix_mask=packed.prefix_mask)
         return mixed.flatten(0, 1).index_select(0, packed.slot)[:, :, :read]
 
 
@@ -263,6 +284,12 @@ class DiffusionModel(PreTrainedModel):
 
     # How many positions earlier a token's state lies: 1 where a checkpoint predicts the next position's token.
     shift: int = 0
+    # Tokens of a block where attention is full inside a block and causal over blocks; None: it is full everywhere.
+    block_size: int | None = None
+    # Blocks are counted from a sequence's first real token, or from its prompt's end in both directions.
+    block_origin: Literal["token_0", "prompt_end"] = "prompt_end"
+    # The mask token's text in tokenizers that have it and do not say what it is for.
+    mask_token: str | None = None
     # Linear layers that LoRA may adapt, and a regular expression for what precedes their names.
     lora_modules: tuple[str, ...] = ()
     lora_path: str = ""
@@ -309,6 +336,10 @@ class DiffusionModel(PreTrainedModel):
             read = read.maximum(attention_mask.shape[1] - attention_mask.sum(-1, keepdim=True))
         return read
 
+    def lead(self, prompt_length: int) -> int:
+        """How many of a prompt's last tokens lie in the block of the response's first."""
+        return prompt_length % self.block_size if self.block_size and self.block_origin == "token_0" else 0
+
     @property
     def lm_head_weight(self) -> Tensor:
         """The LM head (V, d); it has no bias."""
@@ -334,7 +365,13 @@ class BidirectionalModel(DiffusionModel):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         width, heads, shared = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        if width % heads or heads % shared or width // heads % 2:
+        own = getattr(config, "head_dim", None)
+        if own is not None and (own % 2 or heads % shared):
+            raise ValueError(
+                f"config: head_dim={own} must be even, and num_attention_heads={heads} a multiple of "
+                f"num_key_value_heads={shared}"
+            )
+        if own is None and (width % heads or heads % shared or width // heads % 2):
             names = {name: config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads")}
             key_heads = config.attribute_map.get("num_key_value_heads", "num_key_value_heads")
             raise ValueError(
@@ -373,7 +410,8 @@ class BidirectionalModel(DiffusionModel):
         layers: list[tuple[Tensor, Tensor]] = []
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x, key, value = layer(x, rotary, key_mask, read if index == last else None)
+            own = read if index == last else None
+            x, key, value = layer(x, rotary, rows_of(key_mask, own), own)
             if width is not None:
                 layers.append((key[:, :, :width], value[:, :, :width]))
         return self.final_norm(x), layers
@@ -416,30 +454,39 @@ class BidirectionalModel(DiffusionModel):
             (N, R, d). With a shift, the state before the first token that a packed sequence computes is its anchor's.
         """
         self.begin_pass(packed.input_ids)
-        anchor, columns, mask = packed.anchor, packed.columns(), cache.attention_mask
+        anchor, mask = packed.anchor, cache.attention_mask
         if self.shift:
             read = self.shifted(read, None if mask is None else mask[anchor])
-        offset = read - packed.start[anchor][:, None]
-        rotary = self._rotary(columns if mask is None else positions_of(mask)[anchor].gather(1, columns))
-        x = self.get_input_embeddings()(packed.input_ids)
-        last = len(self.layers) - 1
-        for index, (layer, prefix) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            x, _, _ = layer(x, rotary, None, offset.clamp_min(0) if index == last else None, *prefix, packed)
-        x = self.final_norm(x)
+        x, _ = self.packed_states(cache, packed, read)
         if cache.before is not None:
-            x = torch.where((offset < 0)[..., None], cache.before.index_select(0, anchor), x)
+            early = read < packed.start[:, None]
+            x = torch.where(early[..., None], cache.before.index_select(0, packed.slot if packed.causal else anchor), x)
         return x
 
+    def packed_states(self, cache: KVCache, packed: Packed, read: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """As :meth:`packed_hidden_states`, of the columns ``read`` themselves: no shift; and each layer's own keys and
+        values, (N, H_kv, T, D)."""
+        mask, columns = cache.attention_mask, packed.columns()
+        positions = columns if mask is None else columns - (~mask).sum(-1)[packed.anchor][:, None]
+        rotary = self._rotary(positions)
+        offset = (read - packed.start[:, None]).clamp_min(0)
+        x = self.get_input_embeddings()(packed.input_ids)
+        layers: list[tuple[Tensor, Tensor]] = []
+        last = len(self.layers) - 1
+        for index, (layer, prefix) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            x, key, value = layer(x, rotary, None, offset if index == last else None, *prefix, packed)
+            layers.append((key, value))
+        return self.final_norm(x), layers
+
     def _positions(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Positions (B or 1, T), and which keys may be attended to, (B, 1, 1, T), or None for all."""
+        """Positions (B or 1, T), and a mask of the keys as layers take it, or None where all may be attended to."""
         if attention_mask is None:
             return torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
         return positions_of(attention_mask), attention_mask.bool()[:, None, None, :]
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B, 1, T, D) of positions (B, T)."""
-        head_dim = self.config.hidden_size // self.config.num_attention_heads
-        cos, sin = rotary_tables(positions, head_dim, self.config.rope_theta)
+        cos, sin = rotary_tables(positions, head_width(self.config), self.config.rope_theta)
         return cos[:, None], sin[:, None]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> MaskedLMOutput:

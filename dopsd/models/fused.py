@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dopsd.models.parts import Parts, RMSNorm, rows
-from dopsd_kernels.lora_layer import LoraLinear, lora_linears, lora_swiglu
+from dopsd_kernels.lora_layer import LoraLinear, lora_linears, lora_swiglu, rotary
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,11 @@ class FusedParts(NamedTuple):
             x = rows(x, read)
             (queries,) = project(x, [query])
         return x, queries, keys, values
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See :meth:`Parts.rotate`."""
+        return rotary(x, cos, sin)
 
     def add_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """See :meth:`Parts.add_attention`."""

@@ -32,7 +32,7 @@ def rows(
 
 
 class Parts(NamedTuple):
-    """The modules of a layer, whatever a checkpoint calls them."""
+    """The modules of a layer, whatever a checkpoint calls them; the last two norm the heads of queries and keys."""
 
     attention_norm: nn.Module
     query: nn.Module
@@ -43,6 +43,8 @@ class Parts(NamedTuple):
     gate: nn.Module
     up: nn.Module
     down: nn.Module
+    query_norm: nn.Module = nn.Identity()
+    key_norm: nn.Module = nn.Identity()
 
     def project(
         self,
@@ -55,6 +57,17 @@ class Parts(NamedTuple):
         if read is not None:
             x, normed = rows(x, read), rows(normed, read)
         return x, self.query(normed), key, value
+
+    @staticmethod
+    def rotate(
+        x: Tensor,  # (B, H, T, D)
+        cos: Tensor,  # (B or 1, 1, T, D)
+        sin: Tensor,  # (B or 1, 1, T, D)
+    ) -> Tensor:  # (B, H, T, D)
+        """Apply the rotary embedding in at least fp32."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        first, second = wide.chunk(2, dim=-1)
+        return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
     def add_attention(
         self,

@@ -24,6 +24,7 @@ def prefix_attention(
     *,
     prefix_mask: Tensor | None = None,  # (G, P) bool
     own_mask: Tensor | None = None,  # (G, S, T) bool
+    prefix_length: Tensor | None = None,  # (G, S) int64
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -44,6 +45,8 @@ def prefix_attention(
         prefix_mask: (G, P) bool, False for padding, which nothing attends to. None: all are real.
         own_mask: (G, S, T) bool, False for own keys that are padding, for sequences of different lengths. Queries there
             are computed like others; their outputs mean nothing.
+        prefix_length: (G, S) int64, of how many of the prefix' keys, from the first, a sequence sees any: in causal
+            models, those before it. None: all.
         scale: of the scores, > 0. None: D ** -0.5.
         backend: "torch", or "triton" for the kernels, which need a GPU, fp16, bf16 or fp32, and D of at most 128.
             "auto" takes the kernels where they can be used.
@@ -85,11 +88,19 @@ def prefix_attention(
             raise TypeError(f"{name} must be a tensor of bool, but is {getattr(mask, 'dtype', type(mask).__name__)}.")
         check_shape(name, mask, shape, "one entry per key")
         check_device(name, mask, q.device)
+    if prefix_length is not None:
+        if not isinstance(prefix_length, Tensor) or prefix_length.dtype != torch.int64:
+            given = getattr(prefix_length, "dtype", type(prefix_length).__name__)
+            raise TypeError(f"prefix_length must be a tensor of int64, but is {given}.")
+        check_shape("prefix_length", prefix_length, (groups, sequences), "one entry per sequence")
+        check_device("prefix_length", prefix_length, q.device)
     if scale is not None:
         check_number("scale", scale, 0, above=True)
     check_choice("backend", backend, ("auto", "triton", "torch"))
     scale = width**-0.5 if scale is None else float(scale)
-    out: Tensor = _PrefixAttention.apply(q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, scale, backend)
+    out: Tensor = _PrefixAttention.apply(
+        q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, prefix_length, scale, backend
+    )
     return out
 
 
@@ -117,6 +128,7 @@ def _forward(
     v_prefix: Tensor,
     prefix_mask: Tensor | None,
     own_mask: Tensor | None,
+    prefix_length: Tensor | None,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
@@ -125,7 +137,9 @@ def _forward(
     lse = q.new_empty(q.shape[:-1], dtype=compute_dtype(q))
     if q.numel():
         with undisturbed(q):
-            _implementation(q, backend).forward(q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, scale, out, lse)
+            _implementation(q, backend).forward(
+                q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, prefix_length, scale, out, lse
+            )
     return out, lse
 
 
@@ -138,6 +152,7 @@ def _backward(
     v_prefix: Tensor,
     prefix_mask: Tensor | None,
     own_mask: Tensor | None,
+    prefix_length: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -148,7 +163,8 @@ def _backward(
     if q.numel():
         with undisturbed(q):
             _implementation(q, backend).backward(
-                grad.contiguous(), q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, out, lse, scale, *grads
+                *(grad.contiguous(), q, k, v, k_prefix, v_prefix, prefix_mask, own_mask, prefix_length),
+                *(out, lse, scale, *grads),
             )
     else:
         for x in grads:
@@ -188,4 +204,4 @@ class _PrefixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         arguments: Any = (grad, *ctx.saved_tensors, ctx.scale, ctx.backend)
-        return *as_traced(_backward_operator, _backward)(*arguments), None, None, None, None
+        return *as_traced(_backward_operator, _backward)(*arguments), None, None, None, None, None

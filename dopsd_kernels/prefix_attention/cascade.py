@@ -32,7 +32,7 @@ class _Part(NamedTuple):
     q: Tensor  # (B, H_kv, R, D)
     k: Tensor  # (B, H_kv, K, D)
     v: Tensor  # (B, H_kv, K, D)
-    mask: Tensor | None  # (B, K) bool
+    mask: Tensor | None  # (B, K) bool, or (B, R, K)
 
 
 def forward(
@@ -43,6 +43,7 @@ def forward(
     v_prefix: Tensor,  # (G, H_kv, P, D)
     prefix_mask: Tensor | None,  # (G, P) bool
     own_mask: Tensor | None,  # (G, S, T) bool
+    prefix_length: Tensor | None,  # (G, S) int64
     scale: float,
     out: Tensor,  # (G, S, H, T, D), written
     lse: Tensor,  # (G, S, H, T), written
@@ -52,7 +53,8 @@ def forward(
     k_prefix, v_prefix = (x.to(lse.dtype).contiguous() for x in (k_prefix, v_prefix))
     for chunk in _chunks(q, k_prefix):
         rows = _rows(q[:, chunk], k.shape[2], lse.dtype)
-        own, prefix = _parts(rows, k[:, chunk], v[:, chunk], k_prefix, v_prefix, prefix_mask, own_mask, chunk)
+        masks = prefix_mask, own_mask, prefix_length
+        own, prefix = _parts(rows, k[:, chunk], v[:, chunk], k_prefix, v_prefix, *masks, chunk)
         result, normalizer = (x.view(*rows.shape[:4], *x.shape[3:]) for x in attend(own, scale))
         if prefix is not None:
             other, its = (_from_prefix(x, rows.shape) for x in attend(prefix, scale))
@@ -73,6 +75,7 @@ def backward(
     v_prefix: Tensor,
     prefix_mask: Tensor | None,
     own_mask: Tensor | None,
+    prefix_length: Tensor | None,
     out: Tensor,  # (G, S, H, T, D)
     lse: Tensor,  # (G, S, H, T)
     scale: float,
@@ -92,7 +95,8 @@ def backward(
     for chunk in _chunks(q, k_prefix):
         rows, grads, outs = (_rows(x[:, chunk], key_heads, dtype) for x in (q, grad, out))
         normalizer = lse[:, chunk].reshape(rows.shape[:4])
-        own, prefix = _parts(rows, k[:, chunk], v[:, chunk], k_prefix, v_prefix, prefix_mask, own_mask, chunk)
+        masks = prefix_mask, own_mask, prefix_length
+        own, prefix = _parts(rows, k[:, chunk], v[:, chunk], k_prefix, v_prefix, *masks, chunk)
         upstream, outputs, normalizers = (x.flatten(0, 1) for x in (grads, outs, normalizer))
         result, by_k, by_v = differentiate(own, upstream, outputs, normalizers, scale)
         d_k[:, chunk], d_v[:, chunk] = (x.view(k[:, chunk].shape) for x in (by_k, by_v))
@@ -118,7 +122,7 @@ def _fused(part: _Part, scale: float) -> tuple[Tensor, Tensor]:  # (B, H_kv, R, 
         part.q, part.k, part.v, attn_mask=_bias(part), scale=scale
     )
     if part.mask is not None:  # the operator says 0 for rows that see nothing
-        lse = lse.masked_fill(~part.mask.any(-1)[:, None, None], -math.inf)
+        lse = lse.masked_fill(~_to_rows(part.mask).any(-1), -math.inf)
     return out, lse
 
 
@@ -128,10 +132,14 @@ def _fused_backward(part: _Part, grad: Tensor, out: Tensor, lse: Tensor, scale: 
     )
 
 
-def _bias(part: _Part) -> Tensor | None:  # (B, 1, 1, K)
+def _bias(part: _Part) -> Tensor | None:  # (B, 1, 1 or R, K)
     if part.mask is None:
         return None
-    return part.q.new_zeros(part.mask.shape).masked_fill(~part.mask, -math.inf)[:, None, None]
+    return _to_rows(part.q.new_zeros(part.mask.shape).masked_fill(~part.mask, -math.inf))
+
+
+def _to_rows(mask: Tensor) -> Tensor:  # (B, K) or (B, R, K) -> (B, 1, 1 or R, K)
+    return mask[:, None, None] if mask.dim() == 2 else mask[:, None]
 
 
 def _explicit(part: _Part, scale: float) -> tuple[Tensor, Tensor]:
@@ -152,7 +160,7 @@ def _explicit_backward(
 
 def _scores(part: _Part, scale: float) -> Tensor:  # (B, H_kv, R, K)
     scores = (part.q @ part.k.mT).mul_(scale)
-    return scores if part.mask is None else scores.masked_fill_(~part.mask[:, None, None], -math.inf)
+    return scores if part.mask is None else scores.masked_fill_(~_to_rows(part.mask), -math.inf)
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
@@ -187,6 +195,7 @@ def _parts(
     v_prefix: Tensor,
     prefix_mask: Tensor | None,
     own_mask: Tensor | None,
+    prefix_length: Tensor | None,
     chunk: slice,
 ) -> tuple[_Part, _Part | None]:
     """The attention to own keys, and that to the prefix, if there is one."""
@@ -195,7 +204,12 @@ def _parts(
     own = _Part(q, k, v, mask)
     if not k_prefix.shape[2]:
         return own, None
-    return own, _Part(_to_prefix(rows), k_prefix, v_prefix, prefix_mask)
+    seen = prefix_mask
+    if prefix_length is not None:
+        reach = prefix_length[:, chunk].repeat_interleave(rows.shape[3], 1)  # (G, c n T)
+        seen = torch.arange(k_prefix.shape[2], device=reach.device) < reach[..., None]
+        seen = seen if prefix_mask is None else seen & prefix_mask[:, None]
+    return own, _Part(_to_prefix(rows), k_prefix, v_prefix, seen)
 
 
 def _to_prefix(x: Tensor) -> Tensor:  # (G, c, H_kv, n T, ...) -> (G, H_kv, c n T, ...)

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.configs import LAUNCH, choose
-from .tiles import load_keys, load_lse, load_tile, masked_scores, place, row_index, row_offset, seen
+from .tiles import load_keys, load_lse, load_reach, load_tile, masked_scores, place, row_index, row_offset, seen
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # Of the rows of the prefix' gradients.
@@ -49,6 +49,7 @@ def _attend(
     k,
     v,
     mask,
+    reach,
     begin,
     end,
     length,
@@ -67,7 +68,7 @@ def _attend(
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         k_tile = load_keys(k, key, end, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
-        scores = masked_scores(q, k_tile, row, key, end, mask, length, scale, OWN)
+        scores = masked_scores(q, k_tile, row, key, end, mask, reach, length, scale, OWN)
         new = tl.maximum(highest, tl.max(scores, 1))
         shift = tl.where(new == -float("inf"), 0.0, new)
         weights = tl.exp2((scores - shift[:, None]) * _LOG2_E)
@@ -88,6 +89,7 @@ def _forward(
     v_prefix,  # (G, H_kv, P, D)
     prefix_mask,  # (G, P) int8, or None
     own_mask,  # (G, S T) int8, or None
+    prefix_length,  # (G, S) int32, or None
     out,  # (G, S, H, T, D), contiguous
     lse,  # (G, S, H, T) fp32, contiguous
     stride_qg,
@@ -130,12 +132,14 @@ def _forward(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     highest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
+    reach = None if prefix_length is None else load_reach(prefix_length, row, inside, group, rows, length)
     acc, highest, total = _attend(
         q_tile, acc, highest, total, row,
         k_prefix + group * stride_pkg + key_head * stride_pkh,
         v_prefix + group * stride_pvg + key_head * stride_pvh,
-        None if prefix_mask is None else prefix_mask + group * prefix,
-        0, prefix, length, 0, stride_pkt, 0, stride_pvt, width, scale,
+        None if prefix_mask is None else prefix_mask + group * prefix, reach,
+        0, prefix if reach is None else tl.minimum(prefix, tl.max(reach)), length,
+        0, stride_pkt, 0, stride_pvt, width, scale,
         False, UPCAST, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     last = tl.minimum(first + BLOCK_M, rows) - 1
@@ -143,7 +147,7 @@ def _forward(
         q_tile, acc, highest, total, row,
         k + group * stride_kg + key_head * stride_kh,
         v + group * stride_vg + key_head * stride_vh,
-        None if own_mask is None else own_mask + group * rows,
+        None if own_mask is None else own_mask + group * rows, None,
         first // length * length, (last // length + 1) * length, length,
         stride_ks, stride_kt, stride_vs, stride_vt, width, scale,
         True, UPCAST, BLOCK_N, BLOCK_D,
@@ -171,6 +175,7 @@ def _query_gradient(
     k,
     v,
     mask,
+    reach,
     begin,
     end,
     length,
@@ -190,7 +195,7 @@ def _query_gradient(
         key = start + tl.arange(0, BLOCK_N)
         k_tile = load_keys(k, key, end, length, stride_ks, stride_kt, width, OWN, UPCAST, BLOCK_D)
         v_tile = load_keys(v, key, end, length, stride_vs, stride_vt, width, OWN, UPCAST, BLOCK_D)
-        scores = masked_scores(q, k_tile, row, key, end, mask, length, scale, OWN)
+        scores = masked_scores(q, k_tile, row, key, end, mask, reach, length, scale, OWN)
         weights = tl.exp2((scores - lse[:, None]) * _LOG2_E)
         d_scores = weights * (tl.dot(grad, tl.trans(v_tile), input_precision="ieee") - delta[:, None])
         acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
@@ -206,6 +211,7 @@ def _backward_queries(
     v_prefix,  # (G, H_kv, P, D)
     prefix_mask,  # (G, P) int8, or None
     own_mask,  # (G, S T) int8, or None
+    prefix_length,  # (G, S) int32, or None
     grad,  # (G, S, H, T, D), contiguous, like the following
     out,  # (G, S, H, T, D)
     lse,  # (G, S, H, T) fp32
@@ -254,13 +260,15 @@ def _backward_queries(
     row_delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     tl.store(delta + at, row_delta, mask=inside)
     row_lse = load_lse(lse, at, inside)
+    reach = None if prefix_length is None else load_reach(prefix_length, row, inside, group, rows, length)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     acc = _query_gradient(
         acc, q_tile, grad_tile, row_lse, row_delta, row,
         k_prefix + group * stride_pkg + key_head * stride_pkh,
         v_prefix + group * stride_pvg + key_head * stride_pvh,
-        None if prefix_mask is None else prefix_mask + group * prefix,
-        0, prefix, length, 0, stride_pkt, 0, stride_pvt, width, scale,
+        None if prefix_mask is None else prefix_mask + group * prefix, reach,
+        0, prefix if reach is None else tl.minimum(prefix, tl.max(reach)), length,
+        0, stride_pkt, 0, stride_pvt, width, scale,
         False, UPCAST, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     last = tl.minimum(first + BLOCK_M, rows) - 1
@@ -268,7 +276,7 @@ def _backward_queries(
         acc, q_tile, grad_tile, row_lse, row_delta, row,
         k + group * stride_kg + key_head * stride_kh,
         v + group * stride_vg + key_head * stride_vh,
-        None if own_mask is None else own_mask + group * rows,
+        None if own_mask is None else own_mask + group * rows, None,
         first // length * length, (last // length + 1) * length, length,
         stride_ks, stride_kt, stride_vs, stride_vt, width, scale,
         True, UPCAST, BLOCK_N, BLOCK_D,
@@ -287,6 +295,7 @@ def _backward_keys(
     k,  # (G, S, H_kv, T, D), or the prefix' (G, H_kv, P, D)
     v,
     mask,  # of the keys: (G, S T) or (G, P) int8, or None
+    prefix_length,  # (G, S) int32, or None
     grad,  # (G, S, H, T, D), contiguous, like the following
     lse,  # (G, S, H, T) fp32
     delta,  # (G, S, H, T) fp32
@@ -351,7 +360,8 @@ def _backward_keys(
             # Transposed: (keys, rows), so that both sums are plain products.
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
             weights = tl.exp2((scores - row_lse[None, :]) * _LOG2_E)
-            weights = tl.where(tl.trans(seen(row, key, keys, key_mask, length, OWN)), weights, 0.0)
+            reach = None if prefix_length is None else load_reach(prefix_length, row, inside, group, rows, length)
+            weights = tl.where(tl.trans(seen(row, key, keys, key_mask, reach, length, OWN)), weights, 0.0)
             sum_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, sum_v, input_precision="ieee")
             d_scores = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision="ieee") - row_delta[None, :])
             sum_k = tl.dot(d_scores.to(q_tile.dtype), q_tile, sum_k, input_precision="ieee")
@@ -412,6 +422,10 @@ def _bytes(mask: Tensor | None) -> Tensor | None:  # (G, ...) bool -> (G, n) int
     return None if mask is None else mask.flatten(1).contiguous().view(torch.int8)
 
 
+def _lengths(prefix_length: Tensor | None) -> Tensor | None:  # (G, S) int64 -> int32
+    return None if prefix_length is None else prefix_length.to(torch.int32).contiguous()
+
+
 def forward(
     q: Tensor,  # (G, S, H, T, D)
     k: Tensor,  # (G, S, H_kv, T, D)
@@ -420,6 +434,7 @@ def forward(
     v_prefix: Tensor,  # (G, H_kv, P, D)
     prefix_mask: Tensor | None,  # (G, P) bool
     own_mask: Tensor | None,  # (G, S, T) bool
+    prefix_length: Tensor | None,  # (G, S) int64
     scale: float,
     out: Tensor,  # (G, S, H, T, D), written
     lse: Tensor,  # (G, S, H, T), written
@@ -430,7 +445,8 @@ def forward(
     launch = _launch("prefix_attention", q, prefix)
     strides = itertools.chain(*(x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)))
     _forward[(triton.cdiv(sizes["rows"], launch["BLOCK_M"]) * q.shape[0] * q.shape[2],)](
-        q, k, v, k_prefix, v_prefix, _bytes(prefix_mask), _bytes(own_mask), out, lse, *strides,
+        q, k, v, k_prefix, v_prefix, _bytes(prefix_mask), _bytes(own_mask), _lengths(prefix_length),
+        out, lse, *strides,
         prefix=prefix, **sizes, **launch,
     )  # fmt: skip
 
@@ -444,6 +460,7 @@ def backward(
     v_prefix: Tensor,
     prefix_mask: Tensor | None,
     own_mask: Tensor | None,
+    prefix_length: Tensor | None,
     out: Tensor,  # (G, S, H, T, D)
     lse: Tensor,  # (G, S, H, T)
     scale: float,
@@ -459,16 +476,16 @@ def backward(
     groups, _, heads = q.shape[:3]
     rows, key_heads, prefix = sizes["rows"], k.shape[2], k_prefix.shape[2]
     delta = torch.empty_like(lse)
-    masks = _bytes(prefix_mask), _bytes(own_mask)
+    masks, reach = (_bytes(prefix_mask), _bytes(own_mask)), _lengths(prefix_length)
     strides = [x.stride()[:-1] for x in (q, k, v, k_prefix, v_prefix)]
     launch = _launch("prefix_attention_query_gradient", q, prefix)
     _backward_queries[(triton.cdiv(rows, launch["BLOCK_M"]) * groups * heads,)](
-        q, k, v, k_prefix, v_prefix, *masks, grad, out, lse, delta, d_q, *itertools.chain(*strides),
+        q, k, v, k_prefix, v_prefix, *masks, reach, grad, out, lse, delta, d_q, *itertools.chain(*strides),
         prefix=prefix, **sizes, **launch,
     )  # fmt: skip
     launch = _launch("prefix_attention_key_gradient", q, prefix)
     _backward_keys[(triton.cdiv(rows, launch["BLOCK_N"]) * groups * key_heads,)](
-        q, k, v, masks[1], grad, lse, delta, d_k, d_v, *strides[0], *strides[1], *strides[2],
+        q, k, v, masks[1], None, grad, lse, delta, d_k, d_v, *strides[0], *strides[1], *strides[2],
         keys=rows, split_rows=rows, OWN=True, **sizes, **launch,
     )  # fmt: skip
     if prefix == 0:
@@ -483,7 +500,7 @@ def backward(
     # A prefix has no sequences to step over.
     strides_k, strides_v = ((group, 0, head, key) for group, head, key in strides[3:])
     _backward_keys[(programs * splits,)](
-        q, k_prefix, v_prefix, masks[0], grad, lse, delta, *sums, *strides[0], *strides_k, *strides_v,
+        q, k_prefix, v_prefix, masks[0], reach, grad, lse, delta, *sums, *strides[0], *strides_k, *strides_v,
         keys=prefix, split_rows=split_rows, OWN=False, **sizes, **launch,
     )  # fmt: skip
     if splits > 1:

@@ -32,6 +32,19 @@ def load_tile(
 
 
 @triton.jit
+def load_reach(
+    prefix_length,  # (G, S) int32
+    row,  # (R,)
+    inside,  # (R,)
+    group,
+    rows,
+    length,
+):
+    """Load (R,): of how many of the prefix' keys, from the first, rows see any."""
+    return tl.load(prefix_length + group * (rows // length) + row // length, mask=inside, other=0)
+
+
+@triton.jit
 def load_lse(
     lse,
     at,  # (R,)
@@ -78,6 +91,7 @@ def seen(
     key,  # (C,)
     end,
     mask,  # of this group's keys, or None
+    reach,  # (R,): of how many of the prefix' keys, from the first, a row sees any; None: all
     length,
     OWN: tl.constexpr,
 ):
@@ -87,6 +101,8 @@ def seen(
         real = real & (tl.load(mask + key, mask=real, other=0) != 0)
     if OWN:
         return real[None, :] & ((row // length)[:, None] == (key // length)[None, :])
+    if reach is not None:
+        return real[None, :] & (key[None, :] < reach[:, None])
     return real[None, :] & (row >= 0)[:, None]
 
 
@@ -98,10 +114,11 @@ def masked_scores(
     key,  # (C,)
     end,
     mask,
+    reach,
     length,
     scale,
     OWN: tl.constexpr,
 ):
     """Return (R, C) scores; -inf where a row does not see a key."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    return tl.where(seen(row, key, end, mask, length, OWN), scores, -float("inf"))
+    return tl.where(seen(row, key, end, mask, reach, length, OWN), scores, -float("inf"))

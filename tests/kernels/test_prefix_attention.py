@@ -52,6 +52,8 @@ def concatenated(q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Te
         seen = torch.ones(len(keys), dtype=torch.bool)
         if prefix_mask is not None:
             seen[: k_prefix.shape[2]] = prefix_mask[g]
+        if options.get("prefix_length") is not None:
+            seen[int(options["prefix_length"][g, s]) : k_prefix.shape[2]] = False
         if own_mask is not None:
             seen[k_prefix.shape[2] :] = own_mask[g, s]
         out.append(F.scaled_dot_product_attention(q[g, s, h], keys[seen], values[seen], scale=options.get("scale")))
@@ -70,6 +72,8 @@ MASKS = {
     "own": {"own_mask": torch.arange(5) < torch.tensor([[5, 1, 3], [2, 5, 4]])[..., None]},
 }
 MASKS["both"] = MASKS["prefix"] | MASKS["own"]
+MASKS["length"] = {"prefix_length": torch.tensor([[0, 3, 7], [6, 1, 20]])}
+MASKS["all"] = MASKS["both"] | MASKS["length"]
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -171,11 +175,11 @@ def test_strided_inputs_and_a_second_backward() -> None:
 
 def test_torch_compile_and_opcheck() -> None:
     inputs = tensors(dtype=torch.float32)
-    masks = MASKS["both"]
+    masks = MASKS["all"]
     compiled = torch.compile(lambda **x: prefix_attention(**x, **masks), backend="aot_eager", fullgraph=True)
     for a, b in zip(run(compiled, inputs), run(prefix_attention, inputs, **masks), strict=True):
         torch.testing.assert_close(a, b)
-    arguments = (*inputs.values(), masks["prefix_mask"], None)
+    arguments = (*inputs.values(), masks["prefix_mask"], None, masks["prefix_length"])
     torch.library.opcheck(torch.ops.dopsd.prefix_attention.default, (*arguments, 0.3, "torch"))
     out, lse = torch.ops.dopsd.prefix_attention(*arguments, 0.3, "torch")
     backward = torch.ops.dopsd.prefix_attention_backward.default
@@ -221,6 +225,18 @@ def test_the_kernels(shape: str, dtype: torch.dtype) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "shape", ["several sequences in a tile", "several tiles in a sequence", "single tokens", "no prefix"]
+)
+def test_the_kernels_where_sequences_see_parts_of_the_prefix(shape: str) -> None:
+    pytest.importorskip("triton")
+    inputs = tensors(**SHAPES[shape], dtype=torch.float32)
+    groups, sequences, prefix = *inputs["q"].shape[:2], inputs["k_prefix"].shape[2]
+    lengths = torch.randint(prefix + 1, (groups, sequences), generator=torch.Generator().manual_seed(3))
+    check_kernels(inputs, prefix_length=lengths)
+
+
+@interpreted
 def test_the_kernels_where_nothing_is_seen() -> None:
     pytest.importorskip("triton")
     inputs = tensors(dtype=torch.float32)
@@ -241,7 +257,7 @@ def test_the_kernels_read_strided_inputs_and_masks_and_refuse_wide_heads() -> No
     inputs = tensors(dtype=torch.float32)
     # As projections leave them: (G, S, T, H, D) in memory.
     strided = {name: x.transpose(-2, -3).contiguous().transpose(-2, -3) for name, x in inputs.items()}
-    masks = {name: x.mT.contiguous().mT for name, x in MASKS["both"].items()}
+    masks = {name: x.mT.contiguous().mT for name, x in MASKS["all"].items()}
     assert not any(x.is_contiguous() for x in (strided["q"], *masks.values()))
     check_kernels(strided, **masks)
     with pytest.raises(ValueError, match="at most 128, but D is 130"):
@@ -326,6 +342,7 @@ BAD: dict[str, list[Any]] = {
     "v_prefix": [torch.zeros(2, 2, 6, 8)],
     "prefix_mask": [torch.ones(2, 7), torch.ones(2, 6).bool(), [True]],
     "own_mask": [torch.ones(2, 3, 5), torch.ones(2, 5).bool()],
+    "prefix_length": [torch.ones(2, 3), torch.ones(2, 1).long(), [[1]]],
     "scale": [0.0, -1.0, math.nan, "1"],
     "backend": ["flash", None],
 }
