@@ -87,7 +87,7 @@ def _layer(dtype: torch.dtype, width: int, hidden: int, heads: int, products: to
     kernels.rms_norm_backward(normed, x, x, weight, 1e-5)
     gate, up = torch.empty(33, hidden, dtype=products), torch.empty(33, hidden, dtype=products)
     kernels.swiglu_backward(kernels.swiglu(gate, up), gate, up)
-    kernels.drop(normed, 0.05, 1 << 40)
+    kernels.drop(normed, 0.05, 1 << 40, kernels.drop(normed, 0.05, 1 << 40))
     of_head = torch.empty(3, 11, heads, 128, dtype=products).transpose(1, 2)
     cos, sin = torch.empty(1, 1, 11, 128), torch.empty(1, 1, 11, 128)
     for transposed in (False, True):

@@ -61,6 +61,11 @@ def as_traced(operator: Callable[..., Any], function: Callable[..., Any]) -> Cal
     return operator if torch.compiler.is_compiling() else function
 
 
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as one that torch.compile does not look into; eager code need not import the compiler."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
+
+
 @contextlib.contextmanager
 def undisturbed(x: Tensor) -> Iterator[None]:
     """Compute in the dtypes that the code names, on the device of `x`: without autocast, which of whose operations

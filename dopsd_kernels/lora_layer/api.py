@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..common.arguments import check_device, check_floating, check_shape
+from ..common.backends import untraced
 from .contracts import LoraLinear, adapters_of, check_linear, check_norm
 from .functions import Project, Rotary, SwiGLU
 
 
-@torch.compiler.disable
 def lora_linears(
     x: Tensor,
     linears: Sequence[LoraLinear],
@@ -53,11 +53,10 @@ def lora_linears(
         check_device("residual", residual, x.device)
         check_shape("residual", residual[..., :0], (*x.shape[:-1], 0), "a row for each of x")
         rest = residual.reshape(-1, residual.shape[-1])
-    outputs = Project.apply(flat, rest, norm, tuple(linears), dtype, *adapters_of(linears))
+    outputs = untraced(Project.apply)(flat, rest, norm, tuple(linears), dtype, *adapters_of(linears))
     return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
 
-@torch.compiler.disable
 def lora_swiglu(
     x: Tensor,
     gate: LoraLinear,
@@ -85,11 +84,10 @@ def lora_swiglu(
     """
     dtype = _check(x, (gate, up), norm, dtype)
     linears = (gate, up, down)
-    output: Tensor = SwiGLU.apply(x.reshape(-1, x.shape[-1]), norm, linears, dtype, *adapters_of(linears))
+    output: Tensor = untraced(SwiGLU.apply)(x.reshape(-1, x.shape[-1]), norm, linears, dtype, *adapters_of(linears))
     return output.view(x.shape)
 
 
-@torch.compiler.disable
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding: x cos + (-x2, x1) sin with the halves x1 and x2 of x along D (RoFormer, Su et al. 2021).
 
@@ -115,7 +113,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         check_shape(name, table, (batch, 1, *x.shape[2:]), "a row for each token of each sequence, or of all")
         if table.requires_grad:
             raise ValueError(f"{name} requires a gradient, but only x gets one here.")
-    rotated: Tensor = Rotary.apply(x, cos, sin)
+    rotated: Tensor = untraced(Rotary.apply)(x, cos, sin)
     return rotated
 
 

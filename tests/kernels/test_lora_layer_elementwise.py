@@ -287,10 +287,11 @@ def test_a_layer_of_the_kernels(backend: str, dropout: float, monkeypatch: pytes
         assert (ours - exact).norm() <= 14 * 24 * U * exact.norm()
 
 
-def test_compiled_it_is_the_same() -> None:
+def test_compiled_it_is_the_same_and_nothing_warns(recwarn: pytest.WarningsRecorder) -> None:
     forward, inputs = layer(FP32, 0.3)
     plain = forward()
     compiled = torch.compile(forward, backend="eager")()
     assert torch.equal(compiled, plain)
     both = [torch.autograd.grad(out.sum(), inputs) for out in (plain, compiled)]
     assert all(map(torch.equal, *both))
+    assert not [warning for warning in recwarn if "Dynamo" in str(warning.message)]  # what it met and cannot trace
