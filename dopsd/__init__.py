@@ -93,8 +93,8 @@ def load(source: str | Path | Run, **options: Any) -> Model:
     Args:
         source: a run or the folder of one, an adapter's folder, a model's folder, a hub id, or ``tiny``. A run says
             its base model, its mask token, its prompt file and prefill, and how it decodes.
-        options: ``dtype``, ``quantize``, ``attn_implementation``, ``mask_token_id``, ``shift_logits``, ``prompt_file``
-            and ``prefill``, as the commands take them.
+        options: ``dtype``, ``quantize``, ``attn_implementation``, ``mask_token_id``, ``shift_logits``, ``block_size``,
+            ``prompt_file`` and ``prefill``, as the commands take them.
 
     Raises:
         UsageError: an option that can't be used.
