@@ -273,7 +273,7 @@ def layer(dtype: torch.dtype, dropout: float) -> tuple[Callable[[], Tensor], lis
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_layer_of_the_kernels(backend: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the same in fp64, whose formulas others check; of every gradient the error is that of its roundings."""
+    """Against the same in fp64, which finite differences check."""
     found = []
     for dtype in (FP32, FP64):
         if dtype == FP64:
@@ -285,6 +285,12 @@ def test_a_layer_of_the_kernels(backend: str, dropout: float, monkeypatch: pytes
         # Seven products of up to 24 terms, one after the other, forward and backward: 14 * 24 roundings, in the norm of
         # the whole, where those of independent signs add up to far less than this.
         assert (ours - exact).norm() <= 14 * 24 * U * exact.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_layers_gradients_are_finite_differences(dropout: float) -> None:
+    forward, inputs = layer(FP64, dropout)
+    assert torch.autograd.gradcheck(lambda *_: forward(), inputs, fast_mode=True)  # changes the inputs in place
 
 
 def test_compiled_it_is_the_same_and_nothing_warns(recwarn: pytest.WarningsRecorder) -> None:
