@@ -100,7 +100,7 @@ def input_gradient(
             if linear.dropout:
                 elementwise.drop(one @ a, linear.dropout, linear.seed, of_input)
             else:
-                of_input.addmm_(one, a)
+                add_product(of_input, one, a)
     elif parts:
         add_product(of_input, torch.cat(of_narrow, -1), torch.cat([a for _, a, _ in parts]))
     return of_input, of_narrow
