@@ -12,6 +12,8 @@ from ..common.backends import choose_backend
 from ..common.philox import philox
 from ..common.products import compute_dtype
 
+# Counters whose words are computed together: 8 MiB for one number of each, of which six are in use.
+_COUNTERS = 1 << 20
 # Columns of a row that a program's registers hold.
 _WIDEST = 1 << 14
 
@@ -85,13 +87,21 @@ def drop(
     """Dropout with the mask that `LoraLinear` defines; linear, and its own transpose. A total is added, in place."""
     if (kernels := _kernels(x, total)) is not None:
         return kernels.drop(x, probability, seed, total)
-    counters = torch.arange((x.numel() + 3) // 4, device=x.device)
-    words = philox(torch.tensor([seed], device=x.device), counters).flatten()[: x.numel()].view(x.shape)
-    # As unsigned numbers: flipping the highest bit of both keeps their order as signed ones.
-    threshold = int(probability * 2.0**32) - 2**31
-    kept = words.bitwise_xor_(torch.tensor(-(2**31), dtype=torch.int32, device=x.device)) >= threshold
-    dropped = (x * kept).mul_(1 / (1 - probability))
+    dropped = (x * _kept(x.numel(), probability, seed, x.device).view(x.shape)).mul_(1 / (1 - probability))
     return dropped if total is None else total.add_(dropped)
+
+
+def _kept(count: int, probability: float, seed: int, device: torch.device) -> Tensor:  # (count,) bool
+    """Which of so many entries stay."""
+    # As unsigned numbers: flipping the highest bit of both keeps their order as signed ones.
+    key, flip = torch.tensor([seed], device=device), torch.tensor(-(2**31), dtype=torch.int32, device=device)
+    threshold, counters = int(probability * 2.0**32) - 2**31, (count + 3) // 4
+    parts = [
+        philox(key, torch.arange(begin, min(begin + _COUNTERS, counters), device=device)).bitwise_xor_(flip)
+        >= threshold
+        for begin in range(0, counters, _COUNTERS)
+    ]
+    return torch.cat([part.flatten() for part in parts] or [key.bool()[:0]])[:count]
 
 
 def rotary(

@@ -200,7 +200,10 @@ def test_16_bit_products_are_as_exact_as_modules(x_dtype: str, dtype: str) -> No
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5, 0.97])
-def test_dropout_masks_are_the_references(rate: float) -> None:
+@pytest.mark.parametrize("together", [1 << 20, 7])
+def test_dropout_masks_are_the_references(rate: float, together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many words are computed at a time."""
+    monkeypatch.setattr(elementwise, "_COUNTERS", together)
     x = torch.rand(37, 11, dtype=torch.float64) + 1
     for seed in (0, 1, 2**62 - 1):
         kept = reference.dropout_mask(x.shape, rate, seed)
