@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dopsd.models.bidirectional import BidirectionalModel, KVCache, Packed
+from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.models.block_causal import BlockCausalModel
+from dopsd.models.packed import KVCache, Packed
 
 Cache = Literal["none", "prefix", "block"]
 # Words of an earlier release, which options, recipes and files may still use.

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel, Packed
+from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.models.block_causal import BlockCausalModel
+from dopsd.models.packed import Packed
 from dopsd.sampler import left_pad
 from dopsd.trajectory import Trajectory, block_positions
 

@@ -11,7 +11,7 @@ from test_block_causal import EOS, FAMILIES, MASK, small_model
 from test_sampler import loop_decode, make_prompts, run, same
 from torch import Tensor
 
-from dopsd.models.bidirectional import Packed
+from dopsd.models.packed import Packed
 from dopsd.sampler import Decoding
 from dopsd.trajectory import NEVER, Trajectory
 

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dopsd.drift import mean_drifts
 from dopsd.models import add_lora
-from dopsd.models.bidirectional import BidirectionalModel, Packed, eager, positions_of
+from dopsd.models.bidirectional import BidirectionalModel, eager, positions_of
 from dopsd.models.llada import LLaDABlock, LLaDAModelLM
+from dopsd.models.packed import Packed
 from dopsd.objective import Objective, StepOutput
 from dopsd.rollout import Rollout
 from dopsd.step_batch import Example, PackedInputs, Reuse, StepBatch, collate, step_batches

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from dopsd.models.fused import fused
+from dopsd.models.packed import KVCache, Packed
 from dopsd.models.parts import Parts, RMSNorm
 from dopsd_kernels import prefix_attention
 
@@ -123,67 +124,6 @@ def rows_of(mask: Tensor | None, read: Tensor | None) -> Tensor | None:
     if mask is None or read is None or mask.shape[2] == 1:
         return mask
     return mask.expand(len(read), -1, -1, -1).gather(2, read[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))
-
-
-class Packed(NamedTuple):
-    """N sequences that compute T tokens each, and take all other keys and values from one of G anchors.
-
-    Args:
-        input_ids: (N, T) int64, the tokens that are computed.
-        start: (N,) int64, the column of its anchor where each one's tokens stand: token j is at column start + j.
-        slot: (N,) int64, ``slots`` times each one's anchor plus its number among that anchor's sequences.
-        slots: of each anchor, the most sequences that one has.
-        prefix_mask: (G, W) bool, which of an anchor's first W columns its sequences attend to.
-        own_mask: (N, T) bool, False at tokens that nothing attends to; None: there are none.
-        causal: whether of the columns that ``prefix_mask`` says only those before the tokens are attended to.
-    """
-
-    input_ids: Tensor
-    start: Tensor
-    slot: Tensor
-    slots: int
-    prefix_mask: Tensor
-    own_mask: Tensor | None = None
-    causal: bool = False
-
-    @property
-    def anchor(self) -> Tensor:
-        """(N,) int64, each one's anchor."""
-        return self.slot // self.slots
-
-    @staticmethod
-    def assign_slots(anchor: Tensor) -> tuple[Tensor, int]:
-        """``slot`` and ``slots`` of sequences whose anchors are ``anchor`` (N,); waits for a GPU."""
-        number = (anchor[:, None] == anchor).tril(-1).sum(-1)  # among those of the same anchor
-        slots = int(number.max()) + 1 if len(number) else 1
-        return anchor * slots + number, slots
-
-    @staticmethod
-    def prefix(start: Tensor, length: int, width: int, attention_mask: Tensor | None) -> Tensor:
-        """``prefix_mask`` (G, ``width``): the anchors' columns but for ``length`` from ``start`` (G,), and padding."""
-        column = torch.arange(width, device=start.device)
-        seen = (column < start[:, None]) | (column >= start[:, None] + length)
-        return seen if attention_mask is None else seen & attention_mask[:, :width]
-
-    def columns(self) -> Tensor:
-        """(N, T) int64, where the tokens stand in their anchors."""
-        own = torch.arange(self.input_ids.shape[1], device=self.start.device)
-        return self.start[:, None] + own
-
-
-class KVCache(NamedTuple):
-    """What G sequences computed, for others to reuse.
-
-    Args:
-        layers: of each layer the keys and values (G, H_kv, W, D) of the first W columns.
-        attention_mask: (G, T') bool, False at padding; None when nothing is padded.
-        before: (G, 1, d) the states before the columns where the others' tokens begin, or (G * slots, 1, d), that of
-            each slot, where these begin at different ones; None without a shift.
-    """
-
-    layers: list[tuple[Tensor, Tensor]]
-    attention_mask: Tensor | None
-    before: Tensor | None
 
 
 class BidirectionalLayer(GradientCheckpointingLayer):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from dopsd.models.bidirectional import BidirectionalModel, KVCache
+from dopsd.models.bidirectional import BidirectionalModel
+from dopsd.models.packed import KVCache
 
 
 class BlockCausalModel(BidirectionalModel):
