@@ -23,11 +23,17 @@ from dopsd.step_batch import Reuse
 Command = Callable[..., tuple[int, str, str]]
 SMALL: dict[str, Any] = {
     **{"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4},
-    **{"vocab_size": 64, "num_key_value_heads": 2, "mask_token_id": 1, "max_position_embeddings": 512},
+    **{
+        "vocab_size": 64,
+        "num_key_value_heads": 2,
+        "mask_token_id": 1,
+        "max_position_embeddings": 512,
+        "dtype": "float32",
+    },
 }
 OPTIONS = [
     *("--block_length", "8", "--gen_length", "32", "--steps", "16", "--prompt_length", "37"),
-    *("--lora_r", "8", "--lora_dropout", "0", "--bf16", "false", "--cache", "block"),
+    *("--lora_r", "8", "--lora_dropout", "0", "--bf16", "false", "--dtype", "float32", "--cache", "block"),
 ]
 
 

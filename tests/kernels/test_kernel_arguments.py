@@ -272,12 +272,15 @@ def test_the_module_refuses_options_at_once(name, value):
 def test_the_public_names():
     assert sorted(dopsd_kernels.__all__) == [
         "ConfidenceOutput",
+        "LoraLinear",
         "StepKLLoss",
         "StepKLOutput",
         "TokenLogprob",
         "fused_confidence",
         "fused_step_kl",
         "fused_token_logprob",
+        "lora_linears",
+        "lora_swiglu",
         "prefix_attention",
         "step_kl_from_logits",
         "step_mean_weights",
