@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..common.backends import choose_backend
 from ..common.philox import philox
@@ -87,6 +88,8 @@ def drop(
     """Dropout with the mask that `LoraLinear` defines; linear, and its own transpose. A total is added, in place."""
     if (kernels := _kernels(x, total)) is not None:
         return kernels.drop(x, probability, seed, total)
+    if isinstance(x, FakeTensor):  # shapes alone: what a kernel writes, and not the words of PyTorch's way on a CPU
+        return x.clone() if total is None else total.add_(x)
     dropped = (x * _kept(x.numel(), probability, seed, x.device).view(x.shape)).mul_(1 / (1 - probability))
     return dropped if total is None else total.add_(dropped)
 
