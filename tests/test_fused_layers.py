@@ -277,7 +277,7 @@ def test_compiled_layers_share_their_graphs() -> None:
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    model = llada(n_layers=3)
+    model = llada()
     student = adapted(model)
     expected = results(student, model)
     compile_layers(model, "eager", None)
@@ -286,7 +286,7 @@ def test_compiled_layers_share_their_graphs() -> None:
         assert float((got - want).norm()) <= 1e-10 * float(want.norm())
     assert counters["stats"]["unique_graphs"] == 2  # the last layer reads some positions
     graphs = []
-    for size in (4, 5, 7, 8):
+    for size in (4, 7):
         model.hidden_states(IDS[:, :size], MASK[:, :size], READ.clamp_max(size - 1)).sum().backward()
         graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1

@@ -1,6 +1,7 @@
 """Every kernel compiles for a GPU of each vendor as `python -m benchmarks.compile_table` wants it, without a GPU.
 
-In all shipped configurations for one architecture, and in one for the other; that command does all of them, in minutes.
+In each shipped configuration for one architecture, and in one for the other; that command does all dtypes and variants,
+in minutes.
 """
 
 import ast
@@ -33,6 +34,8 @@ def work(arch):
     calls = everything(arch)
     if arch == {SAMPLED!r}:
         return list({{call[1]: call for call in calls}}.values())  # one an entry
+    if arch == {WHOLE!r}:
+        return list({{(call[1], str(call[2])): call for call in calls}}.values())  # one a configuration
     if arch == "sm_80":
         _, entry, config, label = calls[0]
         return [(arch, entry, {{**config, **more}}, label) for more in ({{}}, {{"num_stages": 20}}, {{"BLOCK_N": 256}})]
