@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_published_configs import DREAM
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -222,34 +223,10 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 # The published config.json of Dream-v0-Instruct-7B, but for its sizes.
 PUBLISHED: dict[str, Any] = {
-    "architectures": ["DreamModel"],
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-    "bos_token_id": 3,
-    "eos_token_id": 3,
-    "hidden_act": "silu",
-    "hidden_size": WIDTH,
-    "initializer_range": 0.02,
-    "intermediate_size": 41,
+    **DREAM,
+    **{"hidden_size": WIDTH, "intermediate_size": 41, "num_attention_heads": 4, "num_key_value_heads": 2},
+    **{"num_hidden_layers": 2, "vocab_size": 10, "bos_token_id": 3, "eos_token_id": 3, "pad_token_id": 3},
     "mask_token_id": 6,
-    "max_position_embeddings": 131072,
-    "max_window_layers": 28,
-    "model_type": "Dream",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 3,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.2",
-    "use_cache": True,
-    "use_mrope": False,
-    "use_sliding_window": False,
-    "vocab_size": 10,
 }
 
 
