@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.case import Case
 from dopsd_kernels import prefix_attention
-
-if TYPE_CHECKING:
-    from benchmarks.ops import Case
 
 
 def tensors(case: Case, device: torch.device) -> tuple[Tensor, ...]:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.case import Case
 from dopsd_kernels.lora_layer import LoraLinear, lora_linears, lora_swiglu, rotary
-
-if TYPE_CHECKING:
-    from benchmarks.ops import Case
 
 SCALE, EPS = 2.0, 1e-5
 # Of a kind of machine: LLaDA-8B's on a GPU.

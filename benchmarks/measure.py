@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.ops import OPS, Case, run
+from benchmarks.case import Case
+from benchmarks.ops import OPS, run
 from benchmarks.results import CLOCKS, DEVICE, Row, query_gpu
 
 _CYCLES = 2e9  # of a GPU in a second, about

@@ -12,7 +12,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import attention, layer
+from benchmarks.case import Case
 from benchmarks.missing import Missing, installed, kernels_instead, no_compiler, no_torch_ce, no_triton, only_on_gpu
-from benchmarks.results import ABOUT, Row, name_of
 from dopsd_kernels import fused_confidence, fused_step_kl, fused_token_logprob, reference
 from dopsd_kernels.common import products
 from dopsd_kernels.step_kl.contracts import StepKLOptions
@@ -41,41 +40,6 @@ ASKED: dict[str, dict[str, Any]] = {
     "top_k=20": {"top_k": 20},
     "sampled": {"temperature": 1.0, "seed": 0},
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """A problem; its fields are the columns that name it, those that its op has no use for 0 or empty."""
-
-    op: str
-    phase: str
-    setting: str = ""  # what is asked of the op
-    rows: int = 0  # N
-    width: int = 0  # d, or of an attention head
-    vocab: int = 0  # V
-    dtype: torch.dtype = torch.float32
-    data: str = "diffuse"  # or "peaked", like a trained model's
-    groups: int = 0  # G
-    sequences: int = 0  # S of each group
-    heads: int = 0
-    length: int = 0  # T tokens of a sequence
-    prefix: int = 0  # P keys that a group shares
-    hidden: int = 0  # width between an MLP's products
-    rank: int = 0  # of adapters
-
-    def __str__(self) -> str:
-        return name_of(self.about())
-
-    def about(self) -> Row:
-        """The columns that name it."""
-        part = {"attention": "attention", "lora_layer": "layer"}.get(self.op, "kernels")
-        columns = {name: getattr(self, name, "") for name in ABOUT[part] if name != "provider"}
-        return {"part": part, **columns, "dtype": str(self.dtype).removeprefix("torch.")}
-
-    def small(self) -> Case:
-        """The same with few enough rows, or groups and heads, for fp64."""
-        few = {"groups": min(self.groups, 1), "heads": min(self.heads, 2)} if self.op == "attention" else {}
-        return replace(self, rows=min(self.rows, 64), **few)
 
 
 class Provider(NamedTuple):

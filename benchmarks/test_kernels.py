@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.case import Case
 from benchmarks.measure import measure_case
-from benchmarks.ops import OPS, Case, cases, providers
+from benchmarks.ops import OPS, cases, providers
 from benchmarks.results import DEVICE
 
 _NOW = [0.0]  # of the clock

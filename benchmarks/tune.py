@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.case import Case
 from benchmarks.measure import Trial, error, timed
-from benchmarks.ops import OPS, Case, cases, run
+from benchmarks.ops import OPS, cases, run
 from benchmarks.results import DEVICE
 from dopsd.files import write_text
 from dopsd_kernels.common import configs

@@ -23,6 +23,18 @@ def products(run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def allocated_peak(run: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's allocator had given out at once, beside those of before, as its profiler sees."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    level = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            peak = max(peak, level)
+    return peak
+
+
 class Memory(TorchDispatchMode):
     """Records the largest storage that any operation creates, and the most that exists at once, in bytes."""
 

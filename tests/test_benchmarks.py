@@ -18,8 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import conftest, gpu, layer, measure, ops, report, results, tune
+from benchmarks.case import Case
 from benchmarks.measure import Trial, Unusable, error, measure_case
-from benchmarks.ops import OPS, Case, Provider, cases, providers
+from benchmarks.ops import OPS, Provider, cases, providers
 from benchmarks.results import Content, Recorder, Row
 
 CPU = torch.device("cpu")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from costs import allocated_peak
 from test_published_configs import CONFIGS
 
 from dopsd.commands import parse_plan
@@ -18,18 +20,12 @@ from dopsd.memory.dry_run import DryProbe, DryRun
 from dopsd.memory.probe import synthetic_trajectory
 from dopsd.models import MODELS, add_lora, checkpoint_activations
 from dopsd.sampler import Decoding
-from dopsd.step_batch import Reuse
+from dopsd.step_batch import Reuse, StepBatch
 
 Command = Callable[..., tuple[int, str, str]]
 SMALL: dict[str, Any] = {
     **{"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4},
-    **{
-        "vocab_size": 64,
-        "num_key_value_heads": 2,
-        "mask_token_id": 1,
-        "max_position_embeddings": 512,
-        "dtype": "float32",
-    },
+    **{"vocab_size": 64, "num_key_value_heads": 2, "mask_token_id": 1, "max_position_embeddings": 512},
 }
 OPTIONS = [
     *("--block_length", "8", "--gen_length", "32", "--steps", "16", "--prompt_length", "37"),
@@ -52,6 +48,11 @@ def written(path: Path, family: str, layers: int) -> dict[str, Any]:
     return fields
 
 
+def forward_and_backward(network: Any, batch: StepBatch) -> None:
+    """Of the student."""
+    batch.student.hidden_states(network, batch.columns[:, :2]).square().sum().backward()
+
+
 def test_the_bytes_are_those_that_a_forward_and_backward_allocates(tmp_path: Path) -> None:
     """On shapes alone, against the allocations that the profiler sees in a real pass, which with the exact reuse has
     the scores of prefix attention besides: on a GPU its kernels have none."""
@@ -68,13 +69,7 @@ def test_the_bytes_are_those_that_a_forward_and_backward_allocates(tmp_path: Pat
         batch = run.batch(reuse, 32)
         for parameter in network.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        with torch.profiler.profile(profile_memory=True) as profile:
-            batch.student.hidden_states(network, batch.columns[:, :2]).square().sum().backward()
-        level = peak = 0
-        for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-            if event.name() == "[memory]":
-                level += event.nbytes()
-                peak = max(peak, level)
+        peak = allocated_peak(partial(forward_and_backward, network, batch))
         counted = run.training(reuse, False).at(batch.student.tokens)
         assert peak > 10 << 20 and low * peak <= counted <= high * peak, (reuse, counted, peak)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from costs import allocated_peak
 
 import dopsd.assets
 from dopsd.commands import parse_plan
@@ -73,13 +74,7 @@ def test_the_bytes_are_those_that_a_forward_and_backward_allocates(checkpointing
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    with torch.profiler.profile(profile_memory=True) as profile:
-        batch.student.hidden_states(network, batch.columns[:, :2]).square().sum().backward()
-    level = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
+    peak = allocated_peak(lambda: batch.student.hidden_states(network, batch.columns[:, :2]).square().sum().backward())
     counted = run.training("none", checkpointing).at(batch.student.tokens)
     assert peak > (20 << 20)
     assert counted == pytest.approx(peak, rel=0.1)
