@@ -84,16 +84,14 @@ class Look:
         clip fraction, and each side's tokens and probabilities, the teacher's first."""
         columns = (self.position, self.chosen, self.kl, self.clip_fraction, *self.teacher, *self.student)
         rows = [[rounded(value) for value in row] for row in zip(*(column.tolist() for column in columns), strict=True)]
-        found = dict.fromkeys(range(len(self.example.steps)), [])
+        found: dict[int, list[Any]] = {}  # a state in which nothing is masked for both has none
         for state, ours in groupby(zip(self.state.tolist(), rows, strict=True), key=lambda pair: pair[0]):
             # What is not finite differs most.
             own = sorted((row for _, row in ours), key=lambda row: (not row[1], -far(row[2])))
             found[state] = sorted(own[: max(POSITIONS, sum(row[1] for row in own))])
         return [
-            {"step": step, "shown": shown.nonzero().flatten().tolist(), "rows": found[state]}
-            for state, (step, shown) in enumerate(
-                zip(self.example.steps.tolist(), self.example.reveal, strict=True)
-            )
+            {"step": step, "shown": shown.nonzero().flatten().tolist(), "rows": found.get(state, [])}
+            for state, (step, shown) in enumerate(zip(self.example.steps.tolist(), self.example.reveal, strict=True))
         ]
 
 
@@ -135,8 +133,9 @@ def look(method: Distillation, example: Example) -> Look:
                 )
             )
             done += len(batch)
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Look(example, *columns[:5], Top(*columns[5:7]), Top(*columns[7:]))
+    *figures, ours, our_share, theirs, their_share = (torch.cat(column) for column in zip(*parts, strict=True))
+    state, position, chosen, kl, clipped = figures
+    return Look(example, state, position, chosen, kl, clipped, Top(ours, our_share), Top(theirs, their_share))
 
 
 def label(token: int, decoder: Decoder) -> str:

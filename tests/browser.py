@@ -1,4 +1,4 @@
-"""A headless Chromium of the system's packages, driven over a pipe: clicks, keys, screenshots, and what it complains of."""
+"""A headless Chromium, driven over a pipe: clicks, keys, screenshots, and what it complains of."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -88,14 +89,17 @@ class Browser:
 
     def look(self, width: int, height: int, *, dark: bool = False) -> None:
         """The size of the window, and the colours that its user likes."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=features)
 
     def click(self, selector: str) -> None:
         """Press and release the mouse on the first element that matches."""
         box = self.run(
-            f"(() => {{ const node = document.querySelector({json.dumps(selector)}); node.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const node = document.querySelector({json.dumps(selector)});"
+            "node.scrollIntoView({block: 'center'});"
             "const box = node.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
@@ -109,9 +113,13 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", **options)
         self.send("Input.dispatchKeyEvent", type="keyUp", **options)
 
-    def screenshot(self, path: Path, whole: bool = False) -> None:
-        """What the window shows, or the whole page, as a PNG."""
-        found = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    def screenshot(self, path: Path, selector: str = "body") -> None:
+        """The first element that matches, as a PNG."""
+        box = self.run(
+            f"(() => {{ const box = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
+            "return {x: box.x, y: box.y + scrollY, width: box.width, height: box.height, scale: 1}; })()"
+        )
+        found = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=box)
         path.write_bytes(base64.b64decode(found["data"]))
 
 
@@ -136,3 +144,15 @@ def browser(folder: Path) -> Iterator[Browser]:
         process.wait(20)
         for end in ours:
             os.close(end)
+
+
+def main(page: str, element: str, picture: str) -> None:
+    """``python tests/browser.py PAGE ELEMENT PICTURE``: a picture for the documents, as wide as they are read."""
+    with TemporaryDirectory() as profile, browser(Path(profile)) as tab:
+        tab.look(1000, 900)
+        tab.open(Path(page))
+        tab.screenshot(Path(picture), element)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -33,7 +33,7 @@ const swatch = (run) => make("span", { class: `swatch run-${run}`, "aria-hidden"
 function drawRuns() {
   at("name").textContent = data.runs.map((run) => run.name).join(" and ");
   data.runs.forEach((run, index) => {
-    const facts = Object.entries(run.facts).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
+    const facts = Object.entries(run.facts).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)));
     const name = several ? [make("h3", {}, swatch(index), ` ${run.name}`)] : [];
     at("runs").append(make("div", {}, ...name, make("dl", {}, ...facts)));
   });
@@ -79,7 +79,7 @@ function drawFigure(figure) {
   const cursor = make("line", { class: "cursor", y1: 0, y2: 100 });
   svg.append(cursor);
   const shown = make("span", {});
-  const name = figure.name + (figure.lines.length ? " (dotted and dashed: held-out, before and after)" : "");
+  const lines = figure.lines.length ? " held-out: dotted before, dashed after" : "";
   const plot = make("div", { class: "plot", click: (event) => {
     const box = svg.getBoundingClientRect();
     at("update").value = span[0] + ((event.clientX - box.left) / box.width) * (span[1] - span[0]);
@@ -92,7 +92,7 @@ function drawFigure(figure) {
     shown.replaceChildren(...last.flatMap((point, index) =>
       [several ? swatch(index) : "", point ? ` ${number(point[1])} ` : " – "]));
   });
-  return make("figure", { "data-name": figure.name }, make("figcaption", {}, make("b", {}, name), " ", shown), plot);
+  return make("figure", { "data-name": figure.name }, make("figcaption", {}, make("b", {}, figure.name), " ", shown, lines), plot);
 }
 
 function showUpdate() {
@@ -234,7 +234,7 @@ function select(item) {
 function panelOf(view, index) {
   const parts = [make("h3", {}, several ? swatch(view.run) : "", ` ${viewName(view)}`),
     make("p", { class: "soft" }, `grade ${number(view.score)}${view.tries > 1 ? `, of ${view.tries} tries` : ""}`)];
-  const response = make("pre", { tabindex: "0", "aria-label": `Response, ${viewName(view)}` }, view.response);
+  const response = make("pre", { tabindex: "0", role: "region", "aria-label": `Response, ${viewName(view)}` }, view.response);
   if (!view.sample) {
     return { node: make("div", { class: "view" }, ...parts, response, make("p", { class: "soft" }, "Its steps were not kept.")),
       draw: () => {} };

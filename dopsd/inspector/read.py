@@ -158,7 +158,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
 def read_held_out(path: Path, kept: Path, moment: str) -> list[View]:
     """The held-out responses in ``path``, the first ones with what is ``kept`` of their trajectories."""
     with reading(path):
-        outcomes = next(iter(json.loads(path.read_text())["tokens_per_step"].values()))
+        outcomes, *_ = json.loads(path.read_text())["tokens_per_step"].values()  # the run's own rate comes first
         views = [
             View(
                 moment,
@@ -196,7 +196,8 @@ def view_of_sample(moment: str, key: str, kept: Mapping[str, Any], texts: Mappin
         rows = []
         for position, chosen, kl, clipped, *sides in state["rows"]:
             teacher, teacher_probability, student, student_probability = sides
-            tokens[position]  # noqa: B018 - an IndexError is an error of the file
+            if not 0 <= position < len(tokens):
+                raise IndexError(f"position {position} of {len(tokens)}")
             both = [*map(text, teacher)], teacher_probability, [*map(text, student)], student_probability
             rows.append([position, chosen, kl, clipped, *both])
         states.append({"step": int(state["step"]), "shown": state["shown"], "rows": rows})
