@@ -119,7 +119,7 @@ def test_what_is_kept_of_updates(make_trainer: Callable[..., Trainer], random_mo
     """Of four updates two, spread over the run, each with a trajectory that it learnt; a run that goes on has the
     same. Keeping none leaves nothing, and either way the run is the same to the bit."""
     options = ("--model", str(random_model), "--max_steps", "4", "--save_steps", "2", "--lora_dropout", "0.1")
-    options += ("--steps", "6", "--eval_strategy", "no")
+    options += ("--steps", "6", "--eval_strategy", "no", "--pass_k", "1", "--per_device_train_batch_size", "4")
     whole, without = tmp_path / "whole", tmp_path / "without"
     trainer = make_trainer(*options, "--inspect_samples", "2", "--output_dir", str(whole), task=Lottery())
     trainer.train()
