@@ -387,6 +387,11 @@ class TrainingArguments(transformers.TrainingArguments):
     figure_width: Literal["page", "column"] = option(
         "page", "Of pictures on paper: a page's text, or one of its two columns."
     )
+    inspect_samples: int = option(
+        16,
+        "Trajectories kept with figures for python -m dopsd.inspect: of so many held-out problems before and after "
+        "training, and one of so many updates; 0: none.",
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -427,6 +432,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.on_collapse,
             "it goes back to a checkpoint: it needs load_best_model_at_end, and all that a run goes on from in it",
         )
+        must_be(self.inspect_samples >= 0, "inspect_samples", self.inspect_samples, "at least 0")
         accepted = "at least 1, or -1 for num_train_epochs"
         must_be(self.max_steps >= 1 or self.max_steps == -1, "max_steps", self.max_steps, accepted)
         require(

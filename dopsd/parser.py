@@ -244,6 +244,8 @@ class ShortHelp(HelpFormatter):
         super().__init__(prog, max_help_position=39, width=max(120, get_terminal_size().columns) - 2)
 
     def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings:
+            return str(action.metavar)
         known = "|".join(map(str, action.choices or ()))
         kind = getattr(action.type, "__name__", "")
         kind = {"string_to_bool": "true|false", "int": "INT", "float": "FLOAT"}.get(kind, "TEXT" if kind else "")

@@ -28,7 +28,8 @@ CLAIM = {LOCK_FILE, f"{RUN_FILE}.part"}
 
 # Options of training that may differ between a run and its continuation.
 FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "ddp_timeout"}
-FREE |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "figure_width"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"}
+FREE |= {"figure_width", "inspect_samples"}
 
 
 class Start(NamedTuple):

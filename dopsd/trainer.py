@@ -21,9 +21,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from dopsd import checkpoints, files, ranks
+from dopsd import checkpoints, files, look, ranks
 from dopsd.collapse import CollapseGuard
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
+from dopsd.distillation import reveal_seed
 from dopsd.errors import RunError, require
 from dopsd.evaluation.accuracy import mean, standard_error
 from dopsd.memory.keeper import MemoryKeeper
@@ -181,7 +182,26 @@ class Trainer(transformers.Trainer):
             self.note(len(rows), **self.method.figures(rollouts), accepted=len(examples) / len(rows))
             counts = {"rollouts": sum(rollout.decoded for rollout in rollouts), "decode_tokens": decoded}
             self.note(1, **counts, rollout_seconds=time.monotonic() - start)
+            self.keep_sample(rollouts, seeds)
         return slices
+
+    def keep_sample(self, rollouts: Sequence[Rollout], seeds: Tensor) -> None:
+        """What the inspector has of this batch, if it has something: its first example, or, without one, response.
+
+        Args:
+            rollouts: of the batch.
+            seeds: (N,) int64, of its rows.
+        """
+        count, batches = self.teaching.updates_per_batch, -(-self.state.max_steps // self.teaching.updates_per_batch)
+        before, after = (
+            -(-(self.state.global_step // count + more) * self.args.inspect_samples // batches) for more in (0, 1)
+        )
+        if before < after and self.is_world_process_zero():
+            index = next((i for i, rollout in enumerate(rollouts) if self.teaching.accepts(rollout.score)), 0)
+            seed = reveal_seed(seeds[index * len(seeds) // len(rollouts)])  # a row may have several responses
+            update = self.state.global_step + 1
+            path = Path(self.args.output_dir or ".") / look.FOLDER / f"update-{update}.json"
+            look.keep(path, self.method, [rollouts[index]], [seed], update=update)
 
     def require_finite(self) -> None:
         """Raise RunError unless all that an update changed is finite; looks once at the device."""

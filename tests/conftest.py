@@ -108,6 +108,7 @@ def small_run() -> list[str]:
         "lora_r": 4,
         "bf16": "false",
         "report_to": "none",
+        "inspect_samples": 0,
         "load_best_model_at_end": "false",  # which validates, and saves, what it begins with too
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
