@@ -156,12 +156,13 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         x, *projected = parts.project(x, read)
         query, key, value = (self._heads(part) for part in projected)
         cos, sin = rotary
-        key = parts.rotate(modules.key_norm(key), cos, sin)
+        # Under autocast a norm's weight in fp32 makes heads wider than the values are.
+        key = parts.rotate(modules.key_norm(key), cos, sin).to(value.dtype)
         if read is not None:
             # From here on every position is on its own, so only those that are read need be computed: exact.
             columns = read[:, None, :, None].expand(-1, -1, -1, self.head_dim)
             cos, sin = (table.expand(len(x), -1, -1, -1).gather(2, columns) for table in rotary)
-        query = parts.rotate(modules.query_norm(query), cos, sin)
+        query = parts.rotate(modules.query_norm(query), cos, sin).to(value.dtype)
         if packed is None:
             mixed = self._attend(query, key, value, key_mask)
         else:
