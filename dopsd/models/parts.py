@@ -76,7 +76,8 @@ class Parts(NamedTuple):
         sin: Tensor,  # (B or 1, 1, T, D)
     ) -> Tensor:  # (B, H, T, D)
         """Apply the norm of queries' heads and the rotary embedding."""
-        return rotate(self.query_norm(x), cos, sin)
+        # Under autocast a norm's weight in fp32 makes heads wider than the values are.
+        return rotate(self.query_norm(x), cos, sin).to(x.dtype)
 
     def place_key(
         self,
@@ -85,7 +86,7 @@ class Parts(NamedTuple):
         sin: Tensor,  # (B or 1, 1, T, D)
     ) -> Tensor:  # (B, H_kv, T, D)
         """Apply the norm of keys' heads and the rotary embedding."""
-        return rotate(self.key_norm(x), cos, sin)
+        return rotate(self.key_norm(x), cos, sin).to(x.dtype)
 
     def add_attention(
         self,
