@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median
@@ -11,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from benchmarks import reproduce
 from benchmarks.reproduce import (
     ABLATIONS,
     ANNEALED,
@@ -34,6 +36,7 @@ from benchmarks.reproduce import (
     search,
 )
 from benchmarks.results import Row
+from benchmarks.states import FILE
 from dopsd.evaluation.published import PUBLISHED
 from dopsd.evaluation.settings import revealed
 from dopsd.parser import RECIPES
@@ -415,6 +418,32 @@ def savings() -> str:
     return table(rows)
 
 
+def fewer_states() -> str:
+    """What `benchmarks.states` found."""
+    path = reproduce.FOLDER / FILE
+    if not path.is_file():
+        return "Not run."
+    found: Row = json.loads(path.read_text())
+    rows = [
+        {
+            "states drawn": count,
+            "uniformly": f"{100 * error['uniform']:.0f} %",
+            "by doubt, with importance weights": f"{100 * error['by doubt']:.0f} %",
+        }
+        for count, error in found["errors"].items()
+    ]
+    said = (
+        f"{found['trajectories']} trajectories of {found['states']} states. Divergence and doubt (1 - confidence): "
+        f"rank correlation {found['rank_correlation']:.2f}, linear {found['correlation']:.2f}. The standard error of a "
+        "trajectory's mean divergence, over the mean of all:"
+    )
+    of_step = [
+        {"step": str(step), "mean divergence": f"{divergence:.4f}", "mean confidence": f"{confidence:.2f}"}
+        for step, (divergence, confidence) in enumerate(zip(found["divergence"], found["confidence"], strict=True))
+    ]
+    return f"{said}\n\n{table(rows)}\n{table(of_step)}"
+
+
 def missing() -> str:
     """Which runs there are not, and how the others were made."""
     everything = {cell: record(cell) for cell in cells(sorted(TABLES), SEEDS)}
@@ -433,5 +462,6 @@ def missing() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (gain, methods, rates, costs, toy, ablations, stability, savings, annealed, causal, missing)
+    f.__name__: f
+    for f in (gain, methods, rates, costs, toy, ablations, stability, savings, fewer_states, annealed, causal, missing)
 }

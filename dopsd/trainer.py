@@ -182,7 +182,8 @@ class Trainer(transformers.Trainer):
             self.note(len(rows), **self.method.figures(rollouts), accepted=len(examples) / len(rows))
             counts = {"rollouts": sum(rollout.decoded for rollout in rollouts), "decode_tokens": decoded}
             self.note(1, **counts, rollout_seconds=time.monotonic() - start)
-            self.keep_sample(rollouts, seeds)
+            if self.args.inspect_samples:
+                self.keep_sample(rollouts, seeds)
         return slices
 
     def keep_sample(self, rollouts: Sequence[Rollout], seeds: Tensor) -> None:
