@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from dopsd import collapse
+from dopsd import collapse, sharding
 from dopsd.checkpoints import number
 from dopsd.distillation import Distillation
 from dopsd.evaluation.accuracy import difference, summary
@@ -39,9 +39,9 @@ CURVES, TRAJECTORY = PICTURES = ("curves.png", "trajectory.png")
 def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any) -> dict[str, Any]:
     """Every option of a run, by group."""
     groups = {"model": model, "task": task, "rollout": rollouts, "teaching": teaching}
-    return json.loads(
-        json.dumps({**{name: asdict(group) for name, group in groups.items()}, "training": args.to_dict()}, default=str)
-    )
+    options = {name: asdict(group) for name, group in groups.items()}
+    options["training"] = {**args.to_dict(), "processes": args.world_size}
+    return json.loads(json.dumps(options, default=str))
 
 
 class Metrics(TrainerCallback):
@@ -69,10 +69,11 @@ def write_metrics(log: Sequence[Mapping[str, Any]], path: Path) -> None:
 def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
     """Log what is about to run."""
     if trainer.is_world_process_zero():
-        total = sum(p.numel() for p in trainer.student.parameters())
+        total, held = sharding.held(trainer.student)
+        here = "" if held == total else f", {held:,} of them on this process"
         trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
         log.info(
-            f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters, {trained:,} trained, "
+            f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters{here}, {trained:,} trained, "
             f"by {config['teaching']['method']} on {trainer.args.device}; {trainer.args.max_steps} updates of "
             f"{trainer.args.train_batch_size * trainer.args.world_size} prompts; {problems} held-out problems; "
             f"writing to {trainer.args.output_dir}"
@@ -115,9 +116,10 @@ def held_out(
         rate: trainer.decode_rows(rows, decoding, f"held out, {moment}, {rate} tokens a step")
         for rate, decoding in decodings.items()
     }
+    if moment == "before" and TRAJECTORY not in left_out(trainer):
+        with trainer.method.free_passes():
+            on_first_process(lambda: draw_trajectory(trainer, next(iter(results.values())), output / TRAJECTORY))
     if trainer.is_world_process_zero():
-        if moment == "before" and TRAJECTORY not in left_out(trainer):
-            draw_trajectory(trainer, next(iter(results.values())), output / TRAJECTORY)
         eos_id = trainer.method.decoder.eos_id
         responses = {rate: [one.outcome(eos_id) for one in ones] for rate, ones in results.items()}
         write_json(path, {"adapter_sha256": adapter, "tokens_per_step": responses})
@@ -146,7 +148,7 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
     step_kl = []
     done = 0
     distillation.student.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
+    with torch.no_grad():
         for batch in step_batches([example], distillation.states_without_gradient, **distillation.collation()):
             out = objective.forward(decoder.model, distillation.teacher, batch, decoder.mask_id)
             chosen[done : done + len(batch)].scatter_(1, batch.columns.cpu(), out.chosen.cpu())
@@ -184,12 +186,15 @@ def finish(
         }
     )
     missing = left_out(trainer)
+    parameters, held = sharding.held(trainer.student)
     result = {
         **own,
         "eval_problems": len(next(iter(before.values()))),
         "tokens_per_step": rates,
         "adapter_sha256": adapter,
         "updates": trainer.state.global_step,
+        "parameters": parameters,
+        "parameters_per_rank": held,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "collapse": collapse.events(trainer.state.log_history),
         "seconds": round(seconds, 1),

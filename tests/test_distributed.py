@@ -1,23 +1,28 @@
-"""Two processes train as one: the same rows, the same held-out responses, the same adapter."""
+"""Several processes train as one: the same rows, the same held-out responses, the same adapter."""
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_two, two
+from processes import run_all, several
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dopsd import run
 from dopsd.prompt_sampler import PromptSampler
 from dopsd.tasks.sudoku import Sudoku
 
 UPDATES = 4
+# Numbers of processes, and further options.
+SEVERAL = [(3,), (2, "--fsdp", "full_shard")]
 
 # A task that calls the responses to the puzzles named in RIGHT right, whatever they say.
 LISTED = """
@@ -78,50 +83,72 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_give_the_adapter_of_one(
+def test_several_processes_give_the_adapter_of_one(
     small_run: list[str], random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two gloo processes with one prompt each against one process with two: the same global batches into a second
-    epoch, among them one for which one process accepts nothing and one for which none does. It ends in time.
+    """Three gloo processes, and two that share the weights, against one: the same batches of six rows, then of the two
+    that an epoch has left, of which nothing is accepted, then of another epoch. There are fewer micro-batches in the
+    last round than processes.
 
-    SGD, because its step is linear in the gradient, with weight decay, which is to act only where something is
-    accepted; without dropout, which each process draws for itself.
+    AdamW with so large an epsilon that its step is nearly linear in the gradient, which is clipped, and with weight
+    decay, which is to act only where something is accepted. What is dropped depends on the micro-batch, and not on who
+    computes it. Where weights are shared too, a run that one process goes on with ends with that adapter as well.
     """
-    order = list(PromptSampler(rows=6, chunk=2, times=1, seed=42))
-    puzzles = [row["puzzle"] for row in Sudoku().problems("train", 6)]
-    right = " ".join(puzzles[order[place]] for place in (0, 4, 5))
+    order = list(PromptSampler(rows=8, chunk=6, times=1, seed=42))
+    puzzles = [row["puzzle"] for row in Sudoku().problems("train", 8)]
+    right = " ".join(puzzles[order[place]] for place in (0, 3, 4))
     (tmp_path / "listed.py").write_text(LISTED)
-    line = f"--max_steps {UPDATES} --train_problems 6 --optim sgd --learning_rate 0.1 --max_grad_norm 0 "
-    line += "--lora_dropout 0 --lr_scheduler_type constant --eval_problems 3 --validation_problems 3 "
-    line += "--weight_decay 0.1 --seed 42 --eval_strategy steps --eval_steps 2 --use_cpu true --stop_at_eos false"
+    line = f"--max_steps {UPDATES} --train_problems 8 --optim adamw_torch --adam_epsilon 0.01 --learning_rate 0.1 "
+    line += "--lora_dropout 0.1 --lr_scheduler_type constant --eval_problems 4 --validation_problems 4 "
+    line += "--weight_decay 0.1 --seed 42 --eval_strategy steps --eval_steps 2 --use_cpu true --stop_at_eos false "
+    line += "--states_per_forward 8 --max_grad_norm 0.05 --save_steps 2 --save_total_limit 9"
     argv = [*small_run, *line.split(), "--model", str(random_model), "--task", f"{tmp_path / 'listed.py'}:Listed"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    words = ["--ddp_backend", "gloo", "--per_device_train_batch_size", "1", "--output_dir", str(two)]
-    run_two("dopsd.train", [*argv, *words], tmp_path, RIGHT=right)
     monkeypatch.setenv("RIGHT", right)
-    run.main([*argv, "--output_dir", str(one)])
 
-    log = metrics(one)
+    def words(count: int, *more: str) -> list[str]:
+        folder = tmp_path / "-".join([str(count), *more])
+        return [*argv, "--per_device_train_batch_size", str(6 // count), "--output_dir", str(folder), *more]
+
+    run.main(words(1))
+    log, expected = metrics(tmp_path / "1"), load_file(tmp_path / "1" / "adapter_model.safetensors")
     accepted = [row["accepted"] for row in log if "accepted" in row]
-    assert len(accepted) == UPDATES and accepted[:3] == [0.5, 0.0, 1.0]
-    for row, other in zip(log, metrics(two), strict=True):
-        assert row.keys() == other.keys()
-        for name in row.keys() - {"rollout_seconds", "learn_seconds"}:
-            assert other[name] == pytest.approx(row[name], rel=1e-4), name
-    for name in ("held_out_before.json", "held_out_after.json"):
-        responses, theirs = (json.loads((folder / name).read_text())["tokens_per_step"] for folder in (one, two))
-        assert responses == theirs
-        assert {len(each) for each in responses.values()} == {3}
+    assert len(accepted) == UPDATES and accepted[:2] == [0.5, 0.0] and accepted[2] > 0
+    assert any("lora_B" in name and value.abs().max() > 0 for name, value in expected.items())  # B starts at zero
+    for count, *more in SEVERAL:
+        folder = tmp_path / f"printed-{count}{len(more)}"
+        folder.mkdir()
+        run_all("dopsd.train", [*words(count, *more), "--ddp_backend", "gloo"], folder, count, RIGHT=right)
+        output = tmp_path / "-".join([str(count), *more])
+        for row, other in zip(log, metrics(output), strict=True):
+            assert row.keys() == other.keys() - {"wait_seconds"}
+            idle = {"tokens", "forward_tokens"} if more else set()  # those of passes for the others' sake count too
+            for name in row.keys() - {"rollout_seconds", "learn_seconds"} - idle:
+                assert other[name] == pytest.approx(row[name], rel=1e-4), (count, name)
+        for name in ("held_out_before.json", "held_out_after.json"):
+            responses, theirs = (
+                json.loads((folder / name).read_text())["tokens_per_step"] for folder in (tmp_path / "1", output)
+            )
+            assert responses == theirs
+            assert {len(each) for each in responses.values()} == {4}
+        check_adapter(output, expected)
+    report = json.loads((output / "report.json").read_text())
+    alone = json.loads((tmp_path / "1" / "report.json").read_text())
+    assert report["parameters"] == alone["parameters"] == alone["parameters_per_rank"]
+    assert abs(report["parameters_per_rank"] - report["parameters"] / 2) < 0.02 * report["parameters"]  # odd sizes
+    (output / "report.json").unlink()
+    shutil.rmtree(output / "checkpoint-4")
+    run.main([*words(1), "--output_dir", str(output), "--resume_from_checkpoint", "true"])
+    check_adapter(output, expected)
 
-    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+
+def check_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:
+    """It is as ``expected``, but for sums of some thousand fp32 terms in another order, over a few updates."""
+    found = load_file(folder / "adapter_model.safetensors")
     assert expected.keys() == found.keys()
     for name, value in expected.items():
-        if "lora_B" in name:  # starts at zero, so it is the sum of the updates
-            assert value.abs().max() > 0
-        # Sums of some thousand fp32 terms in another order, over a few updates.
         bound = 100 * torch.finfo(torch.float32).eps * float(value.abs().max())
         difference = float((found[name] - value).abs().max())
-        assert difference <= bound, (name, difference, bound)
+        assert difference <= bound, (folder.name, name, difference, bound)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
@@ -138,7 +165,7 @@ def test_a_process_does_not_end_alone(small_run: list[str], random_model: Path, 
         for number, (faults, *_) in enumerate(FAULTS):
             folder = tmp_path / str(number)
             folder.mkdir()
-            started = two("dopsd.train", [*argv, str(folder / "run")], folder, FAULTS=json.dumps(faults))
+            started = several("dopsd.train", [*argv, str(folder / "run")], folder, FAULTS=json.dumps(faults))
             runs.append((folder / "run", stack.enter_context(started)))
         for (run, processes), (faults, statuses, lines) in zip(runs, FAULTS, strict=True):
             for (process, output), status in zip(processes, statuses, strict=True):
