@@ -160,11 +160,14 @@ class Trainer(transformers.Trainer):
             del self.update_metrics[logged:]
 
         figures, loss = self.memory.training(learn, states, self.state.global_step + 1, undo)
-        ranks.add(loss)
+        losses = ranks.gather(float(loss))
+        loss = loss.new_tensor(sum(losses))
         if not is_sharded(self.method.decoder.model):  # whose backward passes do it
             ranks.add_gradients(model)
         if not math.isfinite(loss):
-            raise self.not_finite(f"the loss is {loss.item()} at")
+            where = [str(rank) for rank, one in enumerate(losses) if not math.isfinite(one)]
+            who = f" on process {', '.join(where)} of {len(losses)}" if len(losses) > 1 else ""
+            raise self.not_finite(f"the loss is {loss.item()}{who} at")
         if figures:
             for name, (over, mean_of_rows) in means(figures).items():
                 self.note(over, **{name: mean_of_rows})

@@ -36,15 +36,33 @@ class Listed(Sudoku):
         return float(row["puzzle"] in os.environ["RIGHT"].split())
 """
 
-# A task in grading whose rows the second process sleeps or ends; FAULTS has for each the number of the row.
+# A task in grading whose rows the second process sleeps or ends, or from which on it lacks room or computes wrong;
+# FAULTS has for each the number of the row.
 FAULTY = """
 import json
 import os
+import resource
 import signal
 import time
 
+import torch
+
+from dopsd.distillation import Distillation
 from dopsd.errors import RunError
 from dopsd.tasks.sudoku import Sudoku
+
+
+def spoil(fault):
+    loss = Distillation.loss
+
+    def spoiled(self, batch):
+        Distillation.loss = loss
+        if fault == "memory":
+            raise torch.OutOfMemoryError("all is taken")
+        output = loss(self, batch)
+        return output._replace(loss=output.loss * float("nan"))
+
+    Distillation.loss = spoiled
 
 
 class Faulty(Sudoku):
@@ -58,21 +76,37 @@ class Faulty(Sudoku):
                 time.sleep(8)
             case "raise":
                 raise RunError("this row can't be graded")
+            case "disk":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            case "memory" | "nan" as fault:
+                spoil(fault)
             case str(name):
                 os.kill(os.getpid(), getattr(signal, name))
         return 1.0
 """
-# Faults by the number of the row; a process's rows are two of the held-out ones at each of two rates, then one an
-# update. With each the statuses of the two processes (None: it does not end), and the last line of the first.
+# Options, and faults by the number of the row; a process's rows are two of the held-out ones at each of two rates, then
+# one an update. With each the statuses of the two processes (None: it does not end), and of what the first prints last.
+SHARED = "--fsdp full_shard"
 GONE = "error: nothing has been heard of process 1 of 2 for"
 NOTHING_LEFT = "there is no complete checkpoint in {run}; the same command with --resume_from_checkpoint true goes on"
 ENDED = "process 1 of 2 ended the run:"
-FAULTS: list[tuple[dict[int, str], tuple[int, int | None], list[str]]] = [
+FAULTS: list[tuple[str, dict[int, str], tuple[int, int | None], list[str]]] = [
     # Longer work than a process may be silent for, then silence in the third update.
-    ({1: "sleep", 7: "SIGSTOP"}, (1, None), [GONE, "{run}/checkpoint-2, saved before that, is unharmed"]),
-    ({1: "SIGKILL"}, (1, -signal.SIGKILL), [GONE, NOTHING_LEFT]),
-    ({6: "raise"}, (1, 1), [f"error: {ENDED} this row can't be graded; {{run}}/checkpoint-1, saved before that"]),
-    ({1: "SIGTERM"}, (128 + signal.SIGTERM,) * 2, [f"{ENDED} stopped by SIGTERM; the same command with --resume"]),
+    ("", {1: "sleep", 7: "SIGSTOP"}, (1, None), [GONE, "{run}/checkpoint-2, saved before that, is unharmed"]),
+    ("", {1: "SIGKILL"}, (1, -signal.SIGKILL), [GONE, NOTHING_LEFT]),
+    ("", {6: "raise"}, (1, 1), [f"error: {ENDED} this row can't be graded; {{run}}/checkpoint-1, saved before that"]),
+    ("", {1: "SIGTERM"}, (128 + signal.SIGTERM,) * 2, [f"{ENDED} stopped by SIGTERM; the same command with --resume"]),
+    ("", {5: "disk"}, (1, 1), [f"error: {ENDED} {{run}}/checkpoint-1", "can't be written", NOTHING_LEFT]),
+    # One has no memory left for its micro-batch: where they can, all do with less.
+    ("", {5: "memory"}, (0, 0), ["in {run}: the adapter"]),
+    (
+        SHARED,
+        {5: "memory"},
+        (1, 1),
+        [f"error: {ENDED} out of memory at update 1, with --fsdp; less is taken by", "{run}"],
+    ),
+    (SHARED, {6: "nan"}, (1, 1), ["error: the loss is nan on process 1 of 2 at update 2; {run}/checkpoint-1, saved"]),
+    (SHARED, {6: "SIGKILL"}, (1, -signal.SIGKILL), [GONE, "{run}/checkpoint-1, saved before that, is unharmed"]),
 ]
 
 
@@ -154,20 +188,22 @@ def check_adapter(folder: Path, expected: Mapping[str, Tensor]) -> None:
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
 def test_a_process_does_not_end_alone(small_run: list[str], random_model: Path, tmp_path: Path) -> None:
     """Whatever ends the second of two processes, before training or in an update, ends the first with a sentence that
-    names it and says what is left; what only takes it long does not."""
+    names it and says what is left; what only takes it long, or can be done with less memory, does not."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     argv = [*small_run, "--model", str(random_model), "--task", f"{tmp_path / 'faulty.py'}:Faulty"]
     line = "--max_steps 3 --use_cpu true --ddp_backend gloo --per_device_train_batch_size 1 --ddp_timeout 6 "
+    line += "--states_per_forward 8 "
     line += "--save_strategy steps --save_steps 1 --eval_strategy no --output_dir"
     argv += line.split()
     with ExitStack() as stack:  # all at once, because most of their time they wait
         runs = []
-        for number, (faults, *_) in enumerate(FAULTS):
+        for number, (options, faults, *_) in enumerate(FAULTS):
             folder = tmp_path / str(number)
             folder.mkdir()
-            started = several("dopsd.train", [*argv, str(folder / "run")], folder, FAULTS=json.dumps(faults))
+            words = [*argv, str(folder / "run"), *options.split()]
+            started = several("dopsd.train", words, folder, FAULTS=json.dumps(faults))
             runs.append((folder / "run", stack.enter_context(started)))
-        for (run, processes), (faults, statuses, lines) in zip(runs, FAULTS, strict=True):
+        for (run, processes), (_, faults, statuses, lines) in zip(runs, FAULTS, strict=True):
             for (process, output), status in zip(processes, statuses, strict=True):
                 if status is not None:
                     process.join(60)

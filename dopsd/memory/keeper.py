@@ -99,19 +99,21 @@ class MemoryKeeper:
         That is half a micro-batch, or at one state checkpointing; on all processes, which share the micro-batches out.
 
         Raises:
-            RunError: less can't be taken at ``update``.
+            RunError: less can't be taken at ``update``; or weights are shared, and the others still inside their passes.
         """
+        network = self.method.decoder.model
         while True:
             done = unless_out_of_memory(work)
+            if done is None and is_sharded(network):
+                sizes = self.method.sizes
+                what = f"a --states_per_forward below {min(sizes.states_per_forward, states)}"
+                what += ", --gradient_checkpointing true" * (not sizes.checkpointing)
+                raise RunError(f"out of memory at update {update}, with --fsdp; less is taken by {what}")
             fits = all(gather(done is not None))
             if done is not None and fits:
                 return done
             undo()
-            sizes, network = self.method.sizes, self.method.decoder.model
-            if is_sharded(network):  # the others are still inside their passes
-                raise RunError(
-                    f"out of memory at update {update}, with --fsdp; lower --states_per_forward, or {self.remedies}"
-                )
+            sizes = self.method.sizes
             size = min(sizes.states_per_forward, states)
             if size > 1:
                 self.method.resize(replace(sizes, states_per_forward=size // 2))
