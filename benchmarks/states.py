@@ -107,7 +107,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, console(sentences=False, bars=False):
         trainer, _ = build(*parse_train(recipe="tiny", output_dir=folder, inspect_samples=0))
         rows = trainer.train_dataset[: 2 * trainer.args.train_batch_size]
-        looks = [look(trainer.method, example) for part in trainer.roll_out(rows) for example in part]
+        examples = [example for part in trainer.roll_out(rows) for example in part]
+        with trainer.method.free_passes():
+            looks = [look(trainer.method, example) for example in examples]
     looks = [found for found in looks if len(found.example.steps) > max(COUNTS)]
     summary = summarise(
         [found.state_divergence().double() for found in looks], [confidence(found).double() for found in looks]

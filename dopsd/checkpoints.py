@@ -10,7 +10,7 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,11 @@ MANIFEST = "manifest.json"
 RUN_FILE = "run.json"  # beside checkpoints; its id names the run
 STATE_FILE = "trainer_state.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+PENDING_FILE = "pending.json"  # slices that are still to be trained on
+
+# The files without which some state would silently start anew. What is drawn depends on the seed alone, so the states
+# of generators, which each process saves too, are none of them.
+NEEDED = (ADAPTER_FILE, STATE_FILE, PENDING_FILE, "optimizer.pt", "scheduler.pt")
 
 
 def number(folder: Path) -> int:
@@ -48,19 +53,6 @@ def run_id(output: Path) -> str | None:
         raise RunError(f"{path} is damaged: it is no JSON object with the run's id") from error
 
 
-def pending_name(process: int) -> str:
-    """The file with a process's slices that are still to be trained on."""
-    return f"pending_{process}.json"
-
-
-def needed(processes: int) -> Iterable[str]:
-    """The files without which some state would silently start anew."""
-    yield from (ADAPTER_FILE, STATE_FILE, "optimizer.pt", "scheduler.pt")
-    for process in range(processes):
-        yield pending_name(process)
-        yield "rng_state.pth" if processes == 1 else f"rng_state_{process}.pth"
-
-
 def begin(folder: Path) -> None:
     """An empty folder for a new checkpoint; one of the same update, cut short or gone back from, makes room."""
     if folder.exists():
@@ -78,8 +70,8 @@ def seal(folder: Path) -> None:
     sync(folder.parent)
 
 
-def fault(folder: Path, run: str | None, processes: int) -> str | None:
-    """Why ``processes`` processes of ``run`` can't go on from a checkpoint, in a clause; None: they can."""
+def fault(folder: Path, run: str | None) -> str | None:
+    """Why ``run`` can't go on from a checkpoint, on any number of processes, in a clause; None: it can."""
     if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}, so it was not saved to its end"
     try:
@@ -88,9 +80,9 @@ def fault(folder: Path, run: str | None, processes: int) -> str | None:
         return f"its {MANIFEST} is damaged"
     if manifest.run != run:
         return "it is of another run"
-    for name in needed(processes):
+    for name in NEEDED:
         if name not in manifest.files:
-            return f"it was saved without {name}, which a run on {processes} process{'es' * (processes > 1)} needs"
+            return f"it was saved without {name}"
     return altered(folder, manifest.files)
 
 
@@ -124,7 +116,7 @@ def altered(folder: Path, files: Mapping[str, tuple[int, str]]) -> str | None:
     return None
 
 
-def newest(output: Path, processes: int) -> Path | None:
+def newest(output: Path) -> Path | None:
     """The newest checkpoint that is complete; says which it skips and why. None: none was ever saved to its end.
 
     Raises:
@@ -133,7 +125,7 @@ def newest(output: Path, processes: int) -> Path | None:
     run = run_id(output)
     faults: dict[str, str] = {}
     for folder in folders(output):
-        why = fault(folder, run, processes)
+        why = fault(folder, run)
         if why is None:
             for name, reason in faults.items():
                 log.warning("%s is skipped: %s", name, reason)
@@ -147,10 +139,10 @@ def newest(output: Path, processes: int) -> Path | None:
     return None
 
 
-def unharmed(output: Path, processes: int) -> str:
+def unharmed(output: Path) -> str:
     """What is left, checked just now, for the sentence with which a run ends that can't go on."""
     run = run_id(output)
-    left = next((folder for folder in folders(output) if fault(folder, run, processes) is None), None)
+    left = next((folder for folder in folders(output) if fault(folder, run) is None), None)
     if left is None:
         return f"there is no complete checkpoint in {output}"
     return f"{left}, saved before that, is unharmed, and its adapter can be used"

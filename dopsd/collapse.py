@@ -237,15 +237,15 @@ class CollapseGuard(TrainerCallback):
 
     def fault(self, best: Path) -> str | None:
         """Why a checkpoint can't be gone back to."""
-        return checkpoints.fault(best, checkpoints.run_id(best.parent), self.trainer.args.world_size)
+        return checkpoints.fault(best, checkpoints.run_id(best.parent))
 
     def roll_back(self, best: Path) -> None:
         """Adapters and optimiser as they were in ``best``; the schedule goes on, at half its learning rates."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         scheduler: Any = trainer.lr_scheduler
         optimizer: Any = trainer.optimizer
         schedule, rates = scheduler.state_dict(), [group["lr"] / 2 for group in optimizer.param_groups]
-        transformers.Trainer._load_from_checkpoint(trainer, str(best))  # without its pending slices
+        trainer.load_adapters(str(best))  # without its pending slices
         trainer._load_optimizer_and_scheduler(str(best))
         scheduler.load_state_dict(schedule)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):

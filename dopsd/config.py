@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -47,6 +48,9 @@ OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     **dict.fromkeys(["ratio_clip", "kl_weight"], ("diffu_grpo",)),
     **dict.fromkeys(["elbo_draws", "preference_beta", "sft_weight"], ("vrpo",)),
 }
+
+# What --fsdp takes.
+SHARDED = "full_shard"
 
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
@@ -375,6 +379,10 @@ class TrainingArguments(transformers.TrainingArguments):
     load_best_model_at_end: bool | None = option(  # type: ignore[assignment]
         None, "Leave the best adapter by validation, not the last; none: where checkpoints are saved at evaluations."
     )
+    fsdp: str | None = option(
+        None,
+        "full_shard: the processes share weights, gradients and optimiser state; none: each has all of them.",
+    )
     on_collapse: Literal["stop", "rollback", "ignore"] = option(
         "stop",
         "What is done when validation or first-try accuracy falls far below its best: end the run there, with the best "
@@ -405,6 +413,13 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in ("save_steps", "eval_steps", "logging_steps"):
             given = getattr(self, name)
             must_be(given is None or float(given) > 0, name, given, "positive: updates, or below 1 a share of all")
+        must_be(self.fsdp in (None, SHARDED), "fsdp", self.fsdp, f"{SHARDED}, or none")
+        for name, given in {"fsdp_config": self.fsdp_config, "deepspeed": self.deepspeed}.items():
+            require(not given, name, given, f"--fsdp {SHARDED} is how processes share weights here")
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            given = os.environ.get(name, "false")
+            hint = f"launch without it: --fsdp {SHARDED} is how processes share weights here"
+            require(given.lower() != "true", name, given, hint)
         must_be(self.ddp_timeout >= ranks.LOST, "ddp_timeout", self.ddp_timeout, f"at least {ranks.LOST:g} seconds")
         # transformers takes bf16 on a machine without an accelerator for a mistake unless this is said.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -442,6 +457,10 @@ class TrainingArguments(transformers.TrainingArguments):
             self.gradient_accumulation_steps,
             "an update already accumulates every state of its batch; raise per_device_train_batch_size instead",
         )
+
+    def _process_fsdp_args(self) -> None:
+        """Nothing of accelerate's: it knows no FSDP on a CPU, where that of :mod:`dopsd.sharding` is the same."""
+        self.fsdp_config = {}
 
     def saves_evaluations(self) -> bool:
         """Whether each checkpoint is saved at an evaluation, so that the best can be told."""

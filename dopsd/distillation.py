@@ -117,7 +117,7 @@ class Distillation(Method[Example, StepBatch]):
 
     def drifts(self, examples: Sequence[Example], samples: int, seed: int) -> Tensor:
         """(len(examples),) fp32 on the CPU: see :func:`~dopsd.drift.mean_drifts`; there is at least one example."""
-        with self.accelerator.autocast():
+        with self.free_passes():
             return mean_drifts(
                 self.objective,
                 self.decoder.model,

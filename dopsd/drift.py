@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dopsd.objective import Objective
+from dopsd.ranks import spread
 from dopsd.seeds import mix_seeds
 from dopsd.step_batch import Example, collate
 from dopsd.teacher import TeacherWeights
@@ -44,10 +45,11 @@ def mean_drifts(
         generator = torch.Generator().manual_seed(int(mix_seeds(seed, number)))
         chosen = torch.randperm(len(example.steps), generator=generator)[:samples]
         index += [(number, step) for step in chosen.tolist()]
-    drifts = []
-    for start in range(0, len(index), size):
-        part = index[start : start + size]
+
+    def drift(part: list[tuple[int, int]]) -> Tensor:
         exact, reused = (collate(examples, part, reuse=reuse, **options) for reuse in ("none", objective.reuse))
-        drifts.append(objective.drift(model, teacher, exact, reused, options["mask_id"]).float().cpu())
+        return objective.drift(model, teacher, exact, reused, options["mask_id"]).float().cpu()
+
+    drifts = spread((index[start : start + size] for start in range(0, len(index), size)), drift)
     example_of = torch.tensor([number for number, _ in index])
     return torch.zeros(len(examples)).index_add_(0, example_of, torch.cat(drifts)) / example_of.bincount()

@@ -108,11 +108,14 @@ def far(value: float) -> float:
 
 
 def look(method: Distillation, example: Example) -> Look:
-    """How student and teacher, as they are now, see an example, which has at least one state."""
+    """How student and teacher, as they are now, see an example, which has at least one state.
+
+    Called inside of the method's :meth:`~dopsd.method.Method.free_passes`.
+    """
     objective, decoder, done = method.objective, method.decoder, 0
     network, weight = decoder.model, decoder.model.lm_head_weight.detach()
     parts: list[tuple[Tensor, ...]] = []
-    with inference(method.student), method.accelerator.autocast():
+    with inference(method.student):
         for batch in step_batches([example], method.states_without_gradient, **method.collation()):
             with method.teacher.active():
                 block = batch.teacher.hidden_states(network, batch.columns)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -23,7 +25,10 @@ from dopsd.errors import require
 from dopsd.metrics import of_rollouts
 from dopsd.models import checkpoint_activations, device_of
 from dopsd.models.bidirectional import DiffusionModel
+from dopsd.ranks import turns
 from dopsd.rollout import Decoder, Rollout
+from dopsd.seeds import DROPOUT, mix_seeds
+from dopsd.sharding import gathered, is_sharded
 from dopsd.tasks import Row
 from dopsd.teacher import TeacherWeights
 
@@ -197,6 +202,15 @@ class Method(ABC, Generic[E, B]):
 
     # ---- what all methods share ----
 
+    @contextmanager
+    def free_passes(self) -> Iterator[None]:
+        """Inside, each process may make any number of passes without a gradient, in the precision of training.
+
+        All processes enter it.
+        """
+        with gathered(self.decoder.model), self.accelerator.autocast():
+            yield
+
     def resize(self, sizes: Sizes) -> None:
         """Compute with these sizes from now on."""
         network = self.decoder.model
@@ -216,18 +230,32 @@ class Method(ABC, Generic[E, B]):
         return min(self.sizes.states_per_forward, self.sizes.sequences_per_forward)
 
     def backward(
-        self, batches: Iterable[B], size: float, *, on_batch: Callable[[int], object] | None = None
+        self,
+        batches: Iterable[B],
+        size: float,
+        seed: Tensor | int,  # () int64
+        *,
+        on_batch: Callable[[int], object] | None = None,
     ) -> tuple[list[Mapping[str, Tensor]], Tensor]:  # each batch's figures; loss
         """Forward and backward over ``batches``, whose examples are part of an update of this ``size``.
 
-        ``on_batch`` is told of each finished batch's states.
+        Args:
+            batches: the same on all processes, which take them in turn.
+            size: what the sum of all losses is divided by.
+            seed: of what passes draw, such as inputs that are dropped: mixed with the number of the batch, so that it
+                does not depend on the processes.
+            on_batch: told of each finished batch's states.
         """
         self.student.train()
         figures, loss = [], torch.zeros((), device=self.accelerator.device)
-        for batch in batches:
+        network = self.decoder.model
+        for number, batch, mine in turns(batches, everyone=is_sharded(network)):
+            torch.manual_seed(int(mix_seeds(seed, DROPOUT, number)))
             with self.accelerator.autocast():
-                output = self.loss(batch)
-            self.accelerator.backward(output.loss / size)
+                output = network.compute(partial(self.loss, batch))
+            self.accelerator.backward(output.loss / size if mine else 0 * output.loss)
+            if not mine:  # others need this process in their passes
+                continue
             loss = loss + output.loss.detach() / size
             figures.append(output.figures)
             if on_batch is not None:

@@ -19,8 +19,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from itertools import islice
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from dopsd.errors import Interrupted, RunError, ending
+from dopsd.out_of_memory import unless_out_of_memory
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 BEAT = 0.5  # seconds
@@ -44,6 +46,7 @@ HURRY = 20.0
 # By so much the group's own timeout is longer than the silence that ends a run, so that it ends with a sentence.
 MARGIN = timedelta(seconds=60)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -90,6 +93,7 @@ class Ranks:
         self.said, self.over = threading.Event(), threading.Event()  # that end is said; the threads are to stop
         self.closing = threading.Lock()  # of the thread that ends this process
         self.meetings = 0
+        self.waited = 0.0  # seconds that this process had nothing to do but wait for others
 
     def __enter__(self) -> Ranks:
         global _ranks
@@ -226,7 +230,8 @@ class Ranks:
 
     def meet(self) -> None:
         """Wait until all are here, however long that takes them. Python's signal handlers run meanwhile."""
-        number = self.meetings = self.meetings + 1
+        number, start = self.meetings + 1, time.monotonic()
+        self.meetings = number
         met, pause = f"met {number}", 0.001
         if self.store.add(f"here {number}", 1) == self.world:
             self.store.set(met, "")
@@ -236,6 +241,7 @@ class Ranks:
         while not self.store.check([met]):
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
+        self.waited += time.monotonic() - start
 
 
 _ranks: Ranks | None = None  # where this process is among others
@@ -267,6 +273,54 @@ def gather(thing: T) -> list[T]:
     things: list[Any] = [None] * world
     torch.distributed.all_gather_object(things, thing)
     return things
+
+
+def turns(things: Iterable[T], everyone: bool) -> Iterator[tuple[int, T, bool]]:
+    """This process's of ``things``, which are the same on all and which they take in turn.
+
+    Args:
+        things: anything, as many as there are.
+        everyone: whether all processes take part in each round. Those for which the last has nothing left then get
+            its first thing as well.
+
+    Yields:
+        The number of a thing, the thing, and whether it is this process's.
+    """
+    state = PartialState()
+    numbered = enumerate(things)
+    while group := list(islice(numbered, state.num_processes)):
+        mine = state.process_index < len(group)
+        if mine or everyone:
+            yield *group[state.process_index if mine else 0], mine
+
+
+def mine(things: Any) -> Any:
+    """This process's of a sequence or tensor of ``things`` that are the same on all, and which they take in turn."""
+    state = PartialState()
+    return things[state.process_index :: state.num_processes]
+
+
+def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
+    """What the processes have made of the things that they took in turn, in the order of the things."""
+    return [parts[number % len(parts)][number // len(parts)] for number in range(sum(map(len, parts)))]
+
+
+def spread(things: Iterable[S], compute: Callable[[S], T]) -> list[T]:
+    """``compute`` of each of ``things``, which are the same on all processes, in order; each computes its share.
+
+    Raises:
+        OutOfMemoryError: on all processes, if one had not enough memory for its share.
+    """
+    parts = gather(unless_out_of_memory(lambda: [compute(thing) for _, thing, _ in turns(things, False)]))
+    short = ", ".join(str(rank) for rank, part in enumerate(parts) if part is None)
+    if short:
+        raise torch.OutOfMemoryError(f"out of memory on process {short}")
+    return interleaved([part for part in parts if part is not None])
+
+
+def waited() -> float:
+    """Seconds that this process has waited for others to meet it, since the run began."""
+    return 0.0 if _ranks is None else _ranks.waited
 
 
 def add(*tensors: Tensor) -> None:

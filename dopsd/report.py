@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from dopsd import collapse
+from dopsd import collapse, sharding
 from dopsd.checkpoints import number
 from dopsd.distillation import Distillation
 from dopsd.evaluation.accuracy import difference, summary
@@ -39,9 +39,9 @@ CURVES, TRAJECTORY = PICTURES = ("curves.png", "trajectory.png")
 def configuration(model: Any, task: Any, rollouts: Any, teaching: Any, args: Any) -> dict[str, Any]:
     """Every option of a run, by group."""
     groups = {"model": model, "task": task, "rollout": rollouts, "teaching": teaching}
-    return json.loads(
-        json.dumps({**{name: asdict(group) for name, group in groups.items()}, "training": args.to_dict()}, default=str)
-    )
+    options = {name: asdict(group) for name, group in groups.items()}
+    options["training"] = {**args.to_dict(), "processes": args.world_size}
+    return json.loads(json.dumps(options, default=str))
 
 
 class Metrics(TrainerCallback):
@@ -69,10 +69,11 @@ def write_metrics(log: Sequence[Mapping[str, Any]], path: Path) -> None:
 def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
     """Log what is about to run."""
     if trainer.is_world_process_zero():
-        total = sum(p.numel() for p in trainer.student.parameters())
+        total, held = sharding.held(trainer.student)
+        here = "" if held == total else f", {held:,} of them on this process"
         trained = sum(p.numel() for p in trainer.student.parameters() if p.requires_grad)
         log.info(
-            f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters, {trained:,} trained, "
+            f"{config['model']['model']} on {config['task']['task']}: {total:,} parameters{here}, {trained:,} trained, "
             f"by {config['teaching']['method']} on {trainer.args.device}; {trainer.args.max_steps} updates of "
             f"{trainer.args.train_batch_size * trainer.args.world_size} prompts; {problems} held-out problems; "
             f"writing to {trainer.args.output_dir}"
@@ -115,12 +116,20 @@ def held_out(
         rate: trainer.decode_rows(rows, decoding, f"held out, {moment}, {rate} tokens a step")
         for rate, decoding in decodings.items()
     }
+    shown = next(iter(results.values()))
+    picture = moment == "before" and TRAJECTORY not in left_out(trainer)
+    sampled = shown[: trainer.args.inspect_samples]
+
+    def look_closer() -> None:
+        if picture:
+            draw_trajectory(trainer, shown, output / TRAJECTORY)
+        if sampled:
+            keep(output / FOLDER / f"{moment}.json", trainer.method, sampled, [trainer.args.seed] * len(sampled))
+
+    if picture or sampled:
+        with trainer.method.free_passes():
+            on_first_process(look_closer)
     if trainer.is_world_process_zero():
-        if moment == "before" and TRAJECTORY not in left_out(trainer):
-            draw_trajectory(trainer, next(iter(results.values())), output / TRAJECTORY)
-        if sampled := next(iter(results.values()))[: trainer.args.inspect_samples]:
-            seeds = [trainer.args.seed] * len(sampled)
-            keep(output / FOLDER / f"{moment}.json", trainer.method, sampled, seeds)
         eos_id = trainer.method.decoder.eos_id
         responses = {rate: [one.outcome(eos_id) for one in ones] for rate, ones in results.items()}
         write_json(path, {"adapter_sha256": adapter, "tokens_per_step": responses})
@@ -184,12 +193,15 @@ def finish(
         }
     )
     missing = left_out(trainer)
+    parameters, held = sharding.held(trainer.student)
     result = {
         **own,
         "eval_problems": len(next(iter(before.values()))),
         "tokens_per_step": rates,
         "adapter_sha256": adapter,
         "updates": trainer.state.global_step,
+        "parameters": parameters,
+        "parameters_per_rank": held,
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "collapse": collapse.events(trainer.state.log_history),
         "seconds": round(seconds, 1),

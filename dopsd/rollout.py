@@ -14,6 +14,7 @@ from torch import Tensor
 from dopsd.errors import RunError
 from dopsd.limits import limited
 from dopsd.prompt_file import PromptFile
+from dopsd.ranks import gather, interleaved, mine
 from dopsd.sampler import Decoding, decode
 from dopsd.seeds import mix_seeds
 from dopsd.tasks import Row, Task
@@ -280,3 +281,31 @@ class Decoder:
                 on_rows(done // k - before // k)
 
         return self.once(repeated, warm, own, on_rows=tell)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedDecoder(Decoder):
+    """A decoder of rows that are the same on all processes: each decodes its share, and all get all responses.
+
+    Args:
+        locally: runs what it is given with the decoder of one process, which decodes at most so many sequences.
+    """
+
+    locally: Callable[[Callable[[Decoder], list[Rollout]], int], list[Rollout]]
+
+    def once(
+        self,
+        rows: Sequence[Row],
+        decoding: Decoding,
+        seeds: Tensor,  # (N,) int64
+        *,
+        hints: Tensor | None = None,  # (N, L) int64
+        on_rows: Callable[[int], object] | None = None,
+        on_step: Callable[[int], object] | None = None,
+    ) -> list[Rollout]:
+        """As :meth:`Decoder.once`; only this process's rows and steps are told of."""
+        own = mine(rows)
+        options: dict[str, Any] = {"hints": None if hints is None else mine(hints)}
+        options |= {"on_rows": on_rows, "on_step": on_step}
+        rollouts = self.locally(lambda decoder: decoder.once(own, decoding, mine(seeds), **options), len(own))
+        return interleaved(gather(rollouts))

@@ -84,7 +84,7 @@ def run(
         config = report.configuration(*groups)
         hub = on_first_process(lambda: model_card.repository(args)) if args.push_to_hub else None
         args.push_to_hub = False  # the Trainer would publish checkpoints
-        with RunFolder(output, config, args.world_size) as folder:
+        with RunFolder(output, config) as folder:
             checkpoint, result = on_first_process(lambda: folder.open(args.resume_from_checkpoint))
             if result is None:
                 trainer, test = build(*groups)
@@ -124,7 +124,7 @@ def run(
 
 def left(args: TrainingArguments, interruption: Interruption) -> str:
     """What a run on several processes leaves, and how it goes on, when one of them is gone."""
-    return f"{checkpoints.unharmed(Path(args.output_dir or '.'), args.world_size)}; {interruption.advice}"
+    return f"{checkpoints.unharmed(Path(args.output_dir or '.'))}; {interruption.advice}"
 
 
 def build(

@@ -26,8 +26,12 @@ REPORT_FILE = "report.json"
 # What a run that was killed while it took the folder can have left.
 CLAIM = {LOCK_FILE, f"{RUN_FILE}.part"}
 
+# The prompts of a batch that a process adds.
+SHARE = "per_device_train_batch_size"
 # Options of training that may differ between a run and its continuation.
 FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "ddp_timeout"}
+# How a batch is shared out, whose size may not differ.
+FREE |= {"processes", SHARE, "fsdp", "ddp_backend"}
 FREE |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"}
 FREE |= {"figure_width", "inspect_samples"}
 
@@ -40,16 +44,15 @@ class Start(NamedTuple):
 
 
 class RunFolder:
-    """``output_dir``, which no other run can have until this one leaves it or dies.
+    """``output_dir``, which no other run can have until this one leaves it or dies; one process opens and claims it.
 
     Args:
         path: where.
         config: every option of the run, by group.
-        processes: how many the run has; one of them opens and claims the folder.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], processes: int) -> None:
-        self.path, self.config, self.processes = path, config, processes
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path, self.config = path, config
         self.lock: int | None = None
 
     def __enter__(self) -> RunFolder:
@@ -73,20 +76,25 @@ class RunFolder:
         require(there, "resume_from_checkpoint", resume, f"{self.path} holds no run to go on with")
         self.hold()
         run = checkpoints.run_id(self.path)
-        for group, options in run_options(self.path / RUN_FILE).items():
+        before = run_options(self.path / RUN_FILE)
+        if "training" in self.config and "training" in before:
+            prompts, theirs = batch(self.config["training"]), batch(before["training"])
+            hint = f"the run in {self.path} has batches of {theirs} prompts over all processes, and not of {prompts}"
+            require(prompts == theirs, SHARE, self.config["training"][SHARE], hint)
+        for group, options in before.items():
             for name, value in options.items() if group in self.config else ():
                 if name not in FREE:
                     given = plain(self.config[group].get(name))
                     require(given == value, name, given, f"the run in {self.path} has {name}={value!r}")
         if resume.lower() != "true":
-            why = checkpoints.fault(Path(resume), run, self.processes)
+            why = checkpoints.fault(Path(resume), run)
             if why is not None:
                 raise RunError(f"resume_from_checkpoint={resume!r} is no complete checkpoint of this run: {why}")
             return Start(resume, None)
         result = finished(self.path)
         if result is not None:
             return Start(None, result)
-        checkpoint = checkpoints.newest(self.path, self.processes)
+        checkpoint = checkpoints.newest(self.path)
         return Start(None if checkpoint is None else str(checkpoint), None)
 
     def claim(self) -> None:
@@ -123,6 +131,11 @@ class RunFolder:
         with writing(self.path / LOCK_FILE):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def batch(training: Mapping[str, Any]) -> int:
+    """The prompts of a batch of all processes."""
+    return int(training[SHARE]) * int(training.get("processes", 1))
 
 
 def finished(output: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 # What a seed is mixed with where it is for something besides decoding a row of a batch.
 EVALUATION = -1  # rows that are decoded once to be graded, not to be trained on
 DRIFT = -2  # states whose drift is measured
+DROPOUT = -3  # what a micro-batch's pass drops
 REMASKING = 1  # which positions random remasking reveals
 REVEAL = 2  # what a teacher is shown of a trajectory
 OWN_FUTURE = 3  # what an evaluation reveals of the model's own answer

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
@@ -31,17 +32,21 @@ from dopsd.memory.keeper import MemoryKeeper
 from dopsd.method import Serialisable, Sizes
 from dopsd.methods import METHODS
 from dopsd.metrics import Figures, TokenCount, combined, means
-from dopsd.models import check_saved, compile_layers, require_layers, save_adapter
+from dopsd.models import adapter_tensors, check_saved, compile_layers, require_layers, restore_adapters, save_adapter
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.pending import Pending
 from dopsd.progress import ProgressBar
 from dopsd.prompt_sampler import PromptSampler
-from dopsd.rollout import Decoder, Rollout, Row
+from dopsd.rollout import Decoder, Rollout, Row, SharedDecoder
 from dopsd.sampler import Decoding, check_decoding
 from dopsd.seeds import EVALUATION, mix_seeds
+from dopsd.sharding import is_sharded, local, shard, share_state, whole_state
 from dopsd.teacher import TeacherWeights
 
 log = logging.getLogger(__name__)
+
+# Those that are known to compute the same on parts of parameters.
+SHARD_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 class Trainer(transformers.Trainer):
@@ -83,8 +88,12 @@ class Trainer(transformers.Trainer):
         kind.check_model(decoder.model, teaching)
         weights = teaching.teacher if kind.has_teacher else "live"
         teacher = TeacherWeights(model, weights, teaching.ema_decay, model_arguments.adapter is not None)
+        if args.fsdp:
+            require_shardable(decoder.model, model_arguments, teaching, args)
+            shard(decoder.model, args.device, args.world_size)
         self.slices: list[list[Serialisable]] = []  # of the current batch, those that are still to be trained on
         self.batch_size = 0.0  # what the losses of the current batch are divided by, over all ranks
+        self.waited = 0.0  # seconds, by the end of the last update
         self.update_metrics: list[Figures] = []  # of this process, since the last log
         super().__init__(
             model=model,
@@ -95,6 +104,9 @@ class Trainer(transformers.Trainer):
             **kwargs,
         )
         require_buildable(self)
+        if args.world_size > 1:
+            # Not in DistributedDataParallel: its hooks would never run, and its buckets are a copy of the gradients.
+            self.accelerator.prepare_model(model, evaluation_mode=True)
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
@@ -130,33 +142,47 @@ class Trainer(transformers.Trainer):
         start, logged = time.monotonic(), len(self.update_metrics)
         states = sum(map(self.method.states, examples))
         seed = mix_seeds(self.args.seed, self.state.global_step)
+        done: list[int] = []  # states of this process's micro-batches
 
         def learn() -> tuple[list[Mapping[str, Tensor]], Tensor]:
             self.count.take()
+            done.clear()
             batches = self.method.batches(examples, seed, self.note)
-            with tqdm(total=states, desc="learn", unit="state", **self.bar.inner()) as bar:
-                return self.method.backward(batches, self.batch_size, on_batch=bar.update)
+            with tqdm(total=states // self.args.world_size, desc="learn", unit="state", **self.bar.inner()) as bar:
+
+                def tell(count: int) -> None:
+                    done.append(count)
+                    bar.update(count)
+
+                return self.method.backward(batches, self.batch_size, seed, on_batch=tell)
 
         def undo() -> None:
             model.zero_grad()  # the slice is done again as a whole
             del self.update_metrics[logged:]
 
         figures, loss = self.memory.training(learn, states, self.state.global_step + 1, undo)
-        ranks.add(loss)
-        ranks.add_gradients(model)
+        losses = ranks.gather(float(loss))
+        loss = loss.new_tensor(sum(losses))
+        if not is_sharded(self.method.decoder.model):  # whose backward passes do it
+            ranks.add_gradients(model)
         if not math.isfinite(loss):
-            raise self.not_finite(f"the loss is {loss.item()} at")
+            where = [str(rank) for rank, one in enumerate(losses) if not math.isfinite(one)]
+            who = f" on process {', '.join(where)} of {len(losses)}" if len(losses) > 1 else ""
+            raise self.not_finite(f"the loss is {loss.item()}{who} at")
         if figures:
             for name, (over, mean_of_rows) in means(figures).items():
                 self.note(over, **{name: mean_of_rows})
             seconds, (tokens, forward_tokens) = time.monotonic() - start, self.count.take()
-            self.note(1, states=states, tokens=tokens, forward_tokens=forward_tokens, learn_seconds=seconds)
+            self.note(1, states=sum(done), tokens=tokens, forward_tokens=forward_tokens, learn_seconds=seconds)
+        if self.args.world_size > 1:
+            self.note(1, wait_seconds=ranks.waited() - self.waited)
+            self.waited = ranks.waited()
         if peaks := self.memory.peaks():
             self.note(1, **peaks)
         return loss
 
     def roll_out(self, indexed_rows: Sequence[tuple[int, Row]]) -> list[list[Serialisable]]:
-        """What each of the next updates trains on, of a batch of rows."""
+        """What each of the next updates trains on, of a batch of rows; both are the same on all processes."""
         start = time.monotonic()
         rows = [row for _, row in indexed_rows]
         indices = torch.tensor([index for index, _ in indexed_rows])
@@ -165,13 +191,13 @@ class Trainer(transformers.Trainer):
         self.count.take()
         rollouts = self.decoded(
             lambda decoder, bar: self.method.rollouts(decoder, rows, seeds, bar.update),
-            total=len(rows),
+            total=len(ranks.mine(rows)),
             desc="roll out",
             unit="prompt",
         )
         decoded = self.count.take()[1]
         examples = self.method.examples(rows, rollouts, seeds)
-        self.batch_size = sum(ranks.gather(self.method.size(examples)))
+        self.batch_size = self.method.size(examples)
         states = sum(map(self.method.states, examples))
         slices = self.memory.training(
             lambda: self.method.slices(examples), states, self.state.global_step + 1, lambda: None
@@ -179,11 +205,12 @@ class Trainer(transformers.Trainer):
         if computed := self.count.take()[1]:
             self.note(1, forward_tokens=computed)
         if rollouts:
+            self.note(1, decode_tokens=decoded, rollout_seconds=time.monotonic() - start)
+        if rollouts and self.is_world_process_zero():  # what all know alike
             self.note(len(rows), **self.method.figures(rollouts), accepted=len(examples) / len(rows))
-            counts = {"rollouts": sum(rollout.decoded for rollout in rollouts), "decode_tokens": decoded}
-            self.note(1, **counts, rollout_seconds=time.monotonic() - start)
-            if self.args.inspect_samples:
-                self.keep_sample(rollouts, seeds)
+            self.note(1, rollouts=sum(rollout.decoded for rollout in rollouts))
+        if rollouts and self.args.inspect_samples:
+            self.keep_sample(rollouts, seeds)
         return slices
 
     def keep_sample(self, rollouts: Sequence[Rollout], seeds: Tensor) -> None:
@@ -197,16 +224,17 @@ class Trainer(transformers.Trainer):
         before, after = (
             -(-(self.state.global_step // count + more) * self.args.inspect_samples // batches) for more in (0, 1)
         )
-        if before < after and self.is_world_process_zero():
+        if before < after:
             index = next((i for i, rollout in enumerate(rollouts) if self.teaching.accepts(rollout.score)), 0)
             seed = reveal_seed(seeds[index * len(seeds) // len(rollouts)])  # a row may have several responses
             update = self.state.global_step + 1
             path = Path(self.args.output_dir or ".") / look.FOLDER / f"update-{update}.json"
-            look.keep(path, self.method, [rollouts[index]], [seed], update=update)
+            with self.method.free_passes():
+                ranks.on_first_process(lambda: look.keep(path, self.method, [rollouts[index]], [seed], update=update))
 
     def require_finite(self) -> None:
         """Raise RunError unless all that an update changed is finite; looks once at the device."""
-        adapters = [parameter for name, parameter in self.student.named_parameters() if ".lora_" in name]
+        adapters = [local(parameter) for name, parameter in self.student.named_parameters() if ".lora_" in name]
         finite = torch.stack([parameter.isfinite().all() for parameter in adapters])
         if not finite.all():
             count = int((~finite).sum())
@@ -214,18 +242,15 @@ class Trainer(transformers.Trainer):
 
     def not_finite(self, what: str) -> RunError:
         """The error with which the update under way ends the run."""
-        left = checkpoints.unharmed(Path(self.args.output_dir or "."), self.args.world_size)
+        left = checkpoints.unharmed(Path(self.args.output_dir or "."))
         help = "A lower learning_rate, clip_form=nonnegative or fp32 may help"
         return RunError(f"{what} update {self.state.global_step + 1}; {left}. {help}")
 
     def decoded(self, decode: Callable[[Decoder, tqdm], list[Rollout]], **bar: Any) -> list[Rollout]:
-        """What ``decode`` makes of the decoder; ``bar`` are the options of the progress bar."""
-
-        def run(decoder: Decoder) -> list[Rollout]:
-            with tqdm(**bar, **self.bar.inner()) as shown, self.accelerator.autocast():
-                return decode(decoder, shown)
-
-        return self.memory.decoding(run, most=bar["total"] * self.rollouts.pass_k)  # all tries at all rows
+        """What ``decode`` makes of a decoder of all processes; ``bar`` are the options of the progress bar."""
+        decoder = SharedDecoder(**vars(self.method.decoder), locally=self.memory.decoding)
+        with tqdm(**bar, **self.bar.inner()) as shown, self.method.free_passes():
+            return decode(decoder, shown)
 
     # ---- evaluation ----
 
@@ -244,19 +269,29 @@ class Trainer(transformers.Trainer):
         return metrics
 
     def decode_rows(self, rows: Sequence[Row], decoding: Decoding, description: str) -> list[Rollout]:
-        """Decode rows once each, shared out among the ranks; every rank gets all of them, in order."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        """Decode rows once each; every process gets all of them, in order."""
         seeds = mix_seeds(self.args.seed, EVALUATION, torch.arange(len(rows)))
-        mine = self.decoded(
-            lambda decoder, bar: decoder.once(rows[rank::world], decoding, seeds[rank::world], on_rows=bar.update),
-            total=len(rows[rank::world]),
+        return self.decoded(
+            lambda decoder, bar: decoder.once(rows, decoding, seeds, on_rows=bar.update),
+            total=len(ranks.mine(rows)),
             desc=description,
             unit="problem",
         )
-        parts = ranks.gather(mine)
-        return [parts[index % world][index // world] for index in range(len(rows))]
 
     # ---- what the Trainer asks for ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of the rows of all processes: which computes what of them is decided where it is computed."""
+        args = self.args
+        loader: DataLoader = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            args.train_batch_size * args.world_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            drop_last=args.dataloader_drop_last,
+        )
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -285,7 +320,7 @@ class Trainer(transformers.Trainer):
             with files.writing(folder):
                 self.fill_checkpoint(folder, model, trial)
         except RunError as error:
-            raise RunError(f"{error}; {checkpoints.unharmed(output, self.args.world_size)}") from error
+            raise RunError(f"{error}; {checkpoints.unharmed(output)}") from error
         if self.is_world_process_zero():
             checkpoints.rotate(folder, self.kept_checkpoints, self.state.best_model_checkpoint)
 
@@ -293,25 +328,41 @@ class Trainer(transformers.Trainer):
         """Write every file of a checkpoint, the manifest last."""
         ranks.on_first_process(lambda: checkpoints.begin(folder))
         folder.mkdir(parents=True, exist_ok=True)  # where processes have no disk in common
-        pending = Pending(self.batch_size, self.slices, self.method.sizes, self.update_metrics)
-        pending.save(folder, self.accelerator.process_index)
+        metrics = list(chain(*ranks.gather(self.update_metrics)))
+        if self.is_world_process_zero():
+            Pending(self.batch_size, self.slices, self.method.sizes, metrics).save(folder)
         super()._save_checkpoint(model, trial)
         ranks.meet()
         ranks.on_first_process(lambda: checkpoints.seal(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        check_saved(self.student, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder, process = Path(resume_from_checkpoint), self.accelerator.process_index
-        pending = Pending.load(folder, process, self.method.example_type)
-        self.batch_size, self.slices, sizes, self.update_metrics = pending
+        self.load_adapters(resume_from_checkpoint)
+        pending = Pending.load(Path(resume_from_checkpoint), self.method.example_type)
+        self.batch_size, self.slices, sizes, metrics = pending
+        self.update_metrics = metrics if self.is_world_process_zero() else []  # one has those of all
         if self.memory.plan is not None and sizes != self.method.sizes:
             log.warning(f"the checkpoint's sizes are kept, and not those planned: {asdict(sizes)}")
         self.method.resize(sizes)  # the same sums, and so the same bits
 
+    def load_adapters(self, checkpoint: str) -> None:
+        """The student's and an averaged teacher's, and nothing else of a checkpoint."""
+        check_saved(self.student, checkpoint)
+        restore_adapters(self.student, checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapters; all processes call it."""
+        tensors = adapter_tensors(self.student)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=tensors)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with whole_state(self.optimizer, self.is_world_process_zero()):
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        share_state(self.optimizer)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with checkpoints.reading(checkpoint):
@@ -319,10 +370,9 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint or "")
-        why = checkpoints.fault(best, checkpoints.run_id(best.parent), self.args.world_size)
+        why = checkpoints.fault(best, checkpoints.run_id(best.parent))
         if why is None:
-            check_saved(self.student, str(best))
-            super()._load_best_model()
+            self.load_adapters(str(best))
         else:
             log.warning(f"{best}, the best by validation, can't be used: {why}; the last adapter is what is left")
             self.state.best_model_checkpoint = None
@@ -342,7 +392,23 @@ class Trainer(transformers.Trainer):
 
     def save_adapter(self, folder: Path) -> str:
         """The student's adapter alone, ready for ``--adapter``; returns the hash of its tensors' file."""
-        return ranks.on_first_process(lambda: save_adapter(self.student, folder, self.base))
+        tensors = adapter_tensors(self.student)
+        return ranks.on_first_process(lambda: save_adapter(self.student, folder, self.base, tensors))
+
+
+def require_shardable(model: Any, model_arguments: ModelArguments, teaching: TeachingArguments, args: Any) -> None:
+    """Raise UsageError unless the processes can share the weights of ``model`` as ``--fsdp`` says."""
+    require_layers(model, "fsdp", args.fsdp, "none")
+    reasons = {
+        "one process has none to share weights with: torchrun or accelerate launch start several": args.world_size > 1,
+        "a quantised layer's weights can't be cut: --quantize none": model_arguments.quantize == "none",
+        "what a process can't compute again alone is not probed: no --memory_budget": teaching.memory_budget is None,
+        "what is compiled does not gather weights: --torch_compile false": not args.torch_compile,
+        "gradients in parts are not scaled for fp16: --bf16 true, or neither": not args.fp16,
+        "of optimisers adamw_torch, adamw_torch_fused and sgd know parts of parameters": args.optim in SHARD_OPTIMIZERS,
+    }
+    for reason, fine in reasons.items():
+        require(fine, "fsdp", args.fsdp, reason)
 
 
 class TeacherFollows(TrainerCallback):

@@ -33,13 +33,15 @@ def start(
 
 
 @contextmanager
-def two(module: str, argv: list[str], folder: Path, **environment: str) -> Iterator[list[tuple[Process, Path]]]:
-    """The same as a launcher starts it on two processes, and what each prints; killed at the end if they still run."""
+def several(
+    module: str, argv: list[str], folder: Path, count: int = 2, **environment: str
+) -> Iterator[list[tuple[Process, Path]]]:
+    """The same as a launcher starts it on ``count`` processes, and what each prints; killed at the end if they run."""
     # The launcher keeps the store by which they meet, so that none takes it along when it leaves.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    outputs = [folder / f"printed by {rank}" for rank in range(2)]
+    environment |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    outputs = [folder / f"printed by {rank}" for rank in range(count)]
     processes = [
         start(module, argv, output, **environment, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank, output in enumerate(outputs)
@@ -51,9 +53,9 @@ def two(module: str, argv: list[str], folder: Path, **environment: str) -> Itera
             process.kill()
 
 
-def run_two(module: str, argv: list[str], folder: Path, **environment: str) -> list[str]:
-    """Two processes to their end, which is to be a good one: what each printed."""
-    with two(module, argv, folder, **environment) as processes:
+def run_all(module: str, argv: list[str], folder: Path, count: int = 2, **environment: str) -> list[str]:
+    """``count`` processes to their end, which is to be a good one: what each printed."""
+    with several(module, argv, folder, count, **environment) as processes:
         for process, output in processes:
             process.join(600)
             assert process.exitcode == 0, output.read_text()[-3000:]

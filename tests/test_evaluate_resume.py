@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_two, start
+from processes import run_all, start
 from safetensors.torch import load_file, save_file
 
 from dopsd.errors import RunError
@@ -133,7 +133,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path, random_model: Path, l
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     argv = ["--model", str(random_model), "--task", "sudoku", lottery, "--eval_problems", "9", "--pass_k", "3"]
     argv += ["--reveal", "0.5", "--sequences_per_forward", "2"]
-    printed = run_two("dopsd.evaluate", [*argv, "--output", str(two)], tmp_path)
+    printed = run_all("dopsd.evaluate", [*argv, "--output", str(two)], tmp_path)
     assert [text.count("greedy") for text in printed] == [2, 0]
     assert not (tmp_path / "two.json.partial").exists()
     evaluate.main([*argv, "--output", str(one)])

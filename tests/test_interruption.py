@@ -68,7 +68,7 @@ def test_an_interrupted_run_loses_nothing(
     assert ended(process) == 128 + signal.SIGTERM, printed.read_text()
     (checkpoint,) = checkpoints.folders(stopped)
     update = checkpoints.number(checkpoint)
-    assert 1 <= update < 12 and checkpoints.newest(stopped, 1) == checkpoint
+    assert 1 <= update < 12 and checkpoints.newest(stopped) == checkpoint
     assert last_line(printed) == (
         f"stopped by SIGTERM behind update {update} of 12; the same command with --resume_from_checkpoint true goes on"
     )

@@ -21,11 +21,11 @@ from dopsd import files, rollout, run
 from dopsd.distillation import Distillation
 from dopsd.errors import RunError, UsageError
 from dopsd.memory import meter, planner
-from dopsd.memory.meter import unless_out_of_memory
 from dopsd.memory.planner import Curve, Persistent, Planner, even_sizes
 from dopsd.memory.probe import RunProbe
 from dopsd.method import Sizes
 from dopsd.objective import Objective
+from dopsd.out_of_memory import is_out_of_memory, unless_out_of_memory
 from dopsd.step_batch import collate, step_batches
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
@@ -420,7 +420,7 @@ def test_what_failed_is_let_go_of() -> None:
         unless_out_of_memory(other)
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 58)
-    assert meter.is_out_of_memory(raised.value) == ("allocate" in str(raised.value))
+    assert is_out_of_memory(raised.value) == ("allocate" in str(raised.value))
 
 
 @measurable

@@ -15,7 +15,8 @@ from dopsd import checkpoints, run
 from dopsd.errors import RunError, UsageError
 from dopsd.run_folder import RunFolder, Start
 
-CONFIG = {"model": {"model": "tiny"}, "training": {"seed": 1, "output_dir": "a", "nothing": None}}
+SHARED = {"per_device_train_batch_size": 6, "processes": 1}
+CONFIG = {"model": {"model": "tiny"}, "training": {"seed": 1, "output_dir": "a", "nothing": None, **SHARED}}
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")
 
 
@@ -24,22 +25,22 @@ def saved(output: Path, number: int, sealed: bool = True) -> Path:
     folder = output / f"checkpoint-{number}"
     checkpoints.begin(folder)
     (folder / "teacher").mkdir()
-    for name in (*FILES, "pending_0.json", "teacher/adapter_model.safetensors"):
+    for name in (*FILES, "pending.json", "teacher/adapter_model.safetensors"):
         (folder / name).write_text(f"{name} of {number}")
     if sealed:
         checkpoints.seal(folder)
     return folder
 
 
-def opened(output: Path, resume: str | None = "true", processes: int = 1, **config: object) -> Start:
-    with RunFolder(output, {**CONFIG, **config}, processes) as folder:
+def opened(output: Path, resume: str | None = "true", **config: object) -> Start:
+    with RunFolder(output, {**CONFIG, **config}) as folder:
         return folder.open(resume)
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     """A claimed folder."""
-    with RunFolder(tmp_path / "run", CONFIG, 1) as folder:
+    with RunFolder(tmp_path / "run", CONFIG) as folder:
         folder.open(None)
         folder.claim()
     return tmp_path / "run"
@@ -70,6 +71,10 @@ def test_which_checkpoint_a_run_goes_on_from(output: Path, tmp_path: Path, capsy
     assert opened(output, training={**CONFIG["training"], "output_dir": "b"}) == Start(str(folders[-1]), None)
     with pytest.raises(UsageError, match=r"seed=2 can't be used: the run in .* has seed=1"):
         opened(output, training={**CONFIG["training"], "seed": 2})
+    shared = {**CONFIG["training"], "per_device_train_batch_size": 2, "processes": 3, "fsdp": "full_shard"}
+    assert opened(output, training=shared) == Start(str(folders[-1]), None)
+    with pytest.raises(UsageError, match=r"batch_size=2 can't be used: .* has batches of 6 prompts over all .* of 4"):
+        opened(output, training={**shared, "processes": 2})
     # A run of the last release goes on with what is called otherwise now.
     (output / "run.json").write_text(
         json.dumps({"id": checkpoints.run_id(output), "teaching": {"update_per_slice": 2}})
@@ -77,14 +82,12 @@ def test_which_checkpoint_a_run_goes_on_from(output: Path, tmp_path: Path, capsy
     assert opened(output, teaching={"updates_per_batch": 2}) == Start(str(folders[-1]), None)
     with pytest.raises(UsageError, match=r"updates_per_batch=1 can't be used: the run in .* has updates_per_batch=2"):
         opened(output, teaching={"updates_per_batch": 1})
-    with pytest.raises(RunError, match=r"without rng_state_0.pth, which a run on 2 processes needs"):
-        opened(output, str(folders[0]), processes=2)
 
 
 @pytest.mark.parametrize(("word", "kind"), [("off", "none"), ("dual", "block")])
 def test_a_run_goes_on_whose_cache_an_earlier_release_named(tmp_path: Path, word: str, kind: str) -> None:
     """Its folder says what that kind was called then; another kind is another option."""
-    with RunFolder(tmp_path, {**CONFIG, "rollout": {"cache": word}}, 1) as folder:
+    with RunFolder(tmp_path, {**CONFIG, "rollout": {"cache": word}}) as folder:
         folder.claim()
     assert opened(tmp_path, rollout={"cache": kind}) == Start(None, None)
     with pytest.raises(UsageError, match=f"cache='prefix' can't be used: the run in .* has cache='{kind}'"):
@@ -110,7 +113,7 @@ def test_a_harmed_file_is_found(harm: Callable[[Path], None], output: Path, caps
     """Every file of the newest checkpoint, its manifest too: the one before is taken, and the file is named. Where none
     is left that is an error with every reason."""
     older = saved(output, 1)
-    for name in (*FILES, "pending_0.json", "teacher/adapter_model.safetensors", "manifest.json"):
+    for name in (*FILES, "pending.json", "teacher/adapter_model.safetensors", "manifest.json"):
         newer = saved(output, 2)
         harm(newer / name)
         assert opened(output) == Start(str(older), None), name
@@ -130,7 +133,7 @@ def test_a_harmed_file_is_found(harm: Callable[[Path], None], output: Path, caps
 
 def test_a_checkpoint_of_another_run_is_refused(output: Path, tmp_path: Path) -> None:
     """Named or copied into the folder, though both runs have the same options."""
-    with RunFolder(tmp_path / "other", CONFIG, 1) as folder:
+    with RunFolder(tmp_path / "other", CONFIG) as folder:
         folder.claim()
     theirs, ours = saved(tmp_path / "other", 7), saved(output, 5)
     with pytest.raises(RunError, match=r"checkpoint-7.*it is of another run"):
@@ -157,15 +160,15 @@ def test_old_checkpoints_go_only_behind_the_next_that_is_complete(output: Path) 
 def test_one_run_has_a_folder_at_a_time(output: Path, tmp_path: Path) -> None:
     """A second one is told by whom it is held, whether both go on or both are new; afterwards it may go on."""
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    with RunFolder(output, CONFIG, 1) as folder:
+    with RunFolder(output, CONFIG) as folder:
         folder.open("true")
         with pytest.raises(RunError, match=f"{output}.*in use by {holder}"):
             opened(output)
     assert opened(output) == Start(None, None)
 
     new = tmp_path / "new"
-    with RunFolder(new, CONFIG, 1) as second:
-        with RunFolder(new, CONFIG, 1) as first:
+    with RunFolder(new, CONFIG) as second:
+        with RunFolder(new, CONFIG) as first:
             assert first.open(None) == second.open(None)
             first.claim()
             with pytest.raises(RunError, match=f"in use by {holder}"):
@@ -179,7 +182,7 @@ def test_a_folder_whose_claim_was_cut_short_starts_again(left: list[str], tmp_pa
     """What a kill leaves at each moment of taking the folder is no obstacle."""
     for name in left:
         (tmp_path / name).write_text("{")
-    with RunFolder(tmp_path, CONFIG, 1) as folder:
+    with RunFolder(tmp_path, CONFIG) as folder:
         assert folder.open(None) == Start(None, None)
         folder.claim()
     assert opened(tmp_path) == Start(None, None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from dopsd.baselines.groups import GroupMethod
 from dopsd.baselines.likelihood import Group, Likelihood, LikelihoodBatch, collate, likelihood_batches
 from dopsd.method import BatchLoss, Note
+from dopsd.ranks import spread
 from dopsd.rollout import Rollout
 from dopsd.sampler import inference
 from dopsd.tasks import Row
@@ -97,9 +98,9 @@ class DiffuGRPO(GroupMethod[Group, LikelihoodBatch]):
     def log_probabilities(self, groups: Sequence[Group], weights: AbstractContextManager[object]) -> list[Tensor]:
         """Each of at least one group's (E,), on the CPU, by ``weights`` that are active inside, without gradient."""
         batches = likelihood_batches(groups, self.likelihood, self.states_without_gradient, **self.collation())
-        with weights, self.accelerator.autocast():
-            parts = [self.of_batch(batch) for batch in batches]
-        return list(torch.cat(parts).cpu().split([int(group.lengths.sum()) for group in groups]))
+        with weights, self.free_passes():
+            parts = spread(batches, lambda batch: self.of_batch(batch).cpu())
+        return list(torch.cat(parts).split([int(group.lengths.sum()) for group in groups]))
 
     def of_batch(self, batch: LikelihoodBatch) -> Tensor:
         """(E,), with a gradient."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from dopsd.baselines.groups import GroupMethod
 from dopsd.baselines.masked import MaskedBatch, MaskedResponse, collate, denoising
 from dopsd.method import BatchLoss, Note
+from dopsd.models import device_of
+from dopsd.ranks import spread
 from dopsd.rollout import Rollout
 from dopsd.sampler import inference
 from dopsd.seeds import MASKING, PAIRING, mix_seeds
@@ -142,14 +144,17 @@ class VRPO(GroupMethod[Pair, PreferenceBatch]):
 
     def elbos(self, examples: Sequence[Pair]) -> Tensor:
         """(E, 2), those of each pair's right and wrong response, by the network as it is."""
-        index, sums = states_of(examples), []
-        with self.accelerator.autocast():
-            for start in range(0, len(index), self.states_without_gradient):
-                batch = collate(index[start : start + self.states_without_gradient], **self.collation())
-                logprob = self.logprob(batch)
-                rows = logprob.new_zeros(batch.columns.numel()).index_copy(0, batch.row, logprob)
-                sums.append(rows.view(batch.columns.shape).sum(-1) * batch.weight)
-        return torch.cat(sums).view(len(examples), 2, -1).sum(-1)
+        index, size = states_of(examples), self.states_without_gradient
+
+        def sums(part: list[tuple[MaskedResponse, int]]) -> Tensor:
+            batch = collate(part, **self.collation())
+            logprob = self.logprob(batch)
+            rows = logprob.new_zeros(batch.columns.numel()).index_copy(0, batch.row, logprob)
+            return (rows.view(batch.columns.shape).sum(-1) * batch.weight).cpu()
+
+        with self.free_passes():
+            parts = spread((index[start : start + size] for start in range(0, len(index), size)), sums)
+        return torch.cat(parts).view(len(examples), 2, -1).sum(-1).to(device_of(self.decoder.model))
 
     def logprob(self, batch: MaskedBatch) -> Tensor:
         """(N,) of the tokens that are read."""

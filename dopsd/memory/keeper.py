@@ -9,12 +9,15 @@ from typing import TypeVar
 
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
 from dopsd.errors import RunError
-from dopsd.memory.meter import Meter, meter_of, unless_out_of_memory
+from dopsd.memory.meter import Meter, meter_of
 from dopsd.memory.planner import Plan, Planner, remedies, too_little, workspace_for
 from dopsd.memory.probe import RunProbe
-from dopsd.method import Method
+from dopsd.method import Method, Sizes
 from dopsd.models.bidirectional import BidirectionalModel
+from dopsd.out_of_memory import unless_out_of_memory
+from dopsd.ranks import gather
 from dopsd.rollout import Decoder
+from dopsd.sharding import is_sharded
 from dopsd.tasks import Row
 from dopsd.units import GIB, read_bytes
 
@@ -64,7 +67,7 @@ class MemoryKeeper:
         plan = self.planner.plan()
         if plan is None:
             raise too_little("memory_budget", budget, self.planner.least(), self.remedies)
-        method.resize(plan.sizes)
+        method.resize(smallest(gather(plan.sizes)))
 
     @property
     def plan(self) -> Plan | None:
@@ -93,14 +96,24 @@ class MemoryKeeper:
     def training(self, work: Callable[[], T], states: int, update: int, undo: Callable[[], object]) -> T:
         """What ``work`` over ``states`` states makes; whenever memory runs out it is undone, and done with less.
 
-        That is half a micro-batch, or at one state checkpointing.
+        That is half a micro-batch, or at one state checkpointing; on all processes, which share the micro-batches out.
 
         Raises:
-            RunError: less can't be taken at ``update``.
+            RunError: less can't be taken at ``update``; or weights are shared, and others inside their passes.
         """
-        while (done := unless_out_of_memory(work)) is None:
+        network = self.method.decoder.model
+        while True:
+            done = unless_out_of_memory(work)
+            if done is None and is_sharded(network):
+                sizes = self.method.sizes
+                what = f"a --states_per_forward below {min(sizes.states_per_forward, states)}"
+                what += ", --gradient_checkpointing true" * (not sizes.checkpointing)
+                raise RunError(f"out of memory at update {update}, with --fsdp; less is taken by {what}")
+            fits = all(gather(done is not None))
+            if done is not None and fits:
+                return done
             undo()
-            sizes, network = self.method.sizes, self.method.decoder.model
+            sizes = self.method.sizes
             size = min(sizes.states_per_forward, states)
             if size > 1:
                 self.method.resize(replace(sizes, states_per_forward=size // 2))
@@ -112,7 +125,6 @@ class MemoryKeeper:
                 raise RunError(f"out of memory at update {update} with one state at a time; {self.remedies}")
             log.warning(f"update {update}: out of memory in training; {change}")
             self.forget_peak()
-        return done
 
     def decoding(self, work: Callable[[Decoder], T], most: int) -> T:
         """What ``work`` makes of the decoder, which has half as many sequences whenever memory runs out.
@@ -130,3 +142,13 @@ class MemoryKeeper:
             self.method.resize(replace(sizes, sequences_per_forward=size // 2))
             log.warning(f"out of memory in decoding; sequences_per_forward is {size // 2} from now on")
         return done
+
+
+def smallest(sizes: Sequence[Sizes]) -> Sizes:
+    """Sizes that fit wherever one of ``sizes``, planned by processes for what they each have, does."""
+    return Sizes(
+        min(one.states_per_forward for one in sizes),
+        any(one.checkpointing for one in sizes),
+        min(one.sequences_per_forward for one in sizes),
+        min((one.workspace_bytes for one in sizes if one.workspace_bytes is not None), default=None),
+    )

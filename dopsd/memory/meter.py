@@ -1,22 +1,17 @@
-"""How much memory is in use, and what happens when there is no more."""
+"""How much memory is in use."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from dopsd.errors import require
 from dopsd.units import GIB
-
-T = TypeVar("T")
 
 # Of glibc's mallopt: from which size on (bytes) a block is mapped by itself.
 M_MMAP_THRESHOLD = -3
@@ -89,23 +84,3 @@ def meter_of(device: torch.device, budget: str) -> Meter:
     accepted = "peaks of memory can be measured on CUDA GPUs, and on CPUs under Linux"
     require(measurable, "memory_budget", budget, accepted)
     return ResidentMeter()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU's allocator, had no more."""
-    texts = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
-
-
-def unless_out_of_memory(action: Callable[[], T]) -> T | None:
-    """What ``action`` returns, or None if memory ran out; all that it had allocated is free again then."""
-    try:
-        return action()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    # Out of the handler, nothing refers to the error any more, nor by its traceback to the graph that was computed.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None

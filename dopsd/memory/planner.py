@@ -53,7 +53,7 @@ class Persistent:
     Args:
         weights: of all that is not trained: the base, an averaged teacher.
         trained: the adapter's parameters.
-        gradients: theirs; with several processes also the buckets in which DistributedDataParallel has them.
+        gradients: theirs.
         optimizer: what the optimiser remembers of them.
         runtime: on a CPU the interpreter and its libraries; on a GPU an allowance for CUDA's context and
             fragmentation, which is an assumption.

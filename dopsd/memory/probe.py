@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from dopsd.config import RolloutArguments, TeachingArguments, TrainingArguments
-from dopsd.memory.meter import Meter, unless_out_of_memory
+from dopsd.memory.meter import Meter
 from dopsd.memory.planner import Persistent, optimizer_bytes
 from dopsd.method import Batch, Method
 from dopsd.models import device_of
+from dopsd.out_of_memory import unless_out_of_memory
 from dopsd.rollout import Rollout
 from dopsd.sampler import Decoding, decode
 from dopsd.tasks import Row
@@ -82,8 +83,7 @@ class RunProbe:
             for row, trajectory in zip((rows[0], rows[-1]), trajectories, strict=True)
         )
         self.trained = [p for p in method.student.parameters() if p.requires_grad]
-        several = method.accelerator.num_processes > 1
-        self.buckets = sum(p.nbytes for p in self.trained) if several else 0
+        self.processes = method.accelerator.num_processes
         self.persistent = self.at_rest()
 
     def at_rest(self) -> Persistent:
@@ -97,7 +97,7 @@ class RunProbe:
         weights = sum(p.nbytes for p in held) - trained
         optimizer = optimizer_bytes(self.args.optim) * sum(p.numel() for p in self.trained)
         runtime = max(0, used - weights - trained) + self.meter.allowance
-        return Persistent(weights, trained, trained + self.buckets, optimizer, runtime)
+        return Persistent(weights, trained, trained, optimizer, runtime)
 
     @property
     def states(self) -> int:
@@ -116,7 +116,7 @@ class RunProbe:
         method.resize(replace(method.sizes, checkpointing=checkpointing))
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)  # as they are from an update's second micro-batch on
-        peak = self.peak(lambda: method.backward([self.batch(states)], size=1))
+        peak = self.peak(lambda: method.backward([self.batch(states)] * self.processes, 1, seed=0))  # one for each
         method.student.zero_grad()
         return peak
 
@@ -148,5 +148,5 @@ class RunProbe:
             self.meter.take_peak()
             done = unless_out_of_memory(action)
             peak = self.meter.take_peak()
-        later = self.persistent.optimizer + self.buckets
+        later = self.persistent.optimizer
         return None if done is None else peak + later + self.meter.allowance

@@ -16,10 +16,12 @@ from dopsd.models.a2d import A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from dopsd.models.adapter import (
     STUDENT,
     adapter_files,
+    adapter_tensors,
     add_lora,
     check_saved,
     load_adapter,
     merged_adapters,
+    restore_adapters,
     save_adapter,
 )
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
@@ -36,6 +38,7 @@ __all__ = [
     "SHIPPED",
     "STUDENT",
     "adapter_files",
+    "adapter_tensors",
     "add_lora",
     "check_model",
     "check_saved",
@@ -49,6 +52,7 @@ __all__ = [
     "merged_adapters",
     "quantization",
     "require_layers",
+    "restore_adapters",
     "save_adapter",
 ]
 

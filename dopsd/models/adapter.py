@@ -15,13 +15,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from dopsd import checkpoints
 from dopsd.errors import RunError, must_be, require
 from dopsd.files import first_line, read_json, replacing, sha256, write_json
 from dopsd.limits import limited
 from dopsd.models.bidirectional import DiffusionModel
+from dopsd.sharding import part_of, whole
 
 # The name of the adapter that is trained: PEFT's default, so that what is saved loads anywhere.
 STUDENT = "default"
@@ -91,13 +92,19 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
             layer.get_base_layer().weight, layer.merged_adapters = weight, []
 
 
-def save_adapter(student: PeftModel, folder: Path, base: str) -> str:
+def adapter_tensors(student: PeftModel) -> dict[str, Tensor]:
+    """All adapters of ``student`` by the names of its parameters, whole; all processes call it."""
+    return {name: whole(parameter) for name, parameter in student.named_parameters() if ".lora_" in name}
+
+
+def save_adapter(student: PeftModel, folder: Path, base: str, tensors: Mapping[str, Tensor]) -> str:
     """Write the adapter of ``student`` to ``folder``, with a manifest; return the hash of its tensors' file.
 
-    Its config names the ``base`` model as it was named, and not where that lies on this disk.
+    Its config names the ``base`` model as it was named, and not where that lies on this disk. ``tensors`` are
+    :func:`adapter_tensors`.
     """
     with replacing(folder) as part:
-        student.save_pretrained(str(part), selected_adapters=[STUDENT])
+        student.save_pretrained(str(part), selected_adapters=[STUDENT], state_dict=tensors)
         write_json(part / CONFIG, {**read_json(part / CONFIG), "base_model_name_or_path": base})
         checkpoints.seal(part)
     return sha256(folder / WEIGHTS)
@@ -131,6 +138,18 @@ def check_saved(student: PeftModel, checkpoint: str) -> None:
         own = get_peft_model_state_dict(student, adapter_name=name)
         with opened("resume_from_checkpoint", checkpoint, weights) as tensors:
             fit({key: tuple(value.shape) for key, value in own.items()}, "resume_from_checkpoint", checkpoint, tensors)
+
+
+@torch.no_grad()
+def restore_adapters(student: PeftModel, checkpoint: str) -> None:
+    """Give all adapters of ``student`` the values of a checkpoint that :func:`check_saved` has passed."""
+    parameters = dict(student.named_parameters())
+    for name in student.peft_config:
+        weights = Path(checkpoint, "" if name == STUDENT else name, WEIGHTS)
+        with opened("resume_from_checkpoint", checkpoint, weights) as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                parameter = parameters[f"{key.removesuffix('.weight')}.{name}.weight"]
+                parameter.copy_(part_of(tensors.get_tensor(key), parameter))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from dopsd.models.fused import fused
 from dopsd.models.packed import KVCache, Packed
 from dopsd.models.parts import Parts, RMSNorm
 from dopsd_kernels import prefix_attention
+
+T = TypeVar("T")
 
 # Fields of a config.json that say nothing about what a model computes in evaluation mode.
 BOOKKEEPING = {
@@ -262,6 +264,13 @@ class DiffusionModel(PreTrainedModel):
                 read = torch.arange(length, device=input_ids.device).expand(batch, -1)
             read = self.shifted(read, attention_mask)
         return self.states(input_ids, attention_mask, read)
+
+    def compute(self, what: Callable[[], T]) -> T:
+        """``what`` makes of this network's passes and its LM head: a loss, where processes share the weights (FSDP2).
+
+        What is outside of it then finds parts of weights alone.
+        """
+        return what()
 
     def begin_pass(self, input_ids: Tensor) -> None:
         """These tokens are about to be computed."""

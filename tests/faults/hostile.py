@@ -254,8 +254,8 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin")
     },
     "deep state": content("trainer_state.json", DEEP),
-    "deep slices": content("pending_0.json", DEEP),
-    "slices": content("pending_0.json", '{"batch_size": 1, "slices": [[{"steps": [999999999999]}]], "sizes": {}}'),
+    "deep slices": content("pending.json", DEEP),
+    "slices": content("pending.json", '{"batch_size": 1, "slices": [[{"steps": [999999999999]}]], "sizes": {}}'),
     "deep manifest": deep_manifest,
     "deep report": lambda folder: content("report.json", DEEP)(folder.parent),
     "deep scores": lambda folder: content("held_out_before.json", DEEP)(folder.parent),

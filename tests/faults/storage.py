@@ -38,7 +38,7 @@ def no_room(bench: Bench, at: int, trace: list[str], folder: Path) -> None:
     if sealed:
         newest = Path(sealed[-1].partition(" ")[2]).parent.name
         run_id = checkpoints.run_id(output)
-        faults = {path.name: checkpoints.fault(path, run_id, 1) for path in checkpoints.folders(output)}
+        faults = {path.name: checkpoints.fault(path, run_id) for path in checkpoints.folders(output)}
         require(newest in faults and faults[newest] is None, f"{newest} is not as it was: {faults}")
     bench.go_on("dopsd.train", folder)
 
