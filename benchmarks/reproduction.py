@@ -15,6 +15,10 @@ from benchmarks.reproduce import (
     ABLATIONS,
     ANNEALED,
     AR_STYLE,
+    CAUSAL,
+    CAUSAL_BASE,
+    CAUSAL_EXACT,
+    CAUSALS,
     FIXED,
     METHODS,
     OURS,
@@ -213,6 +217,15 @@ def methods() -> str:
 
 
 def annealed() -> str:
+    return trained_from(*ANNEALED)
+
+
+def causal() -> str:
+    return trained_from(*CAUSALS) + claims([(f"{CAUSAL} is above {CAUSAL_BASE}", against(CAUSAL, CAUSAL_BASE))])
+
+
+def trained_from(before: str, *others: str) -> str:
+    """What methods make of a model, which is the first of these variants."""
     rows = [
         {
             "": name,
@@ -221,8 +234,7 @@ def annealed() -> str:
             "one token a step (%)": accuracy(name, ONE),
             "against the first": found.signed() if name != before and (found := against(name, before)) else "",
         }
-        for before in list(ANNEALED)[:1]
-        for name in ANNEALED
+        for name in (before, *others)
         if runs(name)
     ]
     return table(rows)
@@ -230,7 +242,7 @@ def annealed() -> str:
 
 def rates() -> str:
     rows = []
-    for name in (*METHODS, *ANNEALED):
+    for name in (*METHODS, *ANNEALED, *CAUSALS):
         tried = {rate: found for rate, found in search(name).items() if found is not None}
         if tried:
             best = chosen(name)
@@ -383,10 +395,11 @@ def over_curves(found: Sequence[Row], name: str) -> str:
 
 def savings() -> str:
     rows = []
-    for name in (OURS, "base", *REUSES):
-        exact = OURS if VARIANTS[name].rates else "base"
+    for name in (OURS, CAUSAL, "base", *REUSES):
+        trained = bool(VARIANTS[name].rates)
+        exact = CAUSAL_EXACT if name in (CAUSAL, CAUSAL_EXACT) else OURS if trained else "base"
         if found := list(runs(name).values()):
-            part = "train" if exact == OURS else TWO
+            part = "train" if trained else TWO
             states = [row["curve"][-1]["states"] / row["curve"][-1]["prompts"] for row in found if "curve" in row]
             rows.append(
                 {
@@ -420,5 +433,5 @@ def missing() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (gain, methods, rates, costs, toy, ablations, stability, savings, annealed, missing)
+    f.__name__: f for f in (gain, methods, rates, costs, toy, ablations, stability, savings, annealed, causal, missing)
 }

@@ -83,7 +83,7 @@ def given_once(group: Any, *names: str) -> None:
 class LoadArguments:
     """How a model is loaded, for training and evaluation alike."""
 
-    model: str = option("tiny", "'tiny' (which ships), a folder in Hugging Face layout, or a hub id.")
+    model: str = option("tiny", "'tiny' or 'tiny-causal' (which ship), a folder in Hugging Face layout, or a hub id.")
     adapter: str | None = option(None, "PEFT adapter folder, to start from or to evaluate.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Of the base weights; auto: as stored.")
     quantize: Literal["none", "nf4", "int8"] = option(
@@ -114,8 +114,9 @@ class ModelArguments(LoadArguments):
 
     recipe: str | None = option(
         None,
-        "A recipe that ships (tiny, paper, reference) or a YAML file of options, over those of the recipe that it "
-        "names (or of its model's); none: tiny for the model that ships, paper for others.",
+        "A recipe that ships (tiny, tiny-causal, paper, block_causal, reference) or a YAML file of options, over those "
+        "of the recipe that it names (or of its model's); none: its own for a model that ships, block_causal for a "
+        "folder of such a model, paper for others.",
     )
     lora_r: int = option(128, "LoRA rank.")
     lora_alpha: int = option(64, "LoRA scale: the update is multiplied by alpha / r.")

@@ -211,7 +211,7 @@ class Parser(HfArgumentParser):
         """A recipe's name and what its file says, behind those of the ones that it starts from.
 
         Args:
-            name: of one that ships, which starts from nothing, or a file.
+            name: of one that ships, which starts from nothing unless it names another, or a file.
             model: as it is named above the recipe, which says it otherwise.
             root: what a file for that model starts from if it doesn't say it.
             above: the files that name it; a name is looked for beside the last of them.

@@ -75,8 +75,8 @@ class Parts(NamedTuple):
         cos: Tensor,  # (B or 1, 1, T, D)
         sin: Tensor,  # (B or 1, 1, T, D)
     ) -> Tensor:  # (B, H, T, D)
-        """Apply the norm of queries' heads and the rotary embedding."""
-        return rotate(self.query_norm(x), cos, sin)
+        """Apply the norm of queries' heads and the rotary embedding, in the dtype of ``x``."""
+        return rotate(self.query_norm(x), cos, sin).to(x.dtype)  # a norm's weight may be wider, under autocast
 
     def place_key(
         self,
@@ -84,8 +84,8 @@ class Parts(NamedTuple):
         cos: Tensor,  # (B or 1, 1, T, D)
         sin: Tensor,  # (B or 1, 1, T, D)
     ) -> Tensor:  # (B, H_kv, T, D)
-        """Apply the norm of keys' heads and the rotary embedding."""
-        return rotate(self.key_norm(x), cos, sin)
+        """Apply the norm of keys' heads and the rotary embedding, likewise."""
+        return rotate(self.key_norm(x), cos, sin).to(x.dtype)
 
     def add_attention(
         self,
