@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_weights(attention: Attention) -> None:
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.parametrize(("name", "attention"), zip(SHIPPED, ATTENTIONS, strict=True))
+@pytest.mark.parametrize(("name", "attention"), list(zip(SHIPPED, ATTENTIONS, strict=True)))
 def test_the_shipped_files_have_the_architecture_and_tokenizer_that_the_script_makes(
     name: str, attention: Attention
 ) -> None:
