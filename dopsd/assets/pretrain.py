@@ -7,7 +7,7 @@ teacher that is shown one knows more than the student, instead of being lost. Th
 and thread count.
 
 With ``--attention block_causal`` it is a Qwen3 of that size, and each block of the response has a share t of its own
-and sees clean tokens before it (BD3LM, Arriola et al. 2025).
+and sees clean tokens before it (BD3LM, Arriola et al. 2025). That one ships after ``--steps 500 --batch_size 64``.
 """
 
 from __future__ import annotations
@@ -173,9 +173,9 @@ def pretrain(
 ) -> tuple[BidirectionalModel, PreTrainedTokenizerFast]:
     """Train from scratch at a constant rate, then anneal: a fresh start of the optimisers at a rate that falls to 0.
 
-    The model that ships is not annealed. At a constant rate it stays far below what it knows: at two tokens a step it
-    solves a third of the problems, and two thirds with 240 more steps and 200 of annealing. So it has much to learn in
-    few updates, and a part of what a method gains on it is what annealing would give as well.
+    The models that ship are not annealed. At a constant rate they stay far below what they know: at two tokens a step
+    the LLaDA solves a third of the problems, and two thirds with 240 more steps and 200 of annealing. So they have much
+    to learn in few updates, and a part of what a method gains on them is what annealing would give as well.
     """
     torch.manual_seed(seed)
     tokenizer = character_tokenizer()
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model and tokenizer to")
     parser.add_argument("--attention", choices=get_args(Attention), default="bidirectional")
     parser.add_argument("--steps", type=int, default=1320, help="at a constant rate")
-    parser.add_argument("--anneal_steps", type=int, default=0, help="at a falling rate; the model that ships has none")
+    parser.add_argument("--anneal_steps", type=int, default=0, help="at a falling rate; the models that ship have none")
     parser.add_argument("--batch_size", type=int, default=128, help="problems per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="results are the same bits only for the same number")
