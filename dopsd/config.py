@@ -115,8 +115,7 @@ class ModelArguments(LoadArguments):
     recipe: str | None = option(
         None,
         "A recipe that ships (tiny, tiny-causal, paper, block_causal, reference) or a YAML file of options, over those "
-        "of the recipe that it names (or of its model's); none: its own for a model that ships, block_causal for a "
-        "folder of such a model, paper for others.",
+        "of the recipe that it names (or of its model's); none: its model's, which is paper for most.",
     )
     lora_r: int = option(128, "LoRA rank.")
     lora_alpha: int = option(64, "LoRA scale: the update is multiplied by alpha / r.")
@@ -188,6 +187,7 @@ class DecodingArguments:
 
     remasking: Remasking = option("low_confidence", "What keeps a position masked.")
     threshold: float | None = option(None, "Reveal every token at least this probable (parallel decoding).")
+    sub_block_length: int | None = option(None, "With a threshold: decode a block in parts of so many tokens.")
     stop_at_eos: bool = option(True, "Stop a sequence when all before its first end-of-text is revealed.")
     sampling_dtype: SamplingDtype = option("float32", "Of logits and noise when sampling.")
     cache: Cache = option(
@@ -237,7 +237,7 @@ class RolloutArguments(DecodingArguments):
         """Greedy decoding as configured, or at another rate."""
         steps = self.steps if tokens_per_step is None else -(-self.gen_length // tokens_per_step)
         decoding = Decoding(self.gen_length, self.block_length, steps, **self.sampling())
-        return decoding if tokens_per_step is None else replace(decoding, threshold=None)
+        return decoding if tokens_per_step is None else replace(decoding, threshold=None, sub_block_length=None)
 
     def first_try(self) -> Decoding:
         """How a prompt's first try is decoded."""
