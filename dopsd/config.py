@@ -485,7 +485,9 @@ class SampleArguments(LoadArguments):
 
     _argument_group_name: ClassVar[str] = "sample"
 
-    model: str = option("tiny", "'tiny', a run's folder, a model's folder in Hugging Face layout, or a hub id.")
+    model: str = option(
+        "tiny", "'tiny', 'tiny-causal', a run's folder, a model's folder in Hugging Face layout, or a hub id."
+    )
     prompt: list[str] = option([], "Prompts, each completed; a user's turn where the model has a chat template.")
     prompt_lines: str | None = option(None, "Text file with a prompt a line.")
     prefill: str | None = option(None, "Text behind each prompt from which completions go on; none: the run's.")
