@@ -242,7 +242,7 @@ def trained_from(before: str, *others: str) -> str:
 
 def rates() -> str:
     rows = []
-    for name in (*METHODS, *ANNEALED, *CAUSALS):
+    for name in (*METHODS, *ANNEALED):
         tried = {rate: found for rate, found in search(name).items() if found is not None}
         if tried:
             best = chosen(name)
@@ -390,7 +390,9 @@ def stability() -> str:
 def over_curves(found: Sequence[Row], name: str) -> str:
     """The mean of a metric over the points of runs' curves; empty where it is not logged."""
     values = [point[name] for row in found for point in row.get("curve", ()) if name in point]
-    return f"{mean(values):.3f}" if values else ""
+    if not values:
+        return ""
+    return "below 0.001" if abs(mean(values)) < 0.001 else f"{mean(values):.3f}"
 
 
 def savings() -> str:
