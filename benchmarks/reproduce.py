@@ -136,7 +136,7 @@ CAUSAL_BASE, CAUSAL, CAUSAL_EXACT = (f"{name}, block-causal" for name in ("base"
 BLOCKS = {"model": "tiny-causal", "cache": "block"}
 CAUSALS = {
     CAUSAL_BASE: Variant({**BLOCKS, "block_length": 16, "tokens_per_step": [2, 1]}, seconds=30),
-    CAUSAL: Variant({**BLOCKS, "recipe": "tiny-causal"}, (2e-3,), seconds=250),
+    CAUSAL: Variant({**BLOCKS, "recipe": "tiny-causal"}, (1e-3,), seconds=250),
 }
 TOYS = {TOY: Variant({"tokens_per_step": [2], "pass_k": 8, "reveal": [0.1, 0.25, 0.5]}, seconds=150)}
 REUSES = {

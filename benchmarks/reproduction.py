@@ -393,7 +393,9 @@ def stability() -> str:
 def over_curves(found: Sequence[Row], name: str) -> str:
     """The mean of a metric over the points of runs' curves; empty where it is not logged."""
     values = [point[name] for row in found for point in row.get("curve", ()) if name in point]
-    return f"{mean(values):.3f}" if values else ""
+    if not values:
+        return ""
+    return "below 0.001" if abs(mean(values)) < 0.001 else f"{mean(values):.3f}"
 
 
 def savings() -> str:

@@ -75,9 +75,8 @@ class Parts(NamedTuple):
         cos: Tensor,  # (B or 1, 1, T, D)
         sin: Tensor,  # (B or 1, 1, T, D)
     ) -> Tensor:  # (B, H, T, D)
-        """Apply the norm of queries' heads and the rotary embedding."""
-        # Under autocast a norm's weight in fp32 makes heads wider than the values are.
-        return rotate(self.query_norm(x), cos, sin).to(x.dtype)
+        """Apply the norm of queries' heads and the rotary embedding, in the dtype of ``x``."""
+        return rotate(self.query_norm(x), cos, sin).to(x.dtype)  # a norm's weight may be wider, under autocast
 
     def place_key(
         self,
@@ -85,7 +84,7 @@ class Parts(NamedTuple):
         cos: Tensor,  # (B or 1, 1, T, D)
         sin: Tensor,  # (B or 1, 1, T, D)
     ) -> Tensor:  # (B, H_kv, T, D)
-        """Apply the norm of keys' heads and the rotary embedding."""
+        """Apply the norm of keys' heads and the rotary embedding, likewise."""
         return rotate(self.key_norm(x), cos, sin).to(x.dtype)
 
     def add_attention(
