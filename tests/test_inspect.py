@@ -422,6 +422,12 @@ def test_narrow_dark_large_and_compared(tab: Browser, folder: Path, damaged: Pat
     put(tab, "#sort", "order", "change")
     tab.click("#items li:nth-child(1) button")
     assert len(texts(tab, ".view")) == 4 and len(texts(tab, ".view:last-child .cell")) == 256
+    for step in ("120", "8"):  # a long response is scrolled to where something happens
+        put(tab, "#step", step, "input")
+        inside = """(() => { const box = document.querySelector(".view:last-child .tokens").getBoundingClientRect();
+            const cell = document.querySelector(".view:last-child .new").getBoundingClientRect();
+            return box.top <= cell.top && cell.bottom <= box.bottom; })()"""
+        assert tab.run(inside), step
     tab.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     for width in (1280, 360):
         for dark in (False, True):

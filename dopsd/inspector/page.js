@@ -250,8 +250,8 @@ function panelOf(view, index) {
       go(Math.floor(((event.clientX - box.left) / box.width) * (sample.last + 1)));
     } });
   const highest = Math.max(...sample.strip.map(([, kl]) => kl ?? 0), 1e-9);
-  const bars = sample.strip.map(([number, kl]) => [number, make("rect",
-    { x: number + 0.1, width: 0.8, y: 1 - Math.max(0.02, (kl ?? 0) / highest), height: 1 })]);
+  const bars = sample.strip.map(([when, kl]) => [when, make("rect",
+    { x: when + 0.1, width: 0.8, y: 1 - Math.max(0.02, (kl ?? 0) / highest), height: 1 })]);
   strip.append(...bars.map(([, bar]) => bar));
   const said = make("p", {}), figures = make("div", { "aria-live": "polite" });
 
@@ -272,7 +272,12 @@ function panelOf(view, index) {
     });
     const selected = cells[clamp(position, 0, cells.length - 1)];
     if (selected) tokens.setAttribute("aria-activedescendant", selected.id);
-    for (const [number, bar] of bars) bar.setAttribute("class", number === here ? "here" : "");
+    const seen = rows.has(position) ? selected : cells[sample.reveal.indexOf(here)]; // what a long response is scrolled to
+    const above = seen?.offsetTop < tokens.scrollTop;
+    if (above || seen?.offsetTop + seen?.offsetHeight > tokens.scrollTop + tokens.clientHeight) {
+      tokens.scrollTop = seen.offsetTop - tokens.clientHeight / 2;
+    }
+    for (const [when, bar] of bars) bar.setAttribute("class", when === here ? "here" : "");
     const rowsOfK = comparedAt(sample, here);
     said.textContent = here === sample.last ? "All is revealed; figures are those of the step that each was compared in."
       : !sample.at.has(here) ? "No figures are kept of this step: it is not trained on."
