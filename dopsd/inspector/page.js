@@ -224,11 +224,16 @@ function select(item) {
   const samples = item.views.filter((view) => view.sample).map((view) => view.sample);
   at("stepper").hidden = at("legend").hidden = !samples.length;
   at("step").max = Math.max(0, ...samples.map((sample) => sample.last));
-  const most = samples.flatMap((sample) => sample.strip).sort((one, other) => other[1] - one[1])[0];
-  position = 0;
-  go(most ? most[0] : 0); // where the two sides are furthest apart
-  const row = samples.length ? comparedAt(samples.find((sample) => sample.strip.includes(most)) ?? samples[0], step)[0] : null;
-  if (row) choose(row.position);
+  // Where the two sides are furthest apart: first a step, then a position in it.
+  const furthest = (pairs) => pairs.reduce((best, pair) => (best && best[1] >= pair[1] ? best : pair), null);
+  const best = furthest(samples.flatMap((sample) => sample.strip.map(([when, kl]) => [[sample, when], kl ?? 0])));
+  step = position = 0;
+  if (best) {
+    const [sample, when] = best[0];
+    position = furthest(comparedAt(sample, when).map((row) => [row.position, row.kl ?? 0]))?.[0] ?? 0;
+    step = when;
+  }
+  go(step);
 }
 
 function panelOf(view, index) {
