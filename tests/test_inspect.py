@@ -134,6 +134,19 @@ def test_what_is_kept_of_updates(make_trainer: Callable[..., Trainer], random_mo
     assert {path.name: path.read_bytes() for path in (whole / "inspect").iterdir()} == {
         "update-3.json": files["update-3.json"]
     }
+    other = (
+        "--method",
+        "rejection",
+        "--max_steps",
+        "1",
+        "--inspect_samples",
+        "1",
+        "--output_dir",
+        str(tmp_path / "other"),
+    )
+    make_trainer(*options, *other, task=Lottery()).train()
+    (sample,) = json.loads((tmp_path / "other" / "inspect" / "update-1.json").read_text())["samples"]
+    assert sample["states"] == [] and len(sample["reveal_step"]) == 48
     none = make_trainer(*options, "--inspect_samples", "0", "--output_dir", str(without), task=Lottery())
     none.train()
     assert not (without / "inspect").exists()
@@ -410,6 +423,26 @@ def test_text_from_data_is_text(tab: Browser, damaged: Path, tmp_path: Path) -> 
     put(tab, "#step", "99", "input")
     assert HOSTILE.replace(" ", "␣") in texts(tab, ".tokens .cell")
     assert tab.run("document.images.length") == 0 and tab.run("typeof window.hacked") == "undefined"
+    quiet(tab)
+
+
+def test_without_figures_and_with_a_long_log(tab: Browser, damaged: Path, tmp_path: Path) -> None:
+    """Of a method without a teacher tokens appear step by step, and there is nothing beside them."""
+    lines = "".join(f"{step},{step % 7}.5\n" for step in range(1, 150_001))  # more than a call takes arguments
+    (damaged / "metrics.csv").write_text("step,loss\n" + lines)
+    for path in (damaged / "inspect").iterdir():
+        content = json.loads(path.read_text())
+        content["samples"] = [{**sample, "states": []} for sample in content["samples"]]
+        path.write_text(json.dumps(content))
+    shown(tab, tmp_path / "page.html", str(damaged))
+    put(tab, "#sort", "order", "change")
+    tab.click("#items li:nth-child(1) button")
+    reveal = kept(damaged, "before")["reveal_step"]
+    for step in (0, 3):
+        put(tab, "#step", str(step), "input")
+        assert len(texts(tab, ".view:first-child .new")) == reveal.count(step)
+        assert len(texts(tab, ".view:first-child .known")) == sum(0 <= when < step for when in reveal)
+    assert tab.run("document.querySelectorAll('.strip, .top, .compared').length") == 1  # the legend's
     quiet(tab)
 
 

@@ -6,7 +6,7 @@ const at = (id) => document.getElementById(id);
 const several = data.runs.length > 1;
 
 function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "path", "line", "circle", "rect"].includes(tag);
+  const svg = ["svg", "path", "line", "rect"].includes(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") node.addEventListener(name, value);
@@ -26,6 +26,9 @@ const percent = (value) => (value === null ? "not finite" : `${(100 * value).toF
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
+// Long runs have more values than a call takes arguments.
+const extent = (values) =>
+  values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 const swatch = (run) => make("span", { class: `swatch run-${run}`, "aria-hidden": "true" });
 
 // ---- the runs ----
@@ -48,14 +51,14 @@ function drawRuns() {
 // ---- figures ----
 
 const steps = data.figures.flatMap((figure) => figure.series.flat().map(([step]) => step));
-const span = steps.length ? [Math.min(...steps), Math.max(...steps)] : [0, 0];
+const span = steps.length ? extent(steps) : [0, 0];
 const across = (step) => (span[0] === span[1] ? 50 : (100 * (step - span[0])) / (span[1] - span[0]));
 const cursors = []; // functions that show an update
 
 function drawFigure(figure) {
   const finite = figure.series.flat().map(([, value]) => value).concat(figure.lines.map((line) => line[2]))
     .filter((value) => value !== null);
-  const low = Math.min(...finite), high = Math.max(...finite);
+  const [low, high] = extent(finite);
   const up = (value) => (high > low ? 96 - (92 * (value - low)) / (high - low) : 50);
   const svg = make("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" });
   data.runs.forEach((run, index) => {
