@@ -221,6 +221,16 @@ def test_two_runs_are_compared(folder: Path, damaged: Path, tmp_path: Path) -> N
     assert [len(item["views"]) for item in page["items"]] == [4] * 4 + [2] * 2
 
 
+def test_a_place_that_is_not_there(folder: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    for argv in ((tmp_path / "nowhere",), (folder, "--compare", tmp_path / "nowhere")):
+        status, _, error = command(inspector.main, *map(str, argv))
+        assert status == 2 and error.startswith(
+            f"error: run='{tmp_path / 'nowhere'}' can't be used: it is no folder of a run"
+        )
+    status, _, error = command(inspector.main, str(folder), "--out", str(tmp_path / "nowhere" / "page.html"))
+    assert status == 2 and "its folder does not exist" in error
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
