@@ -305,7 +305,7 @@ def curve(points: Sequence[Row], log: Sequence[Row], prompts: int, slices: int) 
 def train(options: Options, seed: int) -> Row:
     """Train, go back to the best adapter by validation, and grade it on the test problems."""
     with tempfile.TemporaryDirectory() as folder:
-        groups = parse_train(**options, seed=seed, output_dir=folder)
+        groups = parse_train(**options, seed=seed, output_dir=folder, inspect_samples=0)
         trainer, test = build(*groups)
         keeper = Keeper(trainer)
         trainer.add_callback(keeper)

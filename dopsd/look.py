@@ -169,4 +169,4 @@ def keep(path: Path, method: Method[Any, Any], rollouts: Sequence[Rollout], seed
     texts = {token: label(token, decoder) for token in sorted(used)}
     content = {**about, "texts": texts, "samples": samples}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(plain(content), separators=(",", ":"), ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(plain(content), separators=(",", ":")) + "\n")

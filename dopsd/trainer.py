@@ -220,11 +220,10 @@ class Trainer(transformers.Trainer):
             rollouts: of the batch.
             seeds: (N,) int64, of its rows.
         """
-        count, batches = self.teaching.updates_per_batch, -(-self.state.max_steps // self.teaching.updates_per_batch)
-        before, after = (
-            -(-(self.state.global_step // count + more) * self.args.inspect_samples // batches) for more in (0, 1)
-        )
-        if before < after:
+        count, samples = self.teaching.updates_per_batch, self.args.inspect_samples
+        batch, batches = self.state.global_step // count, -(-max(self.state.max_steps, 1) // count)
+        # As many as there are to be, or all if these are fewer, evenly spread over the run, from the first batch on.
+        if -batch * samples % batches < samples:
             index = next((i for i, rollout in enumerate(rollouts) if self.teaching.accepts(rollout.score)), 0)
             seed = reveal_seed(seeds[index * len(seeds) // len(rollouts)])  # a row may have several responses
             update = self.state.global_step + 1

@@ -134,6 +134,19 @@ def test_what_is_kept_of_updates(make_trainer: Callable[..., Trainer], random_mo
     assert {path.name: path.read_bytes() for path in (whole / "inspect").iterdir()} == {
         "update-3.json": files["update-3.json"]
     }
+    other = (
+        "--method",
+        "rejection",
+        "--max_steps",
+        "1",
+        "--inspect_samples",
+        "1",
+        "--output_dir",
+        str(tmp_path / "other"),
+    )
+    make_trainer(*options, *other, task=Lottery()).train()
+    (sample,) = json.loads((tmp_path / "other" / "inspect" / "update-1.json").read_text())["samples"]
+    assert sample["states"] == [] and len(sample["reveal_step"]) == 48
     none = make_trainer(*options, "--inspect_samples", "0", "--output_dir", str(without), task=Lottery())
     none.train()
     assert not (without / "inspect").exists()
@@ -206,6 +219,16 @@ def test_two_runs_are_compared(folder: Path, damaged: Path, tmp_path: Path) -> N
     page = page_of(tmp_path / "page.html")
     assert page["options"] == [["teaching.clip", [str(CLIP), "7.0"]]]
     assert [len(item["views"]) for item in page["items"]] == [4] * 4 + [2] * 2
+
+
+def test_a_place_that_is_not_there(folder: Path, tmp_path: Path, command: Callable[..., Any]) -> None:
+    for argv in ((tmp_path / "nowhere",), (folder, "--compare", tmp_path / "nowhere")):
+        status, _, error = command(inspector.main, *map(str, argv))
+        assert status == 2 and error.startswith(
+            f"error: run='{tmp_path / 'nowhere'}' can't be used: it is no folder of a run"
+        )
+    status, _, error = command(inspector.main, str(folder), "--out", str(tmp_path / "nowhere" / "page.html"))
+    assert status == 2 and "its folder does not exist" in error
 
 
 @pytest.mark.parametrize(
@@ -413,6 +436,26 @@ def test_text_from_data_is_text(tab: Browser, damaged: Path, tmp_path: Path) -> 
     quiet(tab)
 
 
+def test_without_figures_and_with_a_long_log(tab: Browser, damaged: Path, tmp_path: Path) -> None:
+    """Of a method without a teacher tokens appear step by step, and there is nothing beside them."""
+    lines = "".join(f"{step},{step % 7}.5\n" for step in range(1, 150_001))  # more than a call takes arguments
+    (damaged / "metrics.csv").write_text("step,loss\n" + lines)
+    for path in (damaged / "inspect").iterdir():
+        content = json.loads(path.read_text())
+        content["samples"] = [{**sample, "states": []} for sample in content["samples"]]
+        path.write_text(json.dumps(content))
+    shown(tab, tmp_path / "page.html", str(damaged))
+    put(tab, "#sort", "order", "change")
+    tab.click("#items li:nth-child(1) button")
+    reveal = kept(damaged, "before")["reveal_step"]
+    for step in (0, 3):
+        put(tab, "#step", str(step), "input")
+        assert len(texts(tab, ".view:first-child .new")) == reveal.count(step)
+        assert len(texts(tab, ".view:first-child .known")) == sum(0 <= when < step for when in reveal)
+    assert tab.run("document.querySelectorAll('.strip, .top, .compared').length") == 1  # the legend's
+    quiet(tab)
+
+
 def test_narrow_dark_large_and_compared(tab: Browser, folder: Path, damaged: Path, tmp_path: Path) -> None:
     """256 tokens of a large vocabulary, of two runs: nothing is wider than the window, which may be 360 pixels wide;
     every text can be read on what is behind it, and all that takes the focus has a name."""
@@ -422,6 +465,12 @@ def test_narrow_dark_large_and_compared(tab: Browser, folder: Path, damaged: Pat
     put(tab, "#sort", "order", "change")
     tab.click("#items li:nth-child(1) button")
     assert len(texts(tab, ".view")) == 4 and len(texts(tab, ".view:last-child .cell")) == 256
+    for step in ("120", "8"):  # a long response is scrolled to where something happens
+        put(tab, "#step", step, "input")
+        inside = """(() => { const box = document.querySelector(".view:last-child .tokens").getBoundingClientRect();
+            const cell = document.querySelector(".view:last-child .new").getBoundingClientRect();
+            return box.top <= cell.top && cell.bottom <= box.bottom; })()"""
+        assert tab.run(inside), step
     tab.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     for width in (1280, 360):
         for dark in (False, True):

@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
     """Parse, read, write."""
     folder, args = parse_inspect(argv)
     out = folder / PAGE if args.out is None else Path(args.out)
-    require(out.parent.is_dir(), "out", str(out), "its folder does not exist")
     runs = [read_run(folder)] if args.compare is None else [read_run(folder), read_run(Path(args.compare))]
+    require(out.parent.is_dir(), "out", str(out), "its folder does not exist")
     write_text(out, render(runs))
     kept = sum(view.sample is not None for run in runs for view in run.views)
     log.info(f"{out}: {out.stat().st_size / 1e6:.1f} MB, with {kept} trajectories that can be stepped through")

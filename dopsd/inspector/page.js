@@ -6,7 +6,7 @@ const at = (id) => document.getElementById(id);
 const several = data.runs.length > 1;
 
 function make(tag, attributes = {}, ...children) {
-  const svg = ["svg", "path", "line", "circle", "rect"].includes(tag);
+  const svg = ["svg", "path", "line", "rect"].includes(tag);
   const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") node.addEventListener(name, value);
@@ -26,6 +26,9 @@ const percent = (value) => (value === null ? "not finite" : `${(100 * value).toF
 const visible = (text) => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
+// Long runs have more values than a call takes arguments.
+const extent = (values) =>
+  values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 const swatch = (run) => make("span", { class: `swatch run-${run}`, "aria-hidden": "true" });
 
 // ---- the runs ----
@@ -48,14 +51,14 @@ function drawRuns() {
 // ---- figures ----
 
 const steps = data.figures.flatMap((figure) => figure.series.flat().map(([step]) => step));
-const span = steps.length ? [Math.min(...steps), Math.max(...steps)] : [0, 0];
+const span = steps.length ? extent(steps) : [0, 0];
 const across = (step) => (span[0] === span[1] ? 50 : (100 * (step - span[0])) / (span[1] - span[0]));
 const cursors = []; // functions that show an update
 
 function drawFigure(figure) {
   const finite = figure.series.flat().map(([, value]) => value).concat(figure.lines.map((line) => line[2]))
     .filter((value) => value !== null);
-  const low = Math.min(...finite), high = Math.max(...finite);
+  const [low, high] = extent(finite);
   const up = (value) => (high > low ? 96 - (92 * (value - low)) / (high - low) : 50);
   const svg = make("svg", { viewBox: "0 0 100 100", preserveAspectRatio: "none", "aria-hidden": "true" });
   data.runs.forEach((run, index) => {
@@ -224,11 +227,16 @@ function select(item) {
   const samples = item.views.filter((view) => view.sample).map((view) => view.sample);
   at("stepper").hidden = at("legend").hidden = !samples.length;
   at("step").max = Math.max(0, ...samples.map((sample) => sample.last));
-  const most = samples.flatMap((sample) => sample.strip).sort((one, other) => other[1] - one[1])[0];
-  position = 0;
-  go(most ? most[0] : 0); // where the two sides are furthest apart
-  const row = samples.length ? comparedAt(samples.find((sample) => sample.strip.includes(most)) ?? samples[0], step)[0] : null;
-  if (row) choose(row.position);
+  // Where the two sides are furthest apart: first a step, then a position in it.
+  const furthest = (pairs) => pairs.reduce((best, pair) => (best && best[1] >= pair[1] ? best : pair), null);
+  const best = furthest(samples.flatMap((sample) => sample.strip.map(([when, kl]) => [[sample, when], kl ?? 0])));
+  step = position = 0;
+  if (best) {
+    const [sample, when] = best[0];
+    position = furthest(comparedAt(sample, when).map((row) => [row.position, row.kl ?? 0]))?.[0] ?? 0;
+    step = when;
+  }
+  go(step);
 }
 
 function panelOf(view, index) {
@@ -250,8 +258,8 @@ function panelOf(view, index) {
       go(Math.floor(((event.clientX - box.left) / box.width) * (sample.last + 1)));
     } });
   const highest = Math.max(...sample.strip.map(([, kl]) => kl ?? 0), 1e-9);
-  const bars = sample.strip.map(([number, kl]) => [number, make("rect",
-    { x: number + 0.1, width: 0.8, y: 1 - Math.max(0.02, (kl ?? 0) / highest), height: 1 })]);
+  const bars = sample.strip.map(([when, kl]) => [when, make("rect",
+    { x: when + 0.1, width: 0.8, y: 1 - Math.max(0.02, (kl ?? 0) / highest), height: 1 })]);
   strip.append(...bars.map(([, bar]) => bar));
   const said = make("p", {}), figures = make("div", { "aria-live": "polite" });
 
@@ -272,7 +280,12 @@ function panelOf(view, index) {
     });
     const selected = cells[clamp(position, 0, cells.length - 1)];
     if (selected) tokens.setAttribute("aria-activedescendant", selected.id);
-    for (const [number, bar] of bars) bar.setAttribute("class", number === here ? "here" : "");
+    const seen = rows.has(position) ? selected : cells[sample.reveal.indexOf(here)]; // what a long response is scrolled to
+    const above = seen?.offsetTop < tokens.scrollTop;
+    if (above || seen?.offsetTop + seen?.offsetHeight > tokens.scrollTop + tokens.clientHeight) {
+      tokens.scrollTop = seen.offsetTop - tokens.clientHeight / 2;
+    }
+    for (const [when, bar] of bars) bar.setAttribute("class", when === here ? "here" : "");
     const rowsOfK = comparedAt(sample, here);
     said.textContent = here === sample.last ? "All is revealed; figures are those of the step that each was compared in."
       : !sample.at.has(here) ? "No figures are kept of this step: it is not trained on."
