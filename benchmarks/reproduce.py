@@ -131,14 +131,22 @@ ANNEALED = {
     for name, variant in METHODS.items()
     if name in ("base", FIXED, OURS, "SFT", "rejection")
 }
+# The block-causal model that ships.
+CAUSAL_BASE, CAUSAL, CAUSAL_EXACT = (f"{name}, block-causal" for name in ("base", "d-OPSD", "d-OPSD without reuse"))
+BLOCKS = {"model": "tiny-causal", "cache": "block"}
+CAUSALS = {
+    CAUSAL_BASE: Variant({**BLOCKS, "block_length": 16, "tokens_per_step": [2, 1]}, seconds=30),
+    CAUSAL: Variant({**BLOCKS, "recipe": "tiny-causal"}, (1e-3,), seconds=250),
+}
 TOYS = {TOY: Variant({"tokens_per_step": [2], "pass_k": 8, "reveal": [0.1, 0.25, 0.5]}, seconds=150)}
 REUSES = {
+    CAUSAL_EXACT: Variant({**BLOCKS, "recipe": "tiny-causal", "reuse": "none", "eval_tokens_per_step": []}, CAUSAL),
     **{f"reuse {kind}": Variant({"reuse": kind, "eval_tokens_per_step": []}, OURS) for kind in ("prompt", "block")},
     **{
         f"cache {kind}": Variant({"cache": kind, "tokens_per_step": [2, 1]}, seconds=20) for kind in ("prefix", "block")
     },
 }
-VARIANTS: dict[str, Variant] = {**METHODS, **STABILITY, **TOYS, **ABLATIONS, **REUSES, **ANNEALED}
+VARIANTS: dict[str, Variant] = {**METHODS, **STABILITY, **TOYS, **ABLATIONS, **REUSES, **ANNEALED, **CAUSALS}
 # What tells most comes first. Table 2, the cost, is of the runs of table 1.
 TABLES: dict[int, tuple[Mapping[str, Variant], int]] = {  # its variants, and how many seeds
     1: (METHODS, 5),
@@ -146,6 +154,7 @@ TABLES: dict[int, tuple[Mapping[str, Variant], int]] = {  # its variants, and ho
     3: (TOYS, 5),
     5: (STABILITY, 5),
     4: (ABLATIONS, 3),
+    8: (CAUSALS, 5),
     7: (ANNEALED, 3),
     6: (REUSES, 3),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean, median
@@ -11,10 +12,15 @@ import torch
 import yaml
 from torch import Tensor
 
+from benchmarks import reproduce
 from benchmarks.reproduce import (
     ABLATIONS,
     ANNEALED,
     AR_STYLE,
+    CAUSAL,
+    CAUSAL_BASE,
+    CAUSAL_EXACT,
+    CAUSALS,
     FIXED,
     METHODS,
     OURS,
@@ -30,6 +36,7 @@ from benchmarks.reproduce import (
     search,
 )
 from benchmarks.results import Row
+from benchmarks.states import FILE
 from dopsd.evaluation.published import PUBLISHED
 from dopsd.evaluation.settings import revealed
 from dopsd.parser import RECIPES
@@ -213,6 +220,15 @@ def methods() -> str:
 
 
 def annealed() -> str:
+    return trained_from(*ANNEALED)
+
+
+def causal() -> str:
+    return trained_from(*CAUSALS) + claims([(f"{CAUSAL} is above {CAUSAL_BASE}", against(CAUSAL, CAUSAL_BASE))])
+
+
+def trained_from(before: str, *others: str) -> str:
+    """What methods make of a model, which is the first of these variants."""
     rows = [
         {
             "": name,
@@ -221,8 +237,7 @@ def annealed() -> str:
             "one token a step (%)": accuracy(name, ONE),
             "against the first": found.signed() if name != before and (found := against(name, before)) else "",
         }
-        for before in list(ANNEALED)[:1]
-        for name in ANNEALED
+        for name in (before, *others)
         if runs(name)
     ]
     return table(rows)
@@ -230,7 +245,7 @@ def annealed() -> str:
 
 def rates() -> str:
     rows = []
-    for name in (*METHODS, *ANNEALED):
+    for name in (*METHODS, *ANNEALED, *CAUSALS):
         tried = {rate: found for rate, found in search(name).items() if found is not None}
         if tried:
             best = chosen(name)
@@ -378,15 +393,18 @@ def stability() -> str:
 def over_curves(found: Sequence[Row], name: str) -> str:
     """The mean of a metric over the points of runs' curves; empty where it is not logged."""
     values = [point[name] for row in found for point in row.get("curve", ()) if name in point]
-    return f"{mean(values):.3f}" if values else ""
+    if not values:
+        return ""
+    return "below 0.001" if abs(mean(values)) < 0.001 else f"{mean(values):.3f}"
 
 
 def savings() -> str:
     rows = []
-    for name in (OURS, "base", *REUSES):
-        exact = OURS if VARIANTS[name].rates else "base"
+    for name in (OURS, CAUSAL, "base", *REUSES):
+        trained = bool(VARIANTS[name].rates)
+        exact = CAUSAL_EXACT if name in (CAUSAL, CAUSAL_EXACT) else OURS if trained else "base"
         if found := list(runs(name).values()):
-            part = "train" if exact == OURS else TWO
+            part = "train" if trained else TWO
             states = [row["curve"][-1]["states"] / row["curve"][-1]["prompts"] for row in found if "curve" in row]
             rows.append(
                 {
@@ -400,6 +418,32 @@ def savings() -> str:
             )
     rows.sort(key=lambda row: not VARIANTS[row[""]].rates)
     return table(rows)
+
+
+def fewer_states() -> str:
+    """What `benchmarks.states` found."""
+    path = reproduce.FOLDER / FILE
+    if not path.is_file():
+        return "Not run."
+    found: Row = json.loads(path.read_text())
+    rows = [
+        {
+            "states drawn": count,
+            "uniformly": f"{100 * error['uniform']:.0f} %",
+            "by doubt, with importance weights": f"{100 * error['by doubt']:.0f} %",
+        }
+        for count, error in found["errors"].items()
+    ]
+    said = (
+        f"{found['trajectories']} trajectories of {found['states']} states. Divergence and doubt (1 - confidence): "
+        f"rank correlation {found['rank_correlation']:.2f}, linear {found['correlation']:.2f}. The standard error of a "
+        "trajectory's mean divergence, over the mean of all:"
+    )
+    of_step = [
+        {"step": str(step), "mean divergence": f"{divergence:.4f}", "mean confidence": f"{confidence:.2f}"}
+        for step, (divergence, confidence) in enumerate(zip(found["divergence"], found["confidence"], strict=True))
+    ]
+    return f"{said}\n\n{table(rows)}\n{table(of_step)}"
 
 
 def missing() -> str:
@@ -420,5 +464,6 @@ def missing() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (gain, methods, rates, costs, toy, ablations, stability, savings, annealed, missing)
+    f.__name__: f
+    for f in (gain, methods, rates, costs, toy, ablations, stability, savings, fewer_states, annealed, causal, missing)
 }

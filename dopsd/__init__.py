@@ -91,8 +91,8 @@ def load(source: str | Path | Run, **options: Any) -> Model:
     """A model that is ready to generate.
 
     Args:
-        source: a run or the folder of one, an adapter's folder, a model's folder, a hub id, or ``tiny``. A run says
-            its base model, its mask token, its prompt file and prefill, and how it decodes.
+        source: a run or the folder of one, an adapter's folder, a model's folder, a hub id, or the name of a model that
+            ships. A run says its base model, its mask token, its prompt file and prefill, and how it decodes.
         options: ``dtype``, ``quantize``, ``attn_implementation``, ``mask_token_id``, ``shift_logits``, ``block_size``,
             ``prompt_file`` and ``prefill``, as the commands take them.
 

@@ -80,7 +80,7 @@ def default_recipe(model: str | None) -> str:
     Of a hub model nothing is known yet: that of a block-causal one is named.
     """
     if model is None or model in SHIPPED:
-        return "tiny"
+        return model or "tiny"
     return "block_causal" if is_block_causal(model) else "paper"
 
 

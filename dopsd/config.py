@@ -84,7 +84,7 @@ def given_once(group: Any, *names: str) -> None:
 class LoadArguments:
     """How a model is loaded, for training and evaluation alike."""
 
-    model: str = option("tiny", "'tiny' (which ships), a folder in Hugging Face layout, or a hub id.")
+    model: str = option("tiny", "'tiny' or 'tiny-causal' (which ship), a folder in Hugging Face layout, or a hub id.")
     adapter: str | None = option(None, "PEFT adapter folder, to start from or to evaluate.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Of the base weights; auto: as stored.")
     quantize: Literal["none", "nf4", "int8"] = option(
@@ -115,8 +115,8 @@ class ModelArguments(LoadArguments):
 
     recipe: str | None = option(
         None,
-        "A recipe that ships (tiny, paper, reference) or a YAML file of options, over those of the recipe that it "
-        "names (or of its model's); none: tiny for the model that ships, paper for others.",
+        "A recipe that ships (tiny, tiny-causal, paper, block_causal, reference) or a YAML file of options, over those "
+        "of the recipe that it names (or of its model's); none: its model's, which is paper for most.",
     )
     lora_r: int = option(128, "LoRA rank.")
     lora_alpha: int = option(64, "LoRA scale: the update is multiplied by alpha / r.")
@@ -188,6 +188,7 @@ class DecodingArguments:
 
     remasking: Remasking = option("low_confidence", "What keeps a position masked.")
     threshold: float | None = option(None, "Reveal every token at least this probable (parallel decoding).")
+    sub_block_length: int | None = option(None, "With a threshold: decode a block in parts of so many tokens.")
     stop_at_eos: bool = option(True, "Stop a sequence when all before its first end-of-text is revealed.")
     sampling_dtype: SamplingDtype = option("float32", "Of logits and noise when sampling.")
     cache: Cache = option(
@@ -237,7 +238,7 @@ class RolloutArguments(DecodingArguments):
         """Greedy decoding as configured, or at another rate."""
         steps = self.steps if tokens_per_step is None else -(-self.gen_length // tokens_per_step)
         decoding = Decoding(self.gen_length, self.block_length, steps, **self.sampling())
-        return decoding if tokens_per_step is None else replace(decoding, threshold=None)
+        return decoding if tokens_per_step is None else replace(decoding, threshold=None, sub_block_length=None)
 
     def first_try(self) -> Decoding:
         """How a prompt's first try is decoded."""
@@ -392,6 +393,11 @@ class TrainingArguments(transformers.TrainingArguments):
     figure_width: Literal["page", "column"] = option(
         "page", "Of pictures on paper: a page's text, or one of its two columns."
     )
+    inspect_samples: int = option(
+        16,
+        "Trajectories kept with figures for python -m dopsd.inspect: of so many held-out problems before and after "
+        "training, and one of so many updates; 0: none.",
+    )
 
     def __post_init__(self) -> None:
         if self.output_dir is None:
@@ -433,6 +439,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.on_collapse,
             "it goes back to a checkpoint: it needs load_best_model_at_end, and all that a run goes on from in it",
         )
+        must_be(self.inspect_samples >= 0, "inspect_samples", self.inspect_samples, "at least 0")
         accepted = "at least 1, or -1 for num_train_epochs"
         must_be(self.max_steps >= 1 or self.max_steps == -1, "max_steps", self.max_steps, accepted)
         require(
@@ -497,7 +504,9 @@ class SampleArguments(LoadArguments):
 
     _argument_group_name: ClassVar[str] = "sample"
 
-    model: str = option("tiny", "'tiny', a run's folder, a model's folder in Hugging Face layout, or a hub id.")
+    model: str = option(
+        "tiny", "'tiny', 'tiny-causal', a run's folder, a model's folder in Hugging Face layout, or a hub id."
+    )
     prompt: list[str] = option([], "Prompts, each completed; a user's turn where the model has a chat template.")
     prompt_lines: str | None = option(None, "Text file with a prompt a line.")
     prefill: str | None = option(None, "Text behind each prompt from which completions go on; none: the run's.")

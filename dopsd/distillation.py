@@ -77,7 +77,7 @@ class Distillation(Method[Example, StepBatch]):
     def examples(self, rows: Sequence[Row], rollouts: Sequence[Rollout], seeds: Tensor) -> list[Example]:
         """Those of the accepted ``rollouts``, leaving out the ones with no step to train on."""
         examples = [
-            self.example(rollout, int(mix_seeds(seed, REVEAL)))
+            self.example(rollout, reveal_seed(seed))
             for rollout, seed in zip(rollouts, seeds, strict=True)
             if self.teaching.accepts(rollout.score)
         ]
@@ -146,6 +146,11 @@ class Distillation(Method[Example, StepBatch]):
         reuse = self.objective.reuse if self.teaching.drift_limit is None else "none"
         few, many = self.example(short if states > 1 else long, seed=0), self.example(long, seed=0)
         return costliest_batch(few, many, states, reuse=reuse, **self.collation())
+
+
+def reveal_seed(seed: Tensor) -> int:
+    """Of what the teacher is shown of a row's response; ``seed`` is the row's, () int64."""
+    return int(mix_seeds(seed, REVEAL))
 
 
 def objective_for(model: DiffusionModel, teaching: TeachingArguments, workspace_bytes: int | None = None) -> Objective:

@@ -14,7 +14,7 @@ from dopsd.sampler import inference
 from dopsd.step_batch import BlockInputs, Inputs, PackedInputs, StepBatch
 from dopsd.teacher import TeacherView, TeacherWeights
 from dopsd_kernels import fused_confidence, fused_step_kl
-from dopsd_kernels.step_kl import Divergence
+from dopsd_kernels.step_kl import Divergence, StepKLOutput
 
 # Entries compared by the overlap metric.
 OVERLAP_K = 20
@@ -112,7 +112,19 @@ class Objective(TeacherView):
         row_weight = batch.weight[state]
         if self.normalization == "step_mean":
             row_weight = row_weight / chosen.sum(-1)[state]
-        out = fused_step_kl(
+        out = self.compare(student_hidden, teacher_hidden, weight, row_weight)
+        overlap = top_k_overlap(student_hidden.detach(), teacher_hidden, weight)
+        return StepOutput(out.loss, chosen, state, out.row_kl, out.row_clip_fraction, overlap)
+
+    def compare(
+        self,
+        student_hidden: Tensor,  # (R, d)
+        teacher_hidden: Tensor,  # (R, d)
+        weight: Tensor,  # (V, d)
+        row_weight: Tensor,  # (R,) fp32
+    ) -> StepKLOutput:
+        """The weighted sum of the rows' losses, and what else :func:`~dopsd_kernels.fused_step_kl` says of them."""
+        return fused_step_kl(
             student_hidden,
             teacher_hidden,
             weight,
@@ -126,8 +138,6 @@ class Objective(TeacherView):
             reduction="sum",
             workspace_bytes=self.workspace_bytes,
         )
-        overlap = top_k_overlap(student_hidden.detach(), teacher_hidden, weight)
-        return StepOutput(out.loss, chosen, state, out.row_kl, out.row_clip_fraction, overlap)
 
     def drift(self, model: Any, teacher: TeacherWeights, exact: StepBatch, reused: StepBatch, mask_id: int) -> Tensor:
         """(S,) how far reuse moves the student: mean over K of KL(exact || reused), without dropout or gradient.

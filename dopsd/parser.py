@@ -211,7 +211,7 @@ class Parser(HfArgumentParser):
         """A recipe's name and what its file says, behind those of the ones that it starts from.
 
         Args:
-            name: of one that ships, which starts from nothing, or a file.
+            name: of one that ships, which starts from nothing unless it names another, or a file.
             model: as it is named above the recipe, which says it otherwise.
             root: what a file for that model starts from if it doesn't say it.
             above: the files that name it; a name is looked for beside the last of them.
@@ -244,6 +244,8 @@ class ShortHelp(HelpFormatter):
         super().__init__(prog, max_help_position=39, width=max(120, get_terminal_size().columns) - 2)
 
     def _format_action_invocation(self, action: Action) -> str:
+        if not action.option_strings:
+            return str(action.metavar)
         known = "|".join(map(str, action.choices or ()))
         kind = getattr(action.type, "__name__", "")
         kind = {"string_to_bool": "true|false", "int": "INT", "float": "FLOAT"}.get(kind, "TEXT" if kind else "")

@@ -19,12 +19,12 @@ from dopsd.checkpoints import number
 from dopsd.distillation import Distillation
 from dopsd.evaluation.accuracy import difference, summary
 from dopsd.files import write_json, write_text
+from dopsd.look import FOLDER, keep, label, look
 from dopsd.model_card import write_card
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.ranks import on_first_process
 from dopsd.rollout import Rollout, Row
 from dopsd.run_folder import REPORT_FILE
-from dopsd.step_batch import step_batches
 from dopsd.tables import show
 from dopsd.trainer import Trainer
 from dopsd.units import gib
@@ -103,7 +103,7 @@ def held_out(
     A file that is there already, from before a resume, is read instead if it is about the same ``adapter`` (a hash, or
     None before training).
     """
-    path = output / f"held_out_{moment}.json"
+    path = output / held_out_file(moment)
     kept = on_first_process(lambda: kept_scores(path, adapter))
     if kept is not None:
         return kept
@@ -116,14 +116,29 @@ def held_out(
         rate: trainer.decode_rows(rows, decoding, f"held out, {moment}, {rate} tokens a step")
         for rate, decoding in decodings.items()
     }
-    if moment == "before" and TRAJECTORY not in left_out(trainer):
+    shown = next(iter(results.values()))
+    picture = moment == "before" and TRAJECTORY not in left_out(trainer)
+    sampled = shown[: trainer.args.inspect_samples]
+
+    def look_closer() -> None:
+        if picture:
+            draw_trajectory(trainer, shown, output / TRAJECTORY)
+        if sampled:
+            keep(output / FOLDER / f"{moment}.json", trainer.method, sampled, [trainer.args.seed] * len(sampled))
+
+    if picture or sampled:
         with trainer.method.free_passes():
-            on_first_process(lambda: draw_trajectory(trainer, next(iter(results.values())), output / TRAJECTORY))
+            on_first_process(look_closer)
     if trainer.is_world_process_zero():
         eos_id = trainer.method.decoder.eos_id
         responses = {rate: [one.outcome(eos_id) for one in ones] for rate, ones in results.items()}
         write_json(path, {"adapter_sha256": adapter, "tokens_per_step": responses})
     return {rate: [one.score for one in ones] for rate, ones in results.items()}
+
+
+def held_out_file(moment: str) -> str:
+    """The file of the held-out responses ``before`` or ``after`` training."""
+    return f"held_out_{moment}.json"
 
 
 def kept_scores(path: Path, adapter: str | None) -> dict[str, list[float]] | None:
@@ -139,25 +154,17 @@ def kept_scores(path: Path, adapter: str | None) -> dict[str, list[float]] | Non
 def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -> None:
     """Picture the first correct rollout: when tokens were revealed, what the teacher saw, where K was, KL per step."""
     rollout = next((one for one in rollouts if one.score >= 1), rollouts[0])
-    distillation = trainer.method
-    assert isinstance(distillation, Distillation)
-    decoder, objective = distillation.decoder, distillation.objective
-    example = distillation.example(rollout, trainer.args.seed)
-    trajectory = rollout.trajectory
-    chosen = torch.zeros_like(example.reveal)
-    step_kl = []
-    done = 0
-    distillation.student.eval()
-    with torch.no_grad():
-        for batch in step_batches([example], distillation.states_without_gradient, **distillation.collation()):
-            out = objective.forward(decoder.model, distillation.teacher, batch, decoder.mask_id)
-            chosen[done : done + len(batch)].scatter_(1, batch.columns.cpu(), out.chosen.cpu())
-            step_kl.append(out.state_divergence().float().cpu())
-            done += len(batch)
-    if done:
-        labels = ["∎" if token == decoder.eos_id else decoder.tokenizer.decode([token]) for token in trajectory.tokens]
+    method = trainer.method
+    assert isinstance(method, Distillation)
+    decoder, trajectory = method.decoder, rollout.trajectory
+    example = method.example(rollout, trainer.args.seed)
+    if len(example.steps):
+        seen = look(method, example)
+        labels = [label(token, decoder) for token in trajectory.tokens.tolist()]
         title = f"{decoder.turns(rollout.row)[0]}{decoder.prefill}{rollout.response}"
-        trace = TrajectoryTrace(trajectory, example.steps, example.reveal, chosen, torch.cat(step_kl), labels, title)
+        trace = TrajectoryTrace(
+            trajectory, example.steps, example.reveal, seen.selection(), seen.state_divergence(), labels, title
+        )
         plot_trajectory(trace, path, trainer.args.figure_width)
 
 

@@ -32,7 +32,8 @@ SHARE = "per_device_train_batch_size"
 FREE = {"resume_from_checkpoint", "output_dir", "logging_dir", "disable_tqdm", "report_to", "run_name", "ddp_timeout"}
 # How a batch is shared out, whose size may not differ.
 FREE |= {"processes", SHARE, "fsdp", "ddp_backend"}
-FREE |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision", "figure_width"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_revision"}
+FREE |= {"figure_width", "inspect_samples"}
 
 
 class Start(NamedTuple):

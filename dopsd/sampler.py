@@ -36,6 +36,9 @@ class Decoding:
             of the block to its left (``leftmost``).
         threshold: reveal every position whose token has at least this probability, and at least one, whatever
             ``steps`` says; None follows the schedule.
+        sub_block_length: with a threshold, of how many positions at a time a block is revealed, left to right; where
+            its first token is predicted by what stands before the block, that one comes first, alone. So does
+            Fast-dLLM v2. None: of all.
         stop_at_eos: stop a sequence once everything before its first end-of-text token is revealed.
         sampling_dtype: logits and noise in ``float32`` or ``float64``.
         cache: what the steps of a block but its first take from the first: nothing (``none``, exact), the keys and
@@ -49,6 +52,7 @@ class Decoding:
     temperature: float = 0.0
     remasking: Remasking = "low_confidence"
     threshold: float | None = None
+    sub_block_length: int | None = None
     stop_at_eos: bool = True
     sampling_dtype: SamplingDtype = "float32"
     cache: Cache = "none"
@@ -79,6 +83,11 @@ class Decoding:
             self.threshold,
             f"it is a probability and goes with remasking='low_confidence', not {self.remasking!r}",
         )
+        part = self.sub_block_length
+        fits = part is None or (part >= 1 and self.block_length % part == 0)
+        must_be(fits, "sub_block_length", part, f"a divisor of block_length={self.block_length}, or none")
+        hint = "it goes with a threshold: a schedule says how many tokens of the whole block a step reveals"
+        require(part is None or self.threshold is not None, "sub_block_length", part, hint)
 
     @property
     def blocks(self) -> int:
@@ -206,6 +215,9 @@ def decode(
             while len(rows):
                 position, inside = block_positions(start[rows], width, length)
                 masked = inside & (reveal_step[rows].gather(1, position) == NEVER)
+                if decoding.sub_block_length is not None:
+                    ahead = 0 if model.block_size is None else model.shift  # predicted by what is before the block
+                    masked = leftmost_part(masked, decoding.sub_block_length, ahead)
                 reveals, most_masked = next(steps) if decoding.threshold is None else (1, 0)
                 if not known:
                     most_masked = int(masked.sum(-1).max())
@@ -252,6 +264,20 @@ def decode(
         Trajectory(prompt.cpu(), tokens[index], reveal_step[index], width, leads[index])
         for index, prompt in enumerate(prompts)
     ]
+
+
+def leftmost_part(
+    masked: Tensor,  # (n, B) bool
+    length: int,
+    ahead: int,
+) -> Tensor:  # (n, B) bool
+    """Of blocks' ``masked`` positions, those of the first sub-block of ``length`` that has any.
+
+    So many of a block's first tokens as ``ahead`` says are a sub-block of their own.
+    """
+    offset = torch.arange(masked.shape[1], device=masked.device)
+    part = torch.where(offset < ahead, -1, offset // length)
+    return masked & (part == part[masked.long().argmax(-1, keepdim=True)])
 
 
 def draw(

@@ -22,9 +22,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from dopsd import checkpoints, files, ranks
+from dopsd import checkpoints, files, look, ranks
 from dopsd.collapse import CollapseGuard
 from dopsd.config import ModelArguments, RolloutArguments, TeachingArguments, TrainingArguments
+from dopsd.distillation import reveal_seed
 from dopsd.errors import RunError, require
 from dopsd.evaluation.accuracy import mean, standard_error
 from dopsd.memory.keeper import MemoryKeeper
@@ -52,7 +53,7 @@ class Trainer(transformers.Trainer):
     """One optimiser update, or several, per batch of prompts: roll out, and learn as the method says.
 
     Everything drawn is a function of the seed, the update and the row, so a resumed run goes on with the same bits.
-    Gradients are summed over processes by one explicit reduction, because these take different numbers of micro-batches.
+    Gradients are summed over ranks by one explicit reduction, because ranks take different numbers of micro-batches.
     When memory runs out in decoding or in a slice's passes, these are done again with smaller sizes.
 
     Args:
@@ -208,7 +209,28 @@ class Trainer(transformers.Trainer):
         if rollouts and self.is_world_process_zero():  # what all know alike
             self.note(len(rows), **self.method.figures(rollouts), accepted=len(examples) / len(rows))
             self.note(1, rollouts=sum(rollout.decoded for rollout in rollouts))
+        if rollouts and self.args.inspect_samples:
+            self.keep_sample(rollouts, seeds)
         return slices
+
+    def keep_sample(self, rollouts: Sequence[Rollout], seeds: Tensor) -> None:
+        """What the inspector has of this batch, if it has something: its first example, or, without one, response.
+
+        Args:
+            rollouts: of the batch.
+            seeds: (N,) int64, of its rows.
+        """
+        count, batches = self.teaching.updates_per_batch, -(-self.state.max_steps // self.teaching.updates_per_batch)
+        before, after = (
+            -(-(self.state.global_step // count + more) * self.args.inspect_samples // batches) for more in (0, 1)
+        )
+        if before < after:
+            index = next((i for i, rollout in enumerate(rollouts) if self.teaching.accepts(rollout.score)), 0)
+            seed = reveal_seed(seeds[index * len(seeds) // len(rollouts)])  # a row may have several responses
+            update = self.state.global_step + 1
+            path = Path(self.args.output_dir or ".") / look.FOLDER / f"update-{update}.json"
+            with self.method.free_passes():
+                ranks.on_first_process(lambda: look.keep(path, self.method, [rollouts[index]], [seed], update=update))
 
     def require_finite(self) -> None:
         """Raise RunError unless all that an update changed is finite; looks once at the device."""

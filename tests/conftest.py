@@ -33,6 +33,11 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files start in their order: xdist would start those of few tests last, which here are the slow ones."""
+    config.option.loadscopereorder = False
+
+
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     """`pytest --benchmark-only` is about the benchmarks."""
     return True if config.getoption("benchmark_only", False) else None
@@ -103,6 +108,7 @@ def small_run() -> list[str]:
         "lora_r": 4,
         "bf16": "false",
         "report_to": "none",
+        "inspect_samples": 0,
         "load_best_model_at_end": "false",  # which validates, and saves, what it begins with too
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]

@@ -157,7 +157,7 @@ def test_a_hub_name_that_cannot_be_read_is_a_usage_error(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     code, _, err = command(run.main, *small_run, "--output_dir", str(tmp_path / "output"), "--model", "tyni")
     assert code == 2
-    for word in ("model='tyni'", "neither tiny, nor a folder, nor a hub model"):
+    for word in ("model='tyni'", "neither tiny, tiny-causal, nor a folder, nor a hub model"):
         assert word in the_error(err)
 
 

@@ -20,6 +20,7 @@ CASES: list[dict[str, Any]] = [
     {"steps": 6},
     {"temperature": 0.9, "steps": 12, "stop_at_eos": False},
     {"threshold": 0.4, "temperature": 0.5},
+    {"threshold": 0.3, "sub_block_length": 2},
     {"remasking": "leftmost", "steps": 12, "stop_at_eos": False},
 ]
 
@@ -54,7 +55,7 @@ def test_decoding_equals_a_loop_over_whole_sequences(family: str, changes: dict[
         Decoding(**{"gen_length": 12, "block_length": 4, "cache": kind, **changes}) for kind in ("none", "block")
     ]
     expected = [
-        loop_decode(literal, prompt, decodings[0], int(seed), lead=lead)
+        loop_decode(literal, prompt, decodings[0], int(seed), lead=lead, ahead=model.shift == 1)
         for prompt, seed, lead in zip(prompts, seeds, leads, strict=True)
     ]
     for decoding in decodings:

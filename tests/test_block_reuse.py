@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,14 @@ import torch
 from test_block_causal import EOS, FAMILIES, MASK, blocks_of, oracle, small_model
 from test_block_decoding import LENGTHS, likely_to_stop
 from test_dream import close
+from test_published_configs import CONFIGS
 from test_reuse import gradients
 from test_sampler import make_prompts, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from dopsd.models.a2d import A2DQwen3Config, A2DQwen3LMHeadModel
 from dopsd.sampler import Decoding
 from dopsd.step_batch import BlockInputs, Example, Reuse, StepBatch, step_batches
 from dopsd.trajectory import Trajectory
@@ -37,9 +42,11 @@ def examples_of(model: Any, **changes: Any) -> list[Example]:
     return examples
 
 
-def batches_of(examples: Sequence[Example], reuse: Reuse, size: int = 1000) -> list[StepBatch]:
+def batches_of(
+    examples: Sequence[Example], reuse: Reuse, size: int = 1000, block_causal: bool = True
+) -> list[StepBatch]:
     options: dict[str, Any] = {"mask_id": MASK, "pad_id": EOS, "device": torch.device("cpu")}
-    return list(step_batches(examples, size, reuse=reuse, block_causal=True, **options))
+    return list(step_batches(examples, size, reuse=reuse, block_causal=block_causal, **options))
 
 
 def side_of(batch: StepBatch, teacher: bool) -> Any:
@@ -163,8 +170,28 @@ def test_replayed_states_give_the_commits(family: str) -> None:
             assert batch.committed.sum(-1).tolist() == batch.k.tolist()
 
 
-def test_tokens_that_are_computed() -> None:
-    """128 states of 256 tokens behind a prompt of 200: one clean pass of all but the last block, and 128 blocks."""
+def operations(batch: StepBatch, block_size: int) -> int:
+    """Products and sums of the student's pass, with Qwen3-0.6B's 28 layers, but for the last all alike.
+
+    It is read where two tokens are revealed.
+    """
+    fields, _ = CONFIGS["Qwen3-0.6B-A2D"]
+
+    def counted(layers: int) -> int:
+        with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+            config = A2DQwen3Config(**{**fields, "num_hidden_layers": layers, "block_size": block_size})
+            batch.student.hidden_states(A2DQwen3LMHeadModel(config), batch.columns[:, :2])
+        return counter.get_total_flops()
+
+    one, two = counted(1), counted(2)
+    return one + 27 * (two - one)
+
+
+def test_what_is_computed() -> None:
+    """128 states of 256 tokens behind a prompt of 200: one clean pass of all but the last block, and 128 blocks.
+
+    The tokens and operations are those that docs/block_models.md prints.
+    """
     order = torch.arange(256) // 2
     trajectory = Trajectory(torch.ones(200, dtype=torch.int64), torch.ones(256, dtype=torch.int64), order, 32)
     nothing = torch.zeros(128, 256, dtype=torch.bool)
@@ -172,3 +199,8 @@ def test_tokens_that_are_computed() -> None:
     (exact,), (reused,) = batches_of([example], "none"), batches_of([example], "block")
     assert exact.tokens == 128 * 456 and reused.tokens == 456 - 32 + 128 * 32 == 4520
     assert isinstance(reused.student, BlockInputs) and reused.student.packed.prefix_mask.shape == (1, 424)
+    (approximate,) = batches_of([example], "block", block_causal=False)
+    assert approximate.tokens == 8 * 456 + 120 * 32
+    page = (Path(__file__).parents[1] / "docs" / "block_models.md").read_text()
+    for batch, size in ((exact, 32), (approximate, 0), (reused, 32)):
+        assert f"| {batch.tokens:,} | {operations(batch, size) / 1e12:.1f} |" in page

@@ -23,7 +23,10 @@ from dopsd.config import TeachingArguments
 from dopsd.errors import UsageError
 from dopsd.generate import load
 from dopsd.methods import METHODS
+from dopsd.models import load_model
+from dopsd.rollout import Decoder
 from dopsd.sampler import Decoding
+from dopsd.tasks.sudoku import Sudoku
 from dopsd.teacher import TeacherView, self_future
 from dopsd.trajectory import NEVER, Trajectory
 
@@ -165,6 +168,17 @@ def test_runs_with_reuse_and_without_leave_one_adapter(
     drifts = [row["drift"] for row in metrics if "drift" in row]
     assert len(drifts) == 2 and max(drifts) < 1e-5
     assert metrics[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-4) != 0
+
+
+def test_the_model_that_ships_has_something_to_learn() -> None:
+    """It is right often enough to learn from that, and not more; the cache changes no response."""
+    network, tokenizer = load_model("tiny-causal")
+    decoder, rows = Decoder.of(network, tokenizer, Sudoku(), 32), Sudoku().problems("validation", 32)
+    plain, cached = (
+        decoder.once(rows, Decoding(48, 16, 24, cache=cache), torch.arange(32)) for cache in ("none", "block")
+    )
+    assert [one.response for one in plain] == [one.response for one in cached]
+    assert 0.15 < sum(one.score for one in plain) / 32 < 0.7
 
 
 def test_a_run_whose_teacher_sees_a_later_state(folder: Callable[..., str], tmp_path: Path) -> None:

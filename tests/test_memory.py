@@ -103,7 +103,7 @@ class Line:
         (1000 + 10 * 100 * 23, 24, True, 8),
         (1000 + 2 * 100 * 9, 8, True, 8),  # three equal micro-batches, and no larger ones
         (1000 + 2 * 100 * 2, None, True, 8),  # the loss's workspace, or whatever it is that small sizes need
-        (1500, 1, True, 8),  # how much of one state's peak is fixed is not known, so that two are not tried
+        (1500, 2, True, 8),  # most of one state's peak is fixed, which two tell
         (1200, None, True, 6),
     ],
 )

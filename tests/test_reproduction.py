@@ -15,7 +15,20 @@ import pytest
 import torch
 
 from benchmarks import plots, reproduce, reproduction
-from benchmarks.reproduce import FIXED, METHODS, OURS, TOY, VARIANTS, Cell, Keeper, Variant, record
+from benchmarks.reproduce import (
+    CAUSAL,
+    CAUSAL_BASE,
+    CAUSAL_EXACT,
+    FIXED,
+    METHODS,
+    OURS,
+    TOY,
+    VARIANTS,
+    Cell,
+    Keeper,
+    Variant,
+    record,
+)
 from benchmarks.reproduction import Estimate, estimate, student, variance_of_mean, verdict
 from dopsd.commands import parse_train
 from dopsd.config import MethodName
@@ -219,7 +232,15 @@ def test_the_page_says_what_the_files_say(folder: Path) -> None:
     for seed in range(5):
         cell = Cell(TOY, None, seed)
         write_json(folder / f"{cell.name}.json", made(cell, 0.75))
+    for name, share in ((CAUSAL_BASE, 0.25), (CAUSAL, 0.5), (CAUSAL_EXACT, 0.5)):
+        for seed in range(3 if VARIANTS[name].rates else 1):
+            cell = Cell(name, reproduce.chosen(name), seed)
+            write_json(folder / f"{cell.name}.json", made(cell, share))
     text = {name: section() for name, section in reproduction.SECTIONS.items()}
+    assert re.search(rf"\| {CAUSAL} \| 3 \| 50\.0 .* \| \+25\.0 \(", text["causal"])
+    assert f"| {CAUSAL} is above {CAUSAL_BASE} | +25.0" in text["causal"]
+    assert re.search(rf"\| {CAUSAL} \| 50\.0 \(.*\) \| \+0\.0 \(\+0\.0 to \+0\.0\) \| 1 \|", text["savings"])
+    assert re.search(rf"\| {CAUSAL_EXACT} \| 50\.0 \(.*\) \|  \| 1 \|", text["savings"])
     assert re.search(rf"\| {FIXED} \| 5 \| 75\.0 \(7\d\.\d to [78]\d\.\d\) \|.* 20.6 \| 82.2 \|", text["methods"])
     said = dict(re.findall(r"^\| (.+?) \| .*? \| ([a-z ]+) \|$", text["methods"], re.MULTILINE))
     assert said[f"{FIXED} is above SFT"] == said[f"{FIXED} is above VRPO"] == "holds"

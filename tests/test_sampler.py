@@ -37,11 +37,18 @@ def splitmix(*values: int) -> int:
 
 
 def loop_decode(
-    model: Any, prompt: Tensor, decoding: Decoding, seed: int, hints: Tensor | None = None, lead: int = 0
+    model: Any,
+    prompt: Tensor,
+    decoding: Decoding,
+    seed: int,
+    hints: Tensor | None = None,
+    lead: int = 0,
+    ahead: bool = False,
 ) -> Trajectory:
     """One prompt, no padding, logits of every position at every step, one position after the other.
 
-    The first block has `lead` positions in the prompt, and what is then left at the end is a block of its own.
+    The first block has `lead` positions in the prompt, and what is then left at the end is a block of its own. With
+    sub-blocks, a block's first token may come `ahead`.
     """
     length, width = decoding.gen_length, decoding.block_length
     blocks = length // width
@@ -85,6 +92,12 @@ def loop_decode(
                     sureness[i] = -float(i)
                 else:
                     sureness[i] = float(splitmix(splitmix(seed, step, i), 1))
+            if decoding.sub_block_length is not None:
+                first = (min(choice) + lead) % width
+                stop = (
+                    1 if ahead and first == 0 else (first // decoding.sub_block_length + 1) * decoding.sub_block_length
+                )
+                choice = {i: token for i, token in choice.items() if (i + lead) % width < stop}
             order = sorted(choice, key=lambda i: -sureness[i])
             if decoding.threshold is not None:
                 commit = order[:1] + [i for i in order[1:] if probability[i] >= decoding.threshold]
@@ -502,6 +515,9 @@ def test_decoding_leaves_the_mode_as_it_was(small_llada: Callable[..., LLaDAMode
         ("threshold", {"threshold": 1.1}),
         ("threshold", {"threshold": 0.5, "remasking": "margin"}),
         ("threshold", {"threshold": 0.5, "remasking": "leftmost"}),
+        ("sub_block_length", {"threshold": 0.5, "sub_block_length": 3}),
+        ("sub_block_length", {"threshold": 0.5, "sub_block_length": 0}),
+        ("sub_block_length", {"sub_block_length": 2}),
         ("remasking", {"remasking": "confidence"}),
         ("sampling_dtype", {"sampling_dtype": "bfloat16"}),
     ],

@@ -1,1 +1,1 @@
-"""The tiny model that ships with the package, and the script that makes it."""
+"""The tiny models that ship with the package, and the script that makes them."""

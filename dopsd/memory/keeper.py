@@ -99,7 +99,7 @@ class MemoryKeeper:
         That is half a micro-batch, or at one state checkpointing; on all processes, which share the micro-batches out.
 
         Raises:
-            RunError: less can't be taken at ``update``; where weights are shared, others are still inside their passes.
+            RunError: less can't be taken at ``update``; or weights are shared, and others inside their passes.
         """
         network = self.method.decoder.model
         while True:

@@ -167,6 +167,8 @@ class Curve:
             reach = max(sizes[0], GROWTH * best)
             open_sizes = [size for size in sizes if NEAR * best < size < over and size <= reach]
             fitting = [size for size in open_sizes if self.at(size) <= limit]
+            if len(self.points) == 2:  # one size does not tell how much of its peak is fixed: the next does
+                fitting = fitting or open_sizes[:1]
             if not fitting:
                 return best
             peak = self.measure(fitting[-1])

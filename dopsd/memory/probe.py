@@ -124,7 +124,8 @@ class RunProbe:
         decoder, own = self.method.decoder, self.rollouts.decoding()
         # A step of each block, all at the highest temperature of tries, whose noise takes memory too.
         temperature = max(self.rollouts.first_temperature, self.rollouts.temperature * (self.rollouts.pass_k > 1))
-        quick = replace(own, steps=own.blocks, threshold=None, stop_at_eos=False, temperature=temperature)
+        scheduled = replace(own, steps=own.blocks, threshold=None, sub_block_length=None)
+        quick = replace(scheduled, stop_at_eos=False, temperature=temperature)
         short, long = (len(prompt) for prompt in self.prompts)
         # All are different, because equal ones may share what is computed; one is short, which takes a mask.
         generator = torch.Generator().manual_seed(0)

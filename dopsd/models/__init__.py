@@ -74,8 +74,8 @@ MISSING = {
     "nemotron_labs_diffusion": "YaRN, scaled queries, and finished blocks that are read causally token by token",
 }
 
-# Models that ship with the package, by the name ``--model`` takes.
-SHIPPED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
+# Models that ship with the package, by the name ``--model`` takes; recipes of the same names train them.
+SHIPPED = {name: Path(__file__).parents[1] / "assets" / name for name in ("tiny", "tiny-causal")}
 
 
 def check_model(model: str) -> tuple[dict[str, Any], type[DiffusionModel]]:
@@ -102,7 +102,7 @@ def load_model(
     """A model in evaluation mode, and its tokenizer. No code or pickle that comes with a checkpoint is run.
 
     Args:
-        model: ``tiny``, a folder in the Hugging Face layout, or a hub id.
+        model: one of ``SHIPPED``, a folder in the Hugging Face layout, or a hub id.
         dtype: of the weights: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         quantize: of the linear layers but the LM head: ``none``, ``nf4`` or ``int8``.
         attn_implementation: ``sdpa``, ``eager`` or ``flash_attention_2``.

@@ -153,17 +153,16 @@ class BidirectionalLayer(GradientCheckpointingLayer):
         prefix_value: Tensor | None = None,  # (G, H_kv, W, D)
         packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # (B, R or T, d), and the keys and values (B, H_kv, T, D)
-        modules = self.parts()
-        parts = fused(modules, x)
+        parts = fused(self.parts(), x)
         x, *projected = parts.project(x, read)
         query, key, value = (self._heads(part) for part in projected)
         cos, sin = rotary
-        key = parts.rotate(modules.key_norm(key), cos, sin)
+        key = parts.place_key(key, cos, sin)
         if read is not None:
             # From here on every position is on its own, so only those that are read need be computed: exact.
             columns = read[:, None, :, None].expand(-1, -1, -1, self.head_dim)
             cos, sin = (table.expand(len(x), -1, -1, -1).gather(2, columns) for table in rotary)
-        query = parts.rotate(modules.query_norm(query), cos, sin)
+        query = parts.place_query(query, cos, sin)
         if packed is None:
             mixed = self._attend(query, key, value, key_mask)
         else:

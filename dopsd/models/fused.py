@@ -17,7 +17,9 @@ from dopsd_kernels.lora_layer import LoraLinear, lora_linears, lora_swiglu, rota
 
 log = logging.getLogger(__name__)
 
-NORMS = ("attention_norm", "mlp_norm")
+Norm = tuple[Tensor, float] | None
+
+NORMS = ("attention_norm", "mlp_norm", "query_norm", "key_norm")
 LINEARS = ("query", "key", "value", "attention_out", "gate", "up", "down")
 # PEFT's classes over linear layers, and those of bitsandbytes, which need not be there.
 ADAPTED = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit", "peft.tuners.lora.bnb.Linear8bitLt"}
@@ -36,13 +38,16 @@ class FusedParts(NamedTuple):
     """
 
     linears: dict[str, LoraLinear]
-    norms: dict[str, tuple[Tensor, float]]
+    attention_norm: Norm  # weight and eps; None: there is no norm
+    mlp_norm: Norm
+    query_norm: Norm
+    key_norm: Norm
     dtype: torch.dtype
 
     def project(self, x: Tensor, read: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See :meth:`Parts.project`."""
         query, key, value = (self.linears[name] for name in ("query", "key", "value"))
-        project = partial(lora_linears, norm=self.norms["attention_norm"], dtype=self.dtype)
+        project = partial(lora_linears, norm=self.attention_norm, dtype=self.dtype)
         if read is None:
             queries, keys, values = project(x, [query, key, value])
         else:
@@ -51,10 +56,13 @@ class FusedParts(NamedTuple):
             (queries,) = project(x, [query])
         return x, queries, keys, values
 
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """See :meth:`Parts.rotate`."""
-        return rotary(x, cos, sin)
+    def place_query(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See :meth:`Parts.place_query`."""
+        return rotary(x, cos, sin, norm=self.query_norm)
+
+    def place_key(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See :meth:`Parts.place_key`."""
+        return rotary(x, cos, sin, norm=self.key_norm)
 
     def add_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """See :meth:`Parts.add_attention`."""
@@ -64,7 +72,7 @@ class FusedParts(NamedTuple):
     def add_mlp(self, x: Tensor) -> Tensor:
         """See :meth:`Parts.add_mlp`."""
         linears = (self.linears[name] for name in ("gate", "up", "down"))
-        return lora_swiglu(x, *linears, norm=self.norms["mlp_norm"], dtype=self.dtype)
+        return lora_swiglu(x, *linears, norm=self.mlp_norm, dtype=self.dtype)
 
 
 def fused(
@@ -76,12 +84,13 @@ def fused(
         return parts  # the compiler fuses modules by itself, and chooses what to keep
     try:
         linears = {name: lora_linear(getattr(parts, name)) for name in LINEARS}
-        norms = {name: norm(getattr(parts, name)) for name in NORMS}
+        attention, mlp, query, key = (norm(getattr(parts, name)) for name in NORMS)
     except NotFusedError as reason:
         say_once(str(reason))
         return parts
     kind = x.device.type
-    return FusedParts(linears, norms, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return FusedParts(linears, attention, mlp, query, key, dtype)
 
 
 @cache
@@ -96,8 +105,10 @@ def draw_seed() -> int:
     return 0 if isinstance(drawn, FakeTensor) else int(drawn)  # tensors without memory have no numbers
 
 
-def norm(module: nn.Module) -> tuple[Tensor, float]:
-    """Weight and eps of a norm; NotFusedError if it is another one, or trained."""
+def norm(module: nn.Module) -> Norm:
+    """Weight and eps of a norm, None where there is none; NotFusedError if it is another one, or trained."""
+    if type(module) is nn.Identity:
+        return None
     if type(module) is not RMSNorm:
         raise NotFusedError(f"a norm is a {type(module).__name__}")
     return frozen(module.weight, "a norm"), module.eps

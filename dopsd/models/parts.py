@@ -31,6 +31,17 @@ def rows(
     return x.gather(1, read[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def rotate(
+    x: Tensor,  # (B, H, T, D)
+    cos: Tensor,  # (B or 1, 1, T, D)
+    sin: Tensor,  # (B or 1, 1, T, D)
+) -> Tensor:  # (B, H, T, D)
+    """Apply the rotary embedding in at least fp32."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
 class Parts(NamedTuple):
     """The modules of a layer, whatever a checkpoint calls them; the last two norm the heads of queries and keys."""
 
@@ -58,16 +69,23 @@ class Parts(NamedTuple):
             x, normed = rows(x, read), rows(normed, read)
         return x, self.query(normed), key, value
 
-    @staticmethod
-    def rotate(
+    def place_query(
+        self,
         x: Tensor,  # (B, H, T, D)
         cos: Tensor,  # (B or 1, 1, T, D)
         sin: Tensor,  # (B or 1, 1, T, D)
     ) -> Tensor:  # (B, H, T, D)
-        """Apply the rotary embedding in at least fp32."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        first, second = wide.chunk(2, dim=-1)
-        return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+        """Apply the norm of queries' heads and the rotary embedding, in the dtype of ``x``."""
+        return rotate(self.query_norm(x), cos, sin).to(x.dtype)  # a norm's weight may be wider, under autocast
+
+    def place_key(
+        self,
+        x: Tensor,  # (B, H_kv, T, D)
+        cos: Tensor,  # (B or 1, 1, T, D)
+        sin: Tensor,  # (B or 1, 1, T, D)
+    ) -> Tensor:  # (B, H_kv, T, D)
+        """Apply the norm of keys' heads and the rotary embedding, likewise."""
+        return rotate(self.key_norm(x), cos, sin).to(x.dtype)
 
     def add_attention(
         self,

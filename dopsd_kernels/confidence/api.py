@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
 from ..common.arguments import (
     check_bias,
     check_choice,
@@ -176,7 +177,7 @@ def _empty_output(
 
 
 # Opaque to torch.compile, so that what depends on the device (backend, configurations) is decided when it runs.
-_confidence_operator = torch.library.custom_op("dopsd::confidence", _confidence, mutates_args=())
+_confidence_operator = torch.library.custom_op(add_op_namespace_prefix("confidence"), _confidence, mutates_args=())
 
 
 @_confidence_operator.register_fake

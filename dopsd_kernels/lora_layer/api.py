@@ -88,14 +88,17 @@ def lora_swiglu(
     return output.view(x.shape)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding: x cos + (-x2, x1) sin with the halves x1 and x2 of x along D (RoFormer, Su et al. 2021).
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, norm: tuple[Tensor, float] | None = None) -> Tensor:
+    """Rotary embedding: n cos + (-n2, n1) sin with the halves n1 and n2 of n along D (RoFormer, Su et al. 2021).
 
-    Only the tables are kept for the backward pass; only x has a gradient.
+    Here n = x, or with a norm x / sqrt(mean(x^2) + eps) * weight of each head (Qwen3's queries and keys).
+
+    Only the tables are kept for the backward pass, and x if there is a norm; only x has a gradient.
 
     Args:
         x: (B, H, T, D) with an even D, fp16, bf16, fp32 or fp64; computed in fp32, of fp64 in fp64.
         cos, sin: (B or 1, 1, T, D).
+        norm: weight (D,) and eps; n is rounded to the dtype of x.
 
     Returns:
         (B, H, T, D) in the dtype of x, with its strides if these leave no gaps.
@@ -113,7 +116,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         check_shape(name, table, (batch, 1, *x.shape[2:]), "a row for each token of each sequence, or of all")
         if table.requires_grad:
             raise ValueError(f"{name} requires a gradient, but only x gets one here.")
-    rotated: Tensor = untraced(Rotary.apply)(x, cos, sin)
+    check_norm(norm, x)
+    rotated: Tensor = untraced(Rotary.apply)(x, cos, sin, norm)
     return rotated
 
 

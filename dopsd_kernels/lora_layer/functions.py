@@ -197,7 +197,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 class Rotary(torch.autograd.Function):
-    """The rotary embedding, which keeps its tables alone."""
+    """The rotary embedding of heads, behind a norm of each if there is one; without one it keeps its tables alone."""
 
     @staticmethod
     def forward(
@@ -205,14 +205,31 @@ class Rotary(torch.autograd.Function):
         x: Tensor,  # (B, H, T, D)
         cos: Tensor,  # (B or 1, 1, T, D)
         sin: Tensor,  # (B or 1, 1, T, D)
+        norm: Norm,
     ) -> Tensor:  # (B, H, T, D)
-        ctx.save_for_backward(cos, sin)
+        ctx.norm = norm
+        ctx.save_for_backward(cos, sin, *([] if norm is None else [x]))
         with undisturbed(x):
-            return elementwise.rotary(x, cos, sin)
+            inner = x if norm is None else by_head(elementwise.rms_norm(rows_of(x), *norm, x.dtype), x)
+            return elementwise.rotary(inner, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, sin, *inputs = ctx.saved_tensors
         with undisturbed(upstream):
-            return elementwise.rotary(upstream, cos, sin, transposed=True), None, None
+            of_x = elementwise.rotary(upstream, cos, sin, transposed=True)
+            for x in inputs:
+                of_x = by_head(elementwise.rms_norm_backward(rows_of(of_x), rows_of(x), None, *ctx.norm), x)
+        return of_x, None, None, None
+
+
+def rows_of(x: Tensor) -> Tensor:  # (B, H, T, D) -> (B T H, D)
+    """One row for each head of each token, which is how linear layers write them."""
+    return x.transpose(1, 2).reshape(-1, x.shape[3])
+
+
+def by_head(rows: Tensor, x: Tensor) -> Tensor:  # (B T H, D) -> (B, H, T, D)
+    """Such rows in the shape of ``x``."""
+    batch, heads, length, width = x.shape
+    return rows.view(batch, length, heads, width).transpose(1, 2)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._ops import add_op_namespace_prefix
 from ..common.arguments import check_choice, check_device, check_floating, check_number, check_shape
 from ..common.backends import as_traced, choose_backend, undisturbed
 from ..common.products import compute_dtype
@@ -172,8 +173,10 @@ def _backward(
     return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 
-_forward_operator = torch.library.custom_op("dopsd::prefix_attention", _forward, mutates_args=())
-_backward_operator = torch.library.custom_op("dopsd::prefix_attention_backward", _backward, mutates_args=())
+_forward_operator = torch.library.custom_op(add_op_namespace_prefix("prefix_attention"), _forward, mutates_args=())
+_backward_operator = torch.library.custom_op(
+    add_op_namespace_prefix("prefix_attention_backward"), _backward, mutates_args=()
+)
 
 
 @_forward_operator.register_fake

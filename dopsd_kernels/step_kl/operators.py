@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._ops import add_op_namespace_prefix
 from ..common.arguments import check_entries, check_integer
 from ..common.backends import as_traced, choose_backend, undisturbed
 from ..common.head import Head, gradient_dtype
@@ -70,7 +71,7 @@ def _step_kl(
     return stats, d_hidden, d_weight, d_bias
 
 
-_step_kl_operator = torch.library.custom_op("dopsd::step_kl", _step_kl, mutates_args=())
+_step_kl_operator = torch.library.custom_op(add_op_namespace_prefix("step_kl"), _step_kl, mutates_args=())
 
 
 @_step_kl_operator.register_fake
@@ -128,7 +129,9 @@ def _step_kl_from_logits(
         return chunked.step_kl_from_logits(*call, backend)
 
 
-_from_logits_operator = torch.library.custom_op("dopsd::step_kl_from_logits", _step_kl_from_logits, mutates_args=())
+_from_logits_operator = torch.library.custom_op(
+    add_op_namespace_prefix("step_kl_from_logits"), _step_kl_from_logits, mutates_args=()
+)
 
 
 @_from_logits_operator.register_fake

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._ops import add_op_namespace_prefix
 from ..common.arguments import check_entries, check_integer
 from ..common.backends import as_traced, choose_backend, undisturbed
 from ..common.head import Head, gradient_dtype
@@ -47,7 +48,9 @@ def _token_logprob(
         return chunked.token_logprob(head, tokens, options, workspace_bytes, group, choose_backend(backend, head))
 
 
-_token_logprob_operator = torch.library.custom_op("dopsd::token_logprob", _token_logprob, mutates_args=())
+_token_logprob_operator = torch.library.custom_op(
+    add_op_namespace_prefix("token_logprob"), _token_logprob, mutates_args=()
+)
 
 
 @_token_logprob_operator.register_fake
@@ -92,7 +95,9 @@ def _token_logprob_backward(
     return d_hidden, d_weight, d_bias
 
 
-_backward_operator = torch.library.custom_op("dopsd::token_logprob_backward", _token_logprob_backward, mutates_args=())
+_backward_operator = torch.library.custom_op(
+    add_op_namespace_prefix("token_logprob_backward"), _token_logprob_backward, mutates_args=()
+)
 
 
 @_backward_operator.register_fake

@@ -154,6 +154,24 @@ def test_rotary(backend: str, inverse: bool, dtype: torch.dtype) -> None:
     assert (left.sum() - right.sum()).abs() <= 6 * U * (left.abs().sum() + right.abs().sum() + 24)
 
 
+def test_rotary_of_normed_heads(backend: str) -> None:
+    """As the two after one another in fp64; x as linear layers write it, with the heads of a token side by side."""
+    x = randn(2, 3, 5, 6).transpose(1, 2).requires_grad_()
+    cos, sin, weight = randn(1, 1, 3, 6, seed=1), randn(1, 1, 3, 6, seed=2), randn(6, seed=3)
+    upstream = randn(2, 5, 3, 6, seed=4)
+    turned = rotary(x, cos, sin, norm=(weight, 1e-5))
+    (of_x,) = torch.autograd.grad(turned, x, upstream)
+    wide = x.detach().double().requires_grad_()
+    inner = F.rms_norm(wide, (6,), weight.double(), 1e-5)
+    exact = inner * cos + torch.cat((-inner[..., 3:], inner[..., :3]), -1) * sin
+    (of_wide,) = torch.autograd.grad(exact, wide, upstream.double())
+    # Sums of six products of numbers of order one, and two more; a norm or a transpose left out is wrong by order one.
+    close(turned, exact, 32 * U * (1 + exact.abs()))
+    close(of_x, of_wide, 128 * U * (1 + of_wide.abs().amax()))
+    with pytest.raises(ValueError, match="norm"):
+        rotary(x, cos, sin, norm=(weight[:5], 1e-5))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Dropout
 # ------------------------------------------------------------------------------------------------------------
