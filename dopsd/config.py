@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -20,6 +20,7 @@ from dopsd.models import add_lora, load_adapter
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective
 from dopsd.parser import check_numbers
+from dopsd.precision import has_bf16
 from dopsd.prompt_file import PromptFile
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
 from dopsd.sharding import require_own_sharding
@@ -462,16 +463,6 @@ class TrainingArguments(transformers.TrainingArguments):
         # Updates, or shares of all, as transformers compares them; a share is no multiple of a number of updates.
         save, evaluate = 1e6 * float(self.save_steps), 1e6 * float(self.eval_steps or self.logging_steps)
         return self.eval_strategy == "epoch" or ((save < 1e6) == (evaluate < 1e6) and save % evaluate == 0)
-
-
-def has_bf16(cpu: bool) -> bool:
-    """Whether bf16 products run in hardware; emulated, they are 5 to 10 times slower than fp32."""
-    if cpu:
-        capabilities: Mapping[str, Any] = getattr(
-            torch.cpu, "get_capabilities", dict
-        )()  # not in the oldest torch that is supported
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclass
