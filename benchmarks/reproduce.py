@@ -38,11 +38,11 @@ from benchmarks import results
 from benchmarks.results import Row
 from dopsd import collapse, report
 from dopsd.commands import parse_train
-from dopsd.config import has_bf16
 from dopsd.console import console
 from dopsd.errors import RunError, ending
 from dopsd.files import sha256, write_json
 from dopsd.models import SHIPPED
+from dopsd.precision import has_bf16
 from dopsd.run import build
 
 FOLDER = results.FOLDER / "reproduction"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from typing import Any, ClassVar, Literal
@@ -21,8 +20,10 @@ from dopsd.models import add_lora, load_adapter
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective
 from dopsd.parser import check_numbers
+from dopsd.precision import has_bf16
 from dopsd.prompt_file import PromptFile
 from dopsd.sampler import Decoding, Remasking, SamplingDtype
+from dopsd.sharding import require_own_sharding
 from dopsd.step_batch import Reuse
 from dopsd.tasks import Grading, Row, Task
 from dopsd.teacher import RevealRounding, RevealScope, TeacherContext, TeacherKind
@@ -48,9 +49,6 @@ OF_METHODS: dict[str, tuple[MethodName, ...]] = {
     **dict.fromkeys(["ratio_clip", "kl_weight"], ("diffu_grpo",)),
     **dict.fromkeys(["elbo_draws", "preference_beta", "sft_weight"], ("vrpo",)),
 }
-
-# What --fsdp takes.
-SHARDED = "full_shard"
 
 TASK_HELP = (
     "sudoku (the tiny model's), gsm8k, math, countdown, sudoku4x4, one that a package registers as dopsd.tasks, or "
@@ -413,13 +411,7 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in ("save_steps", "eval_steps", "logging_steps"):
             given = getattr(self, name)
             must_be(given is None or float(given) > 0, name, given, "positive: updates, or below 1 a share of all")
-        must_be(self.fsdp in (None, SHARDED), "fsdp", self.fsdp, f"{SHARDED}, or none")
-        for name, given in {"fsdp_config": self.fsdp_config, "deepspeed": self.deepspeed}.items():
-            require(not given, name, given, f"--fsdp {SHARDED} is how processes share weights here")
-        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-            given = os.environ.get(name, "false")
-            hint = f"launch without it: --fsdp {SHARDED} is how processes share weights here"
-            require(given.lower() != "true", name, given, hint)
+        require_own_sharding(self.fsdp, fsdp_config=self.fsdp_config, deepspeed=self.deepspeed)
         must_be(self.ddp_timeout >= ranks.LOST, "ddp_timeout", self.ddp_timeout, f"at least {ranks.LOST:g} seconds")
         # transformers takes bf16 on a machine without an accelerator for a mistake unless this is said.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -473,16 +465,6 @@ class TrainingArguments(transformers.TrainingArguments):
         return self.eval_strategy == "epoch" or ((save < 1e6) == (evaluate < 1e6) and save % evaluate == 0)
 
 
-def has_bf16(cpu: bool) -> bool:
-    """Whether bf16 products run in hardware; emulated, they are 5 to 10 times slower than fp32."""
-    if cpu:
-        capabilities: Mapping[str, Any] = getattr(
-            torch.cpu, "get_capabilities", dict
-        )()  # not in the oldest torch that is supported
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 @dataclass
 class PlanArguments:
     """What ``python -m dopsd.plan`` is asked; the options of training go along."""
@@ -492,10 +474,19 @@ class PlanArguments:
     model_config: str | None = option(None, "A config.json, a folder with one, or a hub id; none: that of --model.")
     gpu: str = option("24GiB", "Memory of the GPU, in GiB.")
     prompt_length: int = option(200, "Tokens of the longest prompt, the teacher's included.")
+    nodes: int = option(1, "Machines.")
+    gpus: int = option(1, "GPUs of each.")
+    tflops: float | None = option(None, "10^12 operations a second that a GPU does, for a time; none: no time is said.")
+    network: float | None = option(None, "10^9 bytes a second that reach a GPU from others, for the same.")
 
     def __post_init__(self) -> None:
         read_bytes("gpu", self.gpu, None)
-        at_least_one(self, "prompt_length")
+        at_least_one(self, "prompt_length", "nodes", "gpus")
+        for name in ("tflops", "network"):
+            given = getattr(self, name)
+            must_be(given is None or given > 0, name, given, "above 0, or none")
+        together = (self.tflops is None) == (self.network is None)
+        require(together, "tflops", self.tflops, "a time takes --tflops and --network")
 
 
 @dataclass

@@ -11,6 +11,7 @@ bytes of weights a process then receives (n - 1) / n W once, and not with each p
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +23,24 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dopsd.errors import must_be, require
+
 # Layers return values as views, which nothing here writes to.
 VIEWS = "FSDP2-wrapped module .* returned a view tensor"
+
+
+def require_own_sharding(fsdp: str | None, **others: object) -> None:
+    """Raise UsageError unless ``fsdp`` can be had, and weights are to be shared in no other way.
+
+    Those are the ``others``, options by their name, and what a launcher's environment says.
+    """
+    how = "--fsdp full_shard"
+    must_be(fsdp in (None, "full_shard"), "fsdp", fsdp, "full_shard, or none")
+    for name, given in others.items():
+        require(not given, name, given, f"{how} is how processes share weights here")
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        asked = os.environ.get(name, "false")
+        require(asked.lower() != "true", name, asked, f"launch without it: {how} is how processes share weights here")
 
 
 def shard(network: Any, device: torch.device, processes: int) -> None:

@@ -53,7 +53,7 @@ class Trainer(transformers.Trainer):
     """One optimiser update, or several, per batch of prompts: roll out, and learn as the method says.
 
     Everything drawn is a function of the seed, the update and the row, so a resumed run goes on with the same bits.
-    Gradients are summed over ranks by one explicit reduction, because ranks accept different numbers of trajectories.
+    Gradients are summed over ranks by one explicit reduction, because ranks take different numbers of micro-batches.
     When memory runs out in decoding or in a slice's passes, these are done again with smaller sizes.
 
     Args:

@@ -74,6 +74,12 @@ def check(words: list[str]) -> None:
             args = launch_command_parser().parse_args(options)
             assert args.module
             check_module(args.training_script, args.training_script_args)
+        case ["torchrun", *options]:
+            from torch.distributed.run import get_args_parser
+
+            args = get_args_parser().parse_args(options)
+            assert args.module
+            check_module(args.training_script, args.training_script_args)
         case [program, *_] if program in OTHERS:
             pass
         case _:
@@ -173,6 +179,7 @@ def test_options_in_the_text_are_options(page: Path) -> None:
         "python -m dopsd.no_such_command",
         "python -m benchmarks.gpu --out DIR --only nothing",
         "accelerate launch --num_processes 4 -m dopsd.train --max_step 1",
+        "torchrun --nnodes 2 -m dopsd.train --max_step 1",
         "python -m pytest --no-such-option",
         "pip install .[no_such_extra]",
         "pip install -c no_such_file.txt .",
@@ -237,7 +244,7 @@ def test_every_metric_is_explained(make_trainer: Callable[..., Trainer]) -> None
     trainer.train()
     logged = {name for row in trainer.state.log_history if "train_runtime" not in row for name in row}
     assert logged <= names
-    assert names - logged == {"collapse", "peak_gib", "predicted_peak_gib"}
+    assert names - logged == {"collapse", "peak_gib", "predicted_peak_gib", "wait_seconds"}
 
 
 # ---- docs/extending.md ----

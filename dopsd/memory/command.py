@@ -14,6 +14,7 @@ from dopsd.errors import RunError, must_be, require
 from dopsd.files import first_line, read_json
 from dopsd.memory.dry_run import DryProbe, DryRun
 from dopsd.memory.planner import Planner, remedies, too_little, workspace_for
+from dopsd.memory.scale import share_of
 from dopsd.models import MODELS, SHIPPED, class_of
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.models.checkpoint import read_config
@@ -81,7 +82,12 @@ def main(argv: Sequence[str]) -> None:
     context = config.max_position_embeddings - arguments.prompt_length
     must_be(rollouts.gen_length <= context, "gen_length", rollouts.gen_length, f"at most {context}, for the context")
     workspace = workspace_for(limit, "cuda")
-    run = DryRun(config, model, rollouts, teaching, args, arguments.prompt_length, workspace)
+    processes = arguments.nodes * arguments.gpus
+    sharing = 1 if args.fsdp is None else processes
+    hint = "one process has none to share weights with: --nodes or --gpus say how many there are"
+    require(args.fsdp is None or processes > 1, "fsdp", args.fsdp, hint)
+    require(sharing == 1 or model.quantize == "none", "quantize", model.quantize, "such weights can't be shared")
+    run = DryRun(config, model, rollouts, teaching, args, arguments.prompt_length, workspace, sharing)
     check_decoding(run.network, rollouts.decoding())
     Distillation.check_model(run.network, teaching)
     probe = DryProbe(run, teaching.reuse if teaching.drift_limit is None else "none", model.quantize)
@@ -96,5 +102,18 @@ def main(argv: Sequence[str]) -> None:
     log.info(f"{base:,} parameters, and {trained:,} that are trained; {run.states()} states an update")
     log.info(f"predicted, not measured: {plan}")
     plan.show()
+    share = share_of(run, plan, processes)
+    if processes > 1:
+        log.info(
+            f"{processes} processes: each holds {share.held:,} of {share.parameters:,} parameters; its share of an "
+            f"update (prompts: {share.prompts}, one try at each) is {share.operations / 1e12:,.0f} TFLOP and "
+            f"{share.received / 1e9:,.2f} GB over the network"
+        )
+    if arguments.tflops is not None and arguments.network is not None:
+        seconds = share.seconds(arguments.tflops, arguments.network)
+        rates = f"{arguments.tflops:g} TFLOP/s and {arguments.network:g} GB/s"
+        log.info(f"at {rates} that is {seconds:,.1f} s, if nothing overlaps and nobody waits: a prediction")
+    if sharing > 1:
+        return  # the table is of other weights too
     rows = options(run, limit, rollouts.sequences_per_forward)
     show(rows, f"what fits in {gib(limit)} GiB: predicted, not measured")

@@ -145,6 +145,7 @@ class DryRun:
         model, rollouts, teaching, args: options of the run.
         prompt_length: tokens of the longest prompt.
         workspace_bytes: of the ops.
+        sharing: processes that share the weights.
     """
 
     def __init__(
@@ -156,7 +157,9 @@ class DryRun:
         args: TrainingArguments,
         prompt_length: int,
         workspace_bytes: int,
+        sharing: int = 1,
     ) -> None:
+        self.sharing = sharing
         self.rollouts, self.teaching, self.args = rollouts, teaching, args
         self.prompt_length, self.workspace_bytes = prompt_length, workspace_bytes
         self.vocab, self.layers = config.vocab_size, config.num_hidden_layers
@@ -178,7 +181,18 @@ class DryRun:
             held += sum(int(p.numel() * QUANTIZED[quantize]) - p.nbytes for p in self.linear())
         optimizer = optimizer_bytes(self.args.optim) * sum(p.numel() for p in trained)
         size = sum(p.nbytes for p in trained)
+        held, size, optimizer = (-(-part // self.sharing) for part in (held, size, optimizer))
         return Persistent(held, size, gradients=size, optimizer=optimizer, runtime=CUDA_ALLOWANCE)
+
+    def gathered(self) -> tuple[int, int]:
+        """Bytes of others' weights that a process has in a pass with a gradient, at most, and in decoding."""
+        if self.sharing == 1:
+            return 0, 0
+        layers = [sum(p.nbytes for p in layer.parameters()) for layer in self.network.layers]
+        everything = sum(p.nbytes for p in self.network.parameters())
+        # The embedding, the head, a layer and the next.
+        at_once = everything - sum(layers) + 2 * max(layers)
+        return min(at_once, everything), everything - everything // self.sharing
 
     def linear(self) -> list[Tensor]:
         """The weights that quantisation stores in fewer bits."""
@@ -277,17 +291,20 @@ class DryProbe:
         self.persistent = run.persistent(quantize)
         # One layer's weight at a time is turned back into 16 bits.
         self.transient = 0 if quantize == "none" else max(2 * p.numel() for p in run.linear())
+        self.gathered, self.decoding_gathered = run.gathered()
 
     def tokens(self, states: int) -> int:
         return self.run.batch(self.reuse, states).student.tokens
 
     def training(self, states: int, checkpointing: bool) -> int:
         tokens = self.tokens(states)
-        return self.persistent.total + self.transient + self.run.training(self.reuse, checkpointing).at(tokens)
+        standing = self.persistent.total + self.transient + self.gathered
+        return standing + self.run.training(self.reuse, checkpointing).at(tokens)
 
     def decoding(self, sequences: int) -> int:
         tokens = sequences * (self.run.prompt_length + self.run.rollouts.gen_length)
-        return self.persistent.total - self.persistent.gradients + self.transient + self.run.decoding().at(tokens)
+        standing = self.persistent.total - self.persistent.gradients + self.transient + self.decoding_gathered
+        return standing + self.run.decoding().at(tokens)
 
 
 AttentionInterface.register(ATTENTION, attention)
