@@ -15,6 +15,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 BLOCK = re.compile(r"^(?:<!-- (not run|needs): (.+) -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+def installed(package: str) -> bool:
+    """Whether there is such a package; a mere folder of its name, such as one of tests, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 class Block(NamedTuple):
     """A fenced block of a page, on the line below its fence."""
 
@@ -49,7 +55,7 @@ def run_python(page: Path, folder: Path) -> dict[str, Any]:
     """Run the Python blocks of ``page`` as one module, whose lines have the page's numbers; the names it then has."""
     lines: list[str] = []
     for block in blocks(page):
-        if block.language == "python" and block.not_run is None and (block.needs is None or find_spec(block.needs)):
+        if block.language == "python" and block.not_run is None and (block.needs is None or installed(block.needs)):
             lines += [""] * (block.line - 1 - len(lines)) + textwrap.dedent(block.text).splitlines()
     path = folder / f"page_{page.stem}.py"  # a file, since Triton reads the source of its kernels
     path.write_text("\n".join(lines) + "\n")

@@ -459,13 +459,13 @@ def test_every_option_has_a_help_text(group: type) -> None:
 
 
 def test_help_is_short_and_help_all_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    """Within 185 lines what is ours and usual; transformers' others, and options' second names, are elsewhere."""
+    """Within 190 lines what is ours and usual; transformers' others, and options' second names, are elsewhere."""
     text = {}
     for word in ("-h", "--help-all"):
         with pytest.raises(SystemExit):
             parse_train([word])
         text[word] = capsys.readouterr().out
-    assert text["-h"].count("\n") < 185 and max(map(len, text["-h"].splitlines())) <= 120
+    assert text["-h"].count("\n") < 190 and max(map(len, text["-h"].splitlines())) <= 120
     for name in ("--learning_rate", "--resume_from_checkpoint", "--clip_form", "--help-all"):
         assert f"  {name}" in text["-h"]
     assert "--adam_epsilon" in text["--help-all"] and "--adam_epsilon" not in text["-h"]
