@@ -50,7 +50,7 @@ def test_the_layout(repository: Path) -> None:
 
 def test_kernels_loads_it(repository: Path) -> None:
     """The loader of the Kernel Hub has its ops beside the installed ones, compiled too, to the same bits."""
-    kernels = pytest.importorskip("kernels.utils")  # of that package, and not of a folder of tests
+    kernels = pytest.importorskip("kernels.load")  # of that package, and not of a folder of tests
     from kernels._rust import Build
 
     backends = Build.open(repository).general.backends  # an error if the file is not of today's form
