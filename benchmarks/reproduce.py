@@ -69,7 +69,7 @@ class Variant:
     seconds: float = 450
 
 
-LOW, HIGH = (1e-4, 3e-4, 1e-3, 3e-3), (5e-4, 1e-3, 2e-3, 4e-3)
+LOW, HIGH = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 FIXED, OURS, AR_STYLE = "d-OPSD, fixed teacher", "d-OPSD, averaged teacher", "AR-style"
 TOY = "toy"
 GROUPS = {"per_device_train_batch_size": 16}  # half the recipe's prompts, each with all its tries
