@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks import attention, layer
 from benchmarks.case import Case
 from benchmarks.missing import Missing, installed, kernels_instead, no_compiler, no_torch_ce, no_triton, only_on_gpu
+from dopsd.precision import has_bf16
 from dopsd_kernels import fused_confidence, fused_step_kl, fused_token_logprob, reference
 from dopsd_kernels.common import products
 from dopsd_kernels.step_kl.contracts import StepKLOptions
@@ -410,6 +411,9 @@ def cases(device: torch.device, rehearsal: bool = False) -> list[Case]:
         many, few = 2048, 256
         head = decoder = {"width": 4096, "vocab": 126464, "dtype": torch.bfloat16}
         of_attention |= {"groups": 8, "heads": 32, "dtype": torch.bfloat16}
+    of_layers = [head["dtype"]]
+    if device.type == "cpu" and not rehearsal and has_bf16(cpu=True):
+        of_layers.append(torch.bfloat16)  # what training takes there
 
     def loss(setting: str, rows: int, **more: str) -> Case:
         return Case("step_kl", "both", setting, rows, **head, **more)
@@ -426,7 +430,7 @@ def cases(device: torch.device, rehearsal: bool = False) -> list[Case]:
         ),
         *(Case("confidence", "forward", "sampled", rows, **decoder, data="peaked") for rows in (32, many)),
         *(Case("attention", phase, **of_attention, **sizes) for sizes in lengths for phase in ("forward", "both")),
-        *(Case("lora_layer", phase, dtype=head["dtype"], **of_layer) for phase in ("forward", "both")),
+        *(Case("lora_layer", phase, dtype=dtype, **of_layer) for dtype in of_layers for phase in ("forward", "both")),
         loss("forward_kl", many),
         loss("reverse_kl", many, data="peaked"),
     ]

@@ -162,7 +162,7 @@ def layer() -> str:
     def table(content: Content) -> str:
         rows = rows_of(content, "layer")
         columns = ("case", "provider", "ms (20 to 80 %)", "TFLOP/s", "of ceiling", "memory", "kept per token", "error")
-        names = ("sequences", "length", "width", "heads", "hidden", "rank", "dtype")
+        names = ("sequences", "length", "width", "heads", "hidden", "rank")
         sizes = dict.fromkeys(", ".join(f"{name} {row[name]}" for name in names) for row in rows)
         missing = f" Not run: {'; '.join(absent(rows))}." if absent(rows) else ""
         timed = _shown((row for row in rows if "ms" in row), *columns)

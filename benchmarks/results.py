@@ -113,7 +113,7 @@ def name_of(row: Row) -> str:
     if row["part"] == "attention":
         return f"attention {row['phase']}, T = {row['length']}, P = {row['prefix']}"
     if row["part"] == "layer":
-        return f"layer {row['phase']}, N = {row['sequences']} x {row['length']}"
+        return f"layer {row['phase']}, {row['dtype']}, N = {row['sequences']} x {row['length']}"
     if row["part"] != "kernels":
         return f"{row['part']} {row.get('phase', '')}".strip()
     peaked = ", peaked" if row["data"] == "peaked" else ""
