@@ -152,11 +152,10 @@ def kept_memory(forward: Callable[[], torch.Tensor | None], inputs: Sequence[tor
     return sum(kept.values())
 
 
-def ceilings(rehearsal: bool) -> dict[str, tuple[float, Trial]]:
-    """A large product's flops and a large copy's bytes, and the trials that do them."""
+def ceilings(dtype: torch.dtype, rehearsal: bool) -> dict[str, tuple[float, Trial]]:
+    """A large product's flops and a large copy's bytes, and the trials that do them, in the dtype of what they bound."""
     cuda = DEVICE.type == "cuda" and not rehearsal
     size, count = (8192, 1 << 30) if cuda else (64, 1 << 10) if rehearsal else (1024, 1 << 24)
-    dtype = torch.bfloat16 if cuda else torch.float32
     # Random: a product of zeros draws less power, and runs at higher clocks.
     generator = torch.Generator(DEVICE).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=DEVICE).to(dtype) for _ in range(2))
@@ -216,7 +215,7 @@ def measure_case(
         Unusable: a provider has cost this process its GPU; with the rows of those that failed.
     """
     rows, op = announced(case, providers), OPS[case.op]
-    tensors, limits = op.tensors(case, DEVICE), ceilings(rehearsal)
+    tensors, limits = op.tensors(case, DEVICE), ceilings(case.dtype, rehearsal)
     trials = [
         Trial(functools.partial(run, case, op.providers[row["provider"]].forward, tensors), status=row["status"])
         for row in rows

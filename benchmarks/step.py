@@ -436,7 +436,7 @@ def measure_way(student: Student, way: Way, enough: float, rehearsal: bool) -> l
         before = torch.cuda.memory_allocated()
         while len(found) < ROUNDS and not (found and time.time() + found[-1].seconds[way.phase] > enough):
             found.append(way.run(student))
-            limits = ceilings(rehearsal)
+            limits = ceilings(student.setting.dtype, rehearsal)
             interleave([trial for _, trial in limits.values()], 0.0, 3, 3)
             ceiling = rates(limits)
             del limits  # its memory is not the next round's
