@@ -153,7 +153,7 @@ def kept_memory(forward: Callable[[], torch.Tensor | None], inputs: Sequence[tor
 
 
 def ceilings(dtype: torch.dtype, rehearsal: bool) -> dict[str, tuple[float, Trial]]:
-    """A large product's flops and a large copy's bytes, and the trials that do them, in the dtype of what they bound."""
+    """A large product's flops and a large copy's bytes in that dtype, and the trials that do them."""
     cuda = DEVICE.type == "cuda" and not rehearsal
     size, count = (8192, 1 << 30) if cuda else (64, 1 << 10) if rehearsal else (1024, 1 << 24)
     # Random: a product of zeros draws less power, and runs at higher clocks.
