@@ -32,7 +32,15 @@ from dopsd.memory.keeper import MemoryKeeper
 from dopsd.method import Serialisable, Sizes
 from dopsd.methods import METHODS
 from dopsd.metrics import Figures, TokenCount, combined, means
-from dopsd.models import adapter_tensors, check_saved, compile_layers, require_layers, restore_adapters, save_adapter
+from dopsd.models import (
+    adapter_tensors,
+    check_saved,
+    compile_layers,
+    of_adapters,
+    require_layers,
+    restore_adapters,
+    save_adapter,
+)
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.pending import Pending
 from dopsd.progress import ProgressBar
@@ -233,7 +241,7 @@ class Trainer(transformers.Trainer):
 
     def require_finite(self) -> None:
         """Raise RunError unless all that an update changed is finite; looks once at the device."""
-        adapters = [local(parameter) for name, parameter in self.student.named_parameters() if ".lora_" in name]
+        adapters = [local(parameter) for parameter in of_adapters(self.student).values()]
         finite = torch.stack([parameter.isfinite().all() for parameter in adapters])
         if not finite.all():
             count = int((~finite).sum())
