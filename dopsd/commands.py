@@ -127,7 +127,9 @@ def parse_plan(
     def recipe(model: str | None) -> str:
         return "block_causal" if is_block_causal(known.model_config or model or "") else "paper"
 
-    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), recipe)])
+    groups = parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), recipe)])
+    for_full_finetune(groups[1], argv)
+    return groups
 
 
 def parse_sample(argv: Sequence[str]) -> SampleArguments:

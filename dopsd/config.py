@@ -119,10 +119,7 @@ class ModelArguments(LoadArguments):
         "A recipe that ships (tiny, tiny-causal, paper, block_causal, reference) or a YAML file of options, over those "
         "of the recipe that it names (or of its model's); none: its model's, which is paper for most.",
     )
-    full_finetune: bool = option(
-        False,
-        "Train an fp32 copy of all weights but the embedding and the LM head, beside these, and no LoRA.",
-    )
+    full_finetune: bool = option(False, "Train a copy of all weights but embedding and LM head; no LoRA.")
     lora_r: int = option(128, "LoRA rank.")
     lora_alpha: int = option(64, "LoRA scale: the update is multiplied by alpha / r.")
     lora_dropout: float = option(0.05, "Dropout on LoRA inputs, while training only.")

@@ -36,6 +36,7 @@ from dopsd.models import (
     adapter_tensors,
     check_saved,
     compile_layers,
+    narrow,
     of_adapters,
     require_layers,
     restore_adapters,
@@ -96,6 +97,8 @@ class Trainer(transformers.Trainer):
         kind.check_model(decoder.model, teaching)
         weights = teaching.teacher if kind.has_teacher else "live"
         teacher = TeacherWeights(model, weights, teaching.ema_decay, model_arguments.adapter is not None)
+        hint = "copies of 16-bit weights are fp32, and --bf16 true is what computes with both"
+        require(args.bf16 or args.fp16 or not narrow(model), "full_finetune", True, hint)
         if args.fsdp:
             require_shardable(decoder.model, model_arguments, teaching, args)
             shard(decoder.model, args.device, args.world_size)

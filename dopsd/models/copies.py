@@ -20,6 +20,7 @@ from dopsd.models.bidirectional import DiffusionModel
 
 # Of a copy's parameters in a state dict.
 PREFIX = "ln_tuning_layers"
+HALF = (torch.float16, torch.bfloat16)
 
 
 def add_copies(model: DiffusionModel) -> PeftModel:
@@ -54,8 +55,13 @@ def widen(student: PeftModel) -> None:
     """Put copies of 16-bit weights in fp32, where small steps are not lost."""
     for layer in layers(student):
         for parameter in layer.ln_tuning_layers.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
+            if parameter.dtype in HALF:
                 parameter.data = parameter.data.float()
+
+
+def narrow(student: nn.Module) -> bool:
+    """Whether weights that have copies are of 16 bits."""
+    return any(parameter.dtype in HALF for layer in layers(student) for parameter in layer.base_layer.parameters())
 
 
 def layers(model: nn.Module) -> list[Any]:
