@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from dopsd.models import STUDENT, adapter_parameters, add_copies, add_lora, load
 from dopsd.models.adapter import adapter_tensors
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.models.copies import layers
+from dopsd.sharding import held, shard, whole
 from dopsd.teacher import TEACHER, TeacherWeights
 from dopsd.trainer import Trainer
 
@@ -161,10 +163,35 @@ def test_an_adapter_of_copies_is_checked(
 
 def test_the_plan_counts_copies(random_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    options = "--full_finetune true --gpu 1 --prompt_length 8 --gen_length 32"
+    options = "--full_finetune true --gpu 2 --prompt_length 8 --gen_length 32 --steps 16"
     plan.main(["--model-config", str(random_model), *options.split()])
     trained = sum(value.numel() for value in adapter_tensors(add_copies(load_model(str(random_model))[0])).values())
     assert f"and {trained:,} that are trained" in caplog.text
+
+
+def _shared(rank: int) -> None:
+    alone, shared = (add_copies(load_model("tiny")[0].to(torch.bfloat16)) for _ in range(2))
+    shard(shared.get_base_model(), torch.device("cpu"), 2)
+    for student, weight in ((alone, 1.0), (shared, 0.5)):
+        network: Any = student.get_base_model()
+
+        def loss(network: Any = network, weight: float = weight) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return weight * network.hidden_states(TOKENS).float().square().mean()
+
+        network.compute(loss).backward()
+    for (name, value), part in zip(alone.named_parameters(), shared.parameters(), strict=True):
+        assert part.requires_grad == value.requires_grad
+        if value.requires_grad:
+            assert torch.equal(whole(part.grad), value.grad), name
+    everything, own = held(shared)
+    assert everything == sum(value.numel() for value in alone.parameters()) and abs(own / everything - 0.5) < 0.01
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_processes_share_weights_of_two_precisions(tmp_path: Path) -> None:
+    """Of half the loss on each of two processes, the sum of gradients is to the bit that of one: halves are exact."""
+    in_two_processes(_shared, tmp_path)
 
 
 def test_by_default_nothing_of_lora_is_kept() -> None:

@@ -29,7 +29,7 @@ from dopsd.models.adapter import (
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.models.block_causal import BlockCausalModel
 from dopsd.models.checkpoint import check_layers, check_loaded, load_tokenizer, read_config, tensors_of
-from dopsd.models.copies import add_copies, has_copies, narrow, widen
+from dopsd.models.copies import add_copies, has_copies, narrow, uncopied, widen
 from dopsd.models.dream import DreamModel
 from dopsd.models.fast_dllm import Fast_dLLM_QwenForCausalLM
 from dopsd.models.generic import FullAttention, full_attention
@@ -62,6 +62,7 @@ __all__ = [
     "require_layers",
     "restore_adapters",
     "save_adapter",
+    "uncopied",
     "widen",
 ]
 

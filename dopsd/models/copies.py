@@ -69,6 +69,11 @@ def layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LNTuningLayer)]
 
 
+def uncopied(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are no copies."""
+    return {name: value for name, value in model.named_parameters() if f".{PREFIX}." not in name}
+
+
 def has_copies(model: nn.Module) -> bool:
     """Whether ``model`` is fine-tuned in full, and not by LoRA."""
     return bool(layers(model))
