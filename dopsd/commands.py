@@ -10,7 +10,6 @@ from dopsd.config import (
     OF_METHODS,
     LoadArguments,
     ModelArguments,
-    PlanArguments,
     PromptArguments,
     RolloutArguments,
     SampleArguments,
@@ -19,6 +18,7 @@ from dopsd.config import (
     TrainingArguments,
 )
 from dopsd.errors import must_be, require
+from dopsd.memory.options import PlanArguments
 from dopsd.models import SHIPPED, is_block_causal
 from dopsd.parser import Parser
 
@@ -39,6 +39,7 @@ def parse_train(
     words = [*argv, *parser.tokens(options)]
     groups = parser.parse(with_recipe(parser, words, default_recipe))
     for_method(groups, words)
+    for_full_finetune(groups[0], words)
     require_comparable(groups[2], groups[3])
     own = groups[1].prompt_file is not None and groups[3].teacher_context == "reference"
     hint = "such a teacher has the task's own prompt around the reference solution, and the student prompt_file's"
@@ -53,14 +54,26 @@ def for_method(groups: Sequence[Any], words: Sequence[str]) -> None:
         UsageError: one of ``words``, a command line, is such an option.
     """
     method = next(group.method for group in groups if isinstance(group, TeachingArguments))
-    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
     for group in groups:
         for f in fields(group):
             owners = OF_METHODS.get(f.name, (method,))
             if method not in owners:
                 hint = f"it goes with method={' or '.join(owners)}, and not with {method}"
-                require(f.name not in given, f.name, getattr(group, f.name), hint)
-                setattr(group, f.name, f.default)
+                take_back(group, f.name, words, hint)
+
+
+def for_full_finetune(model: ModelArguments, words: Sequence[str]) -> None:
+    """Likewise the options of LoRA, where there is none."""
+    names = [f.name for f in fields(model) if f.name.startswith("lora_")] if model.full_finetune else []
+    for name in names:
+        take_back(model, name, words, "it goes with LoRA, and not with full_finetune")
+
+
+def take_back(group: Any, name: str, words: Sequence[str], hint: str) -> None:
+    """Put an option of ``group`` back to its default; UsageError if ``words`` give it."""
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    require(name not in given, name, getattr(group, name), hint)
+    setattr(group, name, next(f.default for f in fields(group) if f.name == name))
 
 
 def require_comparable(rollouts: RolloutArguments, teaching: TeachingArguments) -> None:
@@ -114,7 +127,9 @@ def parse_plan(
     def recipe(model: str | None) -> str:
         return "block_causal" if is_block_causal(known.model_config or model or "") else "paper"
 
-    return parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), recipe)])
+    groups = parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), recipe)])
+    for_full_finetune(groups[1], argv)
+    return groups
 
 
 def parse_sample(argv: Sequence[str]) -> SampleArguments:

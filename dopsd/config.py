@@ -16,7 +16,7 @@ from dopsd import ranks
 from dopsd.cache import Cache
 from dopsd.confidence import Confidence
 from dopsd.errors import must_be, must_be_choices, require
-from dopsd.models import add_lora, load_adapter
+from dopsd.models import add_copies, add_lora, has_copies, load_adapter
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.objective import Objective
 from dopsd.parser import check_numbers
@@ -119,6 +119,7 @@ class ModelArguments(LoadArguments):
         "A recipe that ships (tiny, tiny-causal, paper, block_causal, reference) or a YAML file of options, over those "
         "of the recipe that it names (or of its model's); none: its model's, which is paper for most.",
     )
+    full_finetune: bool = option(False, "Train a copy of all weights but embedding and LM head; no LoRA.")
     lora_r: int = option(128, "LoRA rank.")
     lora_alpha: int = option(64, "LoRA scale: the update is multiplied by alpha / r.")
     lora_dropout: float = option(0.05, "Dropout on LoRA inputs, while training only.")
@@ -129,11 +130,23 @@ class ModelArguments(LoadArguments):
     def __post_init__(self) -> None:
         at_least_one(self, "lora_r", "lora_alpha")
         must_be(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        whole = self.quantize == "none" or not self.full_finetune
+        require(whole, "quantize", self.quantize, "weights that full_finetune trains are not quantised")
 
     def student(self, base: DiffusionModel) -> PeftModel:
-        """``base`` with the adapter to train: the one that is named, or a fresh one."""
+        """``base`` with the adapter to train: the one that is named, or a :meth:`fresh` one."""
         if self.adapter is not None:
-            return load_adapter(base, self.adapter, trainable=True)
+            student = load_adapter(base, self.adapter, trainable=True)
+            own = has_copies(student)
+            hint = f"adapter={self.adapter!r} {'has all weights' if own else 'is LoRA'}, and is what is trained"
+            require(own == self.full_finetune, "full_finetune", self.full_finetune, hint)
+            return student
+        return self.fresh(base)
+
+    def fresh(self, base: DiffusionModel) -> PeftModel:
+        """``base`` with a fresh adapter."""
+        if self.full_finetune:
+            return add_copies(base)
         return add_lora(base, self.lora_targets, self.lora_r, self.lora_alpha, self.lora_dropout)
 
 
@@ -463,30 +476,6 @@ class TrainingArguments(transformers.TrainingArguments):
         # Updates, or shares of all, as transformers compares them; a share is no multiple of a number of updates.
         save, evaluate = 1e6 * float(self.save_steps), 1e6 * float(self.eval_steps or self.logging_steps)
         return self.eval_strategy == "epoch" or ((save < 1e6) == (evaluate < 1e6) and save % evaluate == 0)
-
-
-@dataclass
-class PlanArguments:
-    """What ``python -m dopsd.plan`` is asked; the options of training go along."""
-
-    _argument_group_name: ClassVar[str] = "plan"
-
-    model_config: str | None = option(None, "A config.json, a folder with one, or a hub id; none: that of --model.")
-    gpu: str = option("24GiB", "Memory of the GPU, in GiB.")
-    prompt_length: int = option(200, "Tokens of the longest prompt, the teacher's included.")
-    nodes: int = option(1, "Machines.")
-    gpus: int = option(1, "GPUs of each.")
-    tflops: float | None = option(None, "10^12 operations a second that a GPU does, for a time; none: no time is said.")
-    network: float | None = option(None, "10^9 bytes a second that reach a GPU from others, for the same.")
-
-    def __post_init__(self) -> None:
-        read_bytes("gpu", self.gpu, None)
-        at_least_one(self, "prompt_length", "nodes", "gpus")
-        for name in ("tflops", "network"):
-            given = getattr(self, name)
-            must_be(given is None or given > 0, name, given, "above 0, or none")
-        together = (self.tflops is None) == (self.network is None)
-        require(together, "tflops", self.tflops, "a time takes --tflops and --network")
 
 
 @dataclass

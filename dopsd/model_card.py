@@ -32,7 +32,7 @@ TOLD = {
         *("learn_tail", "mask_ratio", "entropy_weight", "likelihood", "updates_per_batch", "kl_weight"),
         *("elbo_draws", "preference_beta", "sft_weight"),
     ),
-    "model": ("lora_r", "lora_alpha", "dtype", "quantize"),
+    "model": ("full_finetune", "lora_r", "lora_alpha", "dtype", "quantize"),
     "training": ("learning_rate", "per_device_train_batch_size", "seed"),
 }
 
@@ -40,12 +40,12 @@ CARD = """\
 ---
 {base_line}library_name: peft
 pipeline_tag: text-generation
-tags: [diffusion-language-model, {tag}, lora]
+tags: [diffusion-language-model, {tag}, {kind_tag}]
 # license: to be filled in. An adapter goes with its base model, whose license is not known here.
 ---
 # {title}
 
-A LoRA adapter for {base}.
+{kind} for {base}.
 
 It was trained by {method}: {summary}.
 
@@ -74,7 +74,7 @@ model = dopsd.load({folder!r}{prefill})
 print(sample.text)
 ```
 
-With PEFT alone it is a plain LoRA adapter:
+With PEFT alone:
 
 ```python
 from peft import PeftModel
@@ -111,11 +111,12 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
         base = f"[{name}](https://huggingface.co/{name})" if hub else f"a model in a local folder, `{Path(name).name}`"
     falls = [collapse.sentence(event) for event in result["collapse"]]
     method, ours = teaching["method"], teaching["method"] == "d_opsd"
+    full = model["full_finetune"]
     told = {
         name: config[group][name]
         for group, names in TOLD.items()
         for name in names
-        if method in OF_METHODS.get(name, (method,))
+        if method in OF_METHODS.get(name, (method,)) and not (full and name.startswith("lora_"))
     }
     if task["prompt_file"] is not None:
         told["prompt_file"] = f"`{short(task['prompt_file'])}`, sha256 {task['prompt_sha256']}"
@@ -127,6 +128,8 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
         title=f"{Path(name).name} on {short(task['task'])}, {'self-distilled' if ours else method}",
         tag="self-distillation, d-opsd" if ours else method.replace("_", "-"),
         base=base,
+        kind="All weights but embedding and LM head, as a PEFT adapter (LN tuning)," if full else "A LoRA adapter",
+        kind_tag="full-fine-tuning" if full else "lora",
         method="d-OPSD" if ours else f"`{method}`, with the package of d-OPSD",
         summary=METHODS[method].summary,
         table=table(result["tokens_per_step"]),

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from dopsd.errors import must_be, must_be_choices, require
-from dopsd.models import STUDENT
+from dopsd.models import STUDENT, adapter_parameters, widen
 from dopsd.sampler import inference
 from dopsd.step_batch import Example, Reuse
 from dopsd.trajectory import NEVER, Trajectory
@@ -192,6 +192,7 @@ class TeacherWeights:
         self.has_adapter = kind == "ema" or (kind == "fixed" and from_adapter)
         if self.has_adapter and TEACHER not in model.peft_config:
             model.add_adapter(TEACHER, model.peft_config[STUDENT])
+            widen(model)
             self.blend(0.0)
         if self.has_adapter:
             model.set_adapter(STUDENT)
@@ -224,12 +225,3 @@ class TeacherWeights:
         for name, value in adapter_parameters(self.model, TEACHER).items():
             value.requires_grad_(False)
             value.lerp_(student[name], 1 - keep)
-
-
-def adapter_parameters(model: Any, adapter: str) -> dict[str, Tensor]:
-    """The parameters of one adapter, by their name without the adapter's."""
-    return {
-        name.replace(f".{adapter}.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if f".{adapter}." in name
-    }

@@ -32,7 +32,16 @@ from dopsd.memory.keeper import MemoryKeeper
 from dopsd.method import Serialisable, Sizes
 from dopsd.methods import METHODS
 from dopsd.metrics import Figures, TokenCount, combined, means
-from dopsd.models import adapter_tensors, check_saved, compile_layers, require_layers, restore_adapters, save_adapter
+from dopsd.models import (
+    adapter_tensors,
+    check_saved,
+    compile_layers,
+    narrow,
+    of_adapters,
+    require_layers,
+    restore_adapters,
+    save_adapter,
+)
 from dopsd.optimizer import require_buildable, require_installed
 from dopsd.pending import Pending
 from dopsd.progress import ProgressBar
@@ -88,6 +97,8 @@ class Trainer(transformers.Trainer):
         kind.check_model(decoder.model, teaching)
         weights = teaching.teacher if kind.has_teacher else "live"
         teacher = TeacherWeights(model, weights, teaching.ema_decay, model_arguments.adapter is not None)
+        hint = "copies of 16-bit weights are fp32, and --bf16 true is what computes with both"
+        require(args.bf16 or args.fp16 or not narrow(model), "full_finetune", True, hint)
         if args.fsdp:
             require_shardable(decoder.model, model_arguments, teaching, args)
             shard(decoder.model, args.device, args.world_size)
@@ -233,7 +244,7 @@ class Trainer(transformers.Trainer):
 
     def require_finite(self) -> None:
         """Raise RunError unless all that an update changed is finite; looks once at the device."""
-        adapters = [local(parameter) for name, parameter in self.student.named_parameters() if ".lora_" in name]
+        adapters = [local(parameter) for parameter in of_adapters(self.student).values()]
         finite = torch.stack([parameter.isfinite().all() for parameter in adapters])
         if not finite.all():
             count = int((~finite).sum())

@@ -176,7 +176,11 @@ def make_trainer(tmp_path: Path, small_run: list[str]) -> Callable[..., Trainer]
 
     def make(*argv: str, task: Sudoku | None = None) -> Trainer:
         folder = str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
-        model_arguments, tasks, rollouts, teaching, args = parse_train([*small_run, "--output_dir", folder, *argv])
+        options = small_run.copy()
+        if "--full_finetune" in argv:
+            place = options.index("--lora_r")
+            del options[place : place + 2]
+        model_arguments, tasks, rollouts, teaching, args = parse_train([*options, "--output_dir", folder, *argv])
         set_seed(args.seed)
         task = task or Sudoku()
         base, tokenizer = load_model(model_arguments.model)

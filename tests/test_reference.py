@@ -13,13 +13,13 @@ from torch import Tensor
 from dopsd.commands import parse_train
 from dopsd.distillation import Distillation
 from dopsd.method import Sizes
-from dopsd.models import add_lora
+from dopsd.models import adapter_parameters, add_lora
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.rollout import Decoder, Rollout
 from dopsd.sampler import decode
 from dopsd.seeds import REVEAL, mix_seeds
 from dopsd.tasks import load_task
-from dopsd.teacher import STUDENT, TeacherWeights, adapter_parameters
+from dopsd.teacher import STUDENT, TeacherWeights
 from dopsd.trajectory import Trajectory
 
 EOS, MASK, VOCAB = 0, 36, 37

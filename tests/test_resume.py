@@ -18,6 +18,7 @@ from processes import start
 from torch import Tensor
 
 from dopsd import run
+from dopsd.models import of_adapters
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
 
@@ -49,7 +50,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[dict[str, Any]]]:
     """Weights (averaged teacher included), optimiser state and log of a finished run."""
-    adapters = {name: value.detach() for name, value in trainer.student.named_parameters() if "lora_" in name}
+    adapters = {name: value.detach() for name, value in of_adapters(trainer.student).items()}
     log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     return adapters, list(trainer.optimizer.state.values()), timeless(log)
 
@@ -60,6 +61,7 @@ CASES = {
     "across epochs, the last batch short": (("--train_problems", "5"), 5, (2, 3, 4)),
     "between slices, across epochs": (("--train_problems", "4", "--updates_per_batch", "2"), 7, (1, 4, 5)),
     "with an averaged teacher": (("--teacher", "ema", "--ema_decay", "0.8"), 3, (2,)),
+    "all weights, with an averaged teacher": (("--full_finetune", "true", "--teacher", "ema"), 3, (2,)),
     "with evaluations": (("--eval_strategy", "steps", "--eval_steps", "2", "--max_grad_norm", "0.2"), 3, (1, 2)),
 }
 

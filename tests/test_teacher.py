@@ -16,10 +16,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from dopsd.errors import UsageError
-from dopsd.models import add_lora, load_adapter
+from dopsd.models import adapter_parameters, add_lora, load_adapter
 from dopsd.models.llada import LLaDAModelLM
 from dopsd.step_batch import Example, collate
-from dopsd.teacher import STUDENT, TEACHER, TeacherView, TeacherWeights, adapter_parameters, self_future
+from dopsd.teacher import STUDENT, TEACHER, TeacherView, TeacherWeights, self_future
 from dopsd.trajectory import NEVER, Trajectory
 
 EOS, BLOCK, LENGTH = 0, 4, 16

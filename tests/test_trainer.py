@@ -19,9 +19,10 @@ from transformers import TrainerCallback
 import dopsd.rollout
 from dopsd import sampler
 from dopsd.cache import BlockCache
+from dopsd.models import adapter_parameters
 from dopsd.prompt_sampler import PromptSampler
 from dopsd.tasks.sudoku import Sudoku
-from dopsd.teacher import STUDENT, TEACHER, adapter_parameters
+from dopsd.teacher import STUDENT, TEACHER
 from dopsd.trainer import Trainer
 from dopsd.trajectory import Trajectory
 

@@ -15,7 +15,7 @@ from dopsd.files import first_line, read_json
 from dopsd.memory.dry_run import DryProbe, DryRun
 from dopsd.memory.planner import Planner, remedies, too_little, workspace_for
 from dopsd.memory.scale import share_of
-from dopsd.models import MODELS, SHIPPED, class_of
+from dopsd.models import MODELS, SHIPPED, class_of, of_adapters
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.models.checkpoint import read_config
 from dopsd.sampler import check_decoding
@@ -97,7 +97,8 @@ def main(argv: Sequence[str]) -> None:
         for curve in (planner.training[True], planner.decoding):
             curve.largest(sys.maxsize, [1])  # here nothing has to fit for its peak to be known
         raise too_little("gpu", arguments.gpu, planner.least(), remedies(model, rollouts, teaching, args, "cuda"))
-    base = sum(p.numel() for name, p in run.network.named_parameters() if "lora_" not in name)
+    adapters = sum(p.numel() for p in of_adapters(run.network).values())
+    base = sum(p.numel() for p in run.network.parameters()) - adapters
     trained = sum(p.numel() for p in run.network.parameters() if p.requires_grad)
     log.info(f"{base:,} parameters, and {trained:,} that are trained; {run.states()} states an update")
     log.info(f"predicted, not measured: {plan}")

@@ -23,7 +23,7 @@ from dopsd.distillation import costliest_batch
 from dopsd.memory.meter import CUDA_ALLOWANCE
 from dopsd.memory.planner import Persistent, optimizer_bytes
 from dopsd.memory.probe import synthetic_trajectory
-from dopsd.models import MODELS, add_lora, checkpoint_activations, merged_adapters
+from dopsd.models import MODELS, checkpoint_activations, merged_adapters
 from dopsd.models.bidirectional import BidirectionalModel
 from dopsd.sampler import inference
 from dopsd.step_batch import Example, Reuse, StepBatch
@@ -119,7 +119,7 @@ def meta_networks(config: Any, model: ModelArguments) -> tuple[BidirectionalMode
         network: Any = MODELS[config.model_type](config)
         network.to(dtype or torch.float32)
         # A stored adapter is taken to have the options' shape.
-        student = add_lora(network, model.lora_targets, model.lora_r, model.lora_alpha, model.lora_dropout)
+        student = model.fresh(network)
     return network, student
 
 

@@ -269,11 +269,12 @@ def too_little(argument: str, text: str, least: Plan, remedies: str) -> UsageErr
 def remedies(model: Any, rollouts: Any, teaching: Any, args: Any, device: str, reusable: bool = True) -> str:
     """What of the options would take less memory, as a clause; only what is not in use yet, and can be used."""
     options = {
-        "--quantize nf4": device == "cuda" and model.quantize != "nf4",
+        "--quantize nf4": device == "cuda" and model.quantize != "nf4" and not model.full_finetune,
         # With a limit to the drift, all trajectories may have to be computed without reuse.
         "--reuse block": teaching.reuse != "block" and teaching.drift_limit is None and reusable,
         "--optim adamw_8bit": "8bit" not in args.optim,
         f"a --gen_length below {rollouts.gen_length}": rollouts.gen_length > rollouts.block_length,
-        f"a --lora_r below {model.lora_r}": model.lora_r > 1,
+        "LoRA, without --full_finetune": model.full_finetune,
+        f"a --lora_r below {model.lora_r}": model.lora_r > 1 and not model.full_finetune,
     }
     return f"less is taken by {', '.join(name for name, open_ in options.items() if open_) or 'a smaller model'}"

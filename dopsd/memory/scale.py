@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from dopsd.memory.dry_run import DryRun
 from dopsd.memory.planner import Plan
+from dopsd.models import has_copies, uncopied
 
-# Operations of a parameter and token, of which half are multiplications: a pass, and the gradient of its inputs. Frozen
-# weights have none of their own, and adapters are small.
+# Operations of a parameter and token, of which half are multiplications: a pass, and the gradient of its inputs or of
+# itself. Frozen weights have none of their own, and adapters are small.
 PASS = GRADIENT = 2
 
 
@@ -39,7 +40,9 @@ def share_of(run: DryRun, plan: Plan, processes: int) -> Share:
     """That of each of so many ``processes``, which share the weights if those of ``run`` do."""
     everything, trained = list(run.network.parameters()), [p for p in run.network.parameters() if p.requires_grad]
     layers = [p for layer in run.network.layers for p in layer.parameters()]
-    parameters, in_layers = (sum(p.numel() for p in some) for some in (everything, layers))
+    parameters = sum(p.numel() for p in everything)
+    # A pass is through a weight, or its copy.
+    computed = sum(p.numel() for layer in run.network.layers for p in uncopied(layer).values())
     weights, of_layers, gradients = (sum(p.nbytes for p in some) for some in (everything, layers, trained))
 
     options, updates = run.args, run.teaching.updates_per_batch
@@ -47,7 +50,8 @@ def share_of(run: DryRun, plan: Plan, processes: int) -> Share:
     learnt = plan.tokens * run.states() / plan.sizes.states_per_forward
     decoded = options.train_batch_size / updates * decoding.total_steps * (run.prompt_length + decoding.gen_length)
     passes = 2 * PASS + GRADIENT + PASS * plan.sizes.checkpointing  # teacher, student, and perhaps the student again
-    operations = in_layers * (learnt * passes + decoded * PASS)
+    passes += GRADIENT * has_copies(run.network)
+    operations = computed * (learnt * passes + decoded * PASS)
 
     others = (processes - 1) / processes
     if run.sharing > 1:

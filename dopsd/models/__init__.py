@@ -16,17 +16,20 @@ from dopsd.models.a2d import A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from dopsd.models.adapter import (
     STUDENT,
     adapter_files,
+    adapter_parameters,
     adapter_tensors,
     add_lora,
     check_saved,
     load_adapter,
     merged_adapters,
+    of_adapters,
     restore_adapters,
     save_adapter,
 )
 from dopsd.models.bidirectional import BidirectionalModel, DiffusionModel
 from dopsd.models.block_causal import BlockCausalModel
 from dopsd.models.checkpoint import check_layers, check_loaded, load_tokenizer, read_config, tensors_of
+from dopsd.models.copies import add_copies, has_copies, narrow, uncopied, widen
 from dopsd.models.dream import DreamModel
 from dopsd.models.fast_dllm import Fast_dLLM_QwenForCausalLM
 from dopsd.models.generic import FullAttention, full_attention
@@ -38,7 +41,9 @@ __all__ = [
     "SHIPPED",
     "STUDENT",
     "adapter_files",
+    "adapter_parameters",
     "adapter_tensors",
+    "add_copies",
     "add_lora",
     "check_model",
     "check_saved",
@@ -46,14 +51,19 @@ __all__ = [
     "class_of",
     "compile_layers",
     "device_of",
+    "has_copies",
     "is_block_causal",
     "load_adapter",
     "load_model",
     "merged_adapters",
+    "narrow",
+    "of_adapters",
     "quantization",
     "require_layers",
     "restore_adapters",
     "save_adapter",
+    "uncopied",
+    "widen",
 ]
 
 # model_type in a checkpoint's config.json -> the class that reads it. All others are transformers' own.

@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -107,6 +108,7 @@ def draw_seed() -> int:
 
 def norm(module: nn.Module) -> Norm:
     """Weight and eps of a norm, None where there is none; NotFusedError if it is another one, or trained."""
+    module = in_use(module)
     if type(module) is nn.Identity:
         return None
     if type(module) is not RMSNorm:
@@ -123,6 +125,7 @@ def frozen(tensor: Any, what: str) -> Any:
 
 def lora_linear(module: nn.Module) -> LoraLinear:
     """A linear layer with the adapter that is active; NotFusedError for what is more than that."""
+    module = in_use(module)
     base: Any = module
     adapter: dict[str, Any] = {}
     if isinstance(module, LoraLayer) and name_of(module) in ADAPTED:
@@ -159,3 +162,11 @@ def lora_linear(module: nn.Module) -> LoraLinear:
 def name_of(module: nn.Module) -> str:
     """The whole name of a module's class."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def in_use(module: nn.Module) -> nn.Module:
+    """What computes in place of ``module``: its copy, where it has one and that is on."""
+    if not isinstance(module, LNTuningLayer):
+        return module
+    names = [] if module.disable_adapters or module.merged else module.active_adapters
+    return module.ln_tuning_layers[names[0]] if names else module.base_layer

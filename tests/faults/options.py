@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from dopsd.commands import TRAINING
-from dopsd.config import PlanArguments
 from dopsd.evaluation.options import EvaluationArguments
+from dopsd.memory.options import PlanArguments
 from dopsd.parser import Parser
 
 from .harness import Bench, Case, require, run

@@ -1,0 +1,34 @@
+"""The options of ``python -m dopsd.plan``, beside those of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dopsd.config import at_least_one, option
+from dopsd.errors import must_be, require
+from dopsd.units import read_bytes
+
+
+@dataclass
+class PlanArguments:
+    """What ``python -m dopsd.plan`` is asked; the options of training go along."""
+
+    _argument_group_name: ClassVar[str] = "plan"
+
+    model_config: str | None = option(None, "A config.json, a folder with one, or a hub id; none: that of --model.")
+    gpu: str = option("24GiB", "Memory of the GPU, in GiB.")
+    prompt_length: int = option(200, "Tokens of the longest prompt, the teacher's included.")
+    nodes: int = option(1, "Machines.")
+    gpus: int = option(1, "GPUs of each.")
+    tflops: float | None = option(None, "10^12 operations a second that a GPU does, for a time; none: no time is said.")
+    network: float | None = option(None, "10^9 bytes a second that reach a GPU from others, for the same.")
+
+    def __post_init__(self) -> None:
+        read_bytes("gpu", self.gpu, None)
+        at_least_one(self, "prompt_length", "nodes", "gpus")
+        for name in ("tflops", "network"):
+            given = getattr(self, name)
+            must_be(given is None or given > 0, name, given, "above 0, or none")
+        together = (self.tflops is None) == (self.network is None)
+        require(together, "tflops", self.tflops, "a time takes --tflops and --network")
