@@ -411,7 +411,7 @@ def require_shardable(model: Any, model_arguments: ModelArguments, teaching: Tea
     require_layers(model, "fsdp", args.fsdp, "none")
     reasons = {
         "one process has none to share weights with: torchrun or accelerate launch start several": args.world_size > 1,
-        "a quantised layer's weights can't be cut: --quantize none": model_arguments.quantize == "none",
+        "weights of 8 bits can't be cut: --quantize nf4, or none": model_arguments.quantize != "int8",
         "what a process can't compute again alone is not probed: no --memory_budget": teaching.memory_budget is None,
         "what is compiled does not gather weights: --torch_compile false": not args.torch_compile,
         "gradients in parts are not scaled for fp16: --bf16 true, or neither": not args.fp16,

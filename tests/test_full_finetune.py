@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,22 @@ from torch import Tensor, nn
 from dopsd.commands import parse_train
 from dopsd.errors import UsageError
 from dopsd.memory import command as plan
-from dopsd.models import STUDENT, adapter_parameters, add_copies, add_lora, load_adapter, load_model, save_adapter
+from dopsd.models import (
+    SHIPPED,
+    STUDENT,
+    adapter_parameters,
+    add_copies,
+    add_lora,
+    load_adapter,
+    load_model,
+    quantization,
+    save_adapter,
+)
 from dopsd.models.adapter import adapter_tensors
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.models.copies import layers
-from dopsd.sharding import held, shard, whole
+from dopsd.models.llada import LLaDAModelLM
+from dopsd.sharding import gathered, held, shard, whole
 from dopsd.teacher import TEACHER, TeacherWeights
 from dopsd.trainer import Trainer
 
@@ -169,11 +181,12 @@ def test_the_plan_counts_copies(random_model: Path, caplog: pytest.LogCaptureFix
     assert f"and {trained:,} that are trained" in caplog.text
 
 
-def _shared(rank: int) -> None:
-    alone, shared = (add_copies(load_model("tiny")[0].to(torch.bfloat16)) for _ in range(2))
+def _same_gradients(student: Callable[[], Any]) -> None:
+    """Of half the loss on each of two processes the sum of gradients is to the bit that of one: halves are exact."""
+    alone, shared = student(), student()
     shard(shared.get_base_model(), torch.device("cpu"), 2)
-    for student, weight in ((alone, 1.0), (shared, 0.5)):
-        network: Any = student.get_base_model()
+    for each, weight in ((alone, 1.0), (shared, 0.5)):
+        network = each.get_base_model()
 
         def loss(network: Any = network, weight: float = weight) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
@@ -184,13 +197,31 @@ def _shared(rank: int) -> None:
         assert part.requires_grad == value.requires_grad
         if value.requires_grad:
             assert torch.equal(whole(part.grad), value.grad), name
+    states = []
+    for network in (alone.get_base_model(), shared.get_base_model()):
+        with torch.no_grad(), gathered(network), torch.autocast("cpu", torch.bfloat16):
+            states.append(network.hidden_states(TOKENS))
+    assert torch.equal(*states)
     everything, own = held(shared)
     assert everything == sum(value.numel() for value in alone.parameters()) and abs(own / everything - 0.5) < 0.01
 
 
+def _shared(rank: int) -> None:
+    def quantised() -> Any:
+        options = {"quantization_config": quantization("nf4"), "dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+        torch.manual_seed(0)
+        student = add_lora(LLaDAModelLM.from_pretrained(SHIPPED["tiny"], **options), None, 4, 8, 0.0)
+        moved(student)
+        return student
+
+    _same_gradients(lambda: add_copies(load_model("tiny")[0].to(torch.bfloat16)))
+    if find_spec("bitsandbytes") is not None:
+        _same_gradients(quantised)
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
 def test_processes_share_weights_of_two_precisions(tmp_path: Path) -> None:
-    """Of half the loss on each of two processes, the sum of gradients is to the bit that of one: halves are exact."""
+    """fp32 copies of bf16 weights; and where bitsandbytes is installed, NF4 weights as they are loaded, with LoRA."""
     in_two_processes(_shared, tmp_path)
 
 

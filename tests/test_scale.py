@@ -32,7 +32,7 @@ def test_what_a_process_holds_computes_and_receives() -> None:
         run = DryRun(config, model, rollouts, teaching, args, 17, 1 << 20, sharing)
         assert run.states() == 4 * 12
         made = Plan(0, Sizes(24, False, 4), 24 * (17 + 48), run.persistent("none"), 0, 0)
-        found[sharing] = share_of(run, made, 4), run.persistent("none"), run.gathered(), run
+        found[sharing] = share_of(run, made, 4, "none"), run.persistent("none"), run.gathered("none"), run
 
     (alone, whole, nothing, run), (shared, part, gathered, _) = found[1], found[4]
     every = sum(p.numel() for p in run.network.parameters())
@@ -83,7 +83,7 @@ def test_one_process_shares_nothing(make_trainer: Make, random_model: Path) -> N
     ("argv", "said"),
     [
         ("--fsdp full_shard", "one process has none to share weights with: --nodes or --gpus"),
-        ("--fsdp full_shard --gpus 2 --quantize nf4", "such weights can't be shared"),
+        ("--fsdp full_shard --gpus 2 --quantize int8", "such weights can't be shared"),
         ("--tflops 100", "a time takes --tflops and --network"),
         ("--gpus 0", "gpus must be at least 1"),
         ("--tflops 0 --network 1", "tflops must be above 0, or none"),

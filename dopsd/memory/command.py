@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     sharing = 1 if args.fsdp is None else processes
     hint = "one process has none to share weights with: --nodes or --gpus say how many there are"
     require(args.fsdp is None or processes > 1, "fsdp", args.fsdp, hint)
-    require(sharing == 1 or model.quantize == "none", "quantize", model.quantize, "such weights can't be shared")
+    require(sharing == 1 or model.quantize != "int8", "quantize", model.quantize, "such weights can't be shared")
     run = DryRun(config, model, rollouts, teaching, args, arguments.prompt_length, workspace, sharing)
     check_decoding(run.network, rollouts.decoding())
     Distillation.check_model(run.network, teaching)
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     log.info(f"{base:,} parameters, and {trained:,} that are trained; {run.states()} states an update")
     log.info(f"predicted, not measured: {plan}")
     plan.show()
-    share = share_of(run, plan, processes)
+    share = share_of(run, plan, processes, model.quantize)
     if processes > 1:
         log.info(
             f"{processes} processes: each holds {share.held:,} of {share.parameters:,} parameters; its share of an "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -31,6 +31,7 @@ from dopsd.teacher import TeacherWeights
 
 # Bytes of a parameter of a quantised linear layer: nf4 has 4 bits and its constants, themselves quantised, 0.127 more.
 QUANTIZED = {"nf4": 0.516, "int8": 1.0}
+NF4_CONSTANTS = 0.016  # of these, which each process has where the others are shared
 
 # States, and sequences, of which the peaks are computed; others lie on the lines through these.
 PROBED = (8, 32)
@@ -176,20 +177,25 @@ class DryRun:
     def persistent(self, quantize: str) -> Persistent:
         """What is in use throughout, by arithmetic."""
         trained = [p for p in self.network.parameters() if p.requires_grad]
-        held = sum(p.nbytes for p in self.network.parameters() if not p.requires_grad)
-        if quantize != "none":
-            held += sum(int(p.numel() * QUANTIZED[quantize]) - p.nbytes for p in self.linear())
+        held = self.stored((p for p in self.network.parameters() if not p.requires_grad), quantize)
         optimizer = optimizer_bytes(self.args.optim) * sum(p.numel() for p in trained)
         size = sum(p.nbytes for p in trained)
         held, size, optimizer = (-(-part // self.sharing) for part in (held, size, optimizer))
+        if quantize == "nf4":
+            held += int(NF4_CONSTANTS * (1 - 1 / self.sharing) * sum(p.numel() for p in self.linear()))
         return Persistent(held, size, gradients=size, optimizer=optimizer, runtime=CUDA_ALLOWANCE)
 
-    def gathered(self) -> tuple[int, int]:
+    def stored(self, parameters: Iterable[Tensor], quantize: str) -> int:
+        """Bytes of parameters, of which linear layers' may be quantised."""
+        packed = set() if quantize == "none" else {id(weight) for weight in self.linear()}
+        return sum(int(p.numel() * QUANTIZED[quantize]) if id(p) in packed else p.nbytes for p in parameters)
+
+    def gathered(self, quantize: str) -> tuple[int, int]:
         """Bytes of others' weights that a process has in a pass with a gradient, at most, and in decoding."""
         if self.sharing == 1:
             return 0, 0
-        layers = [sum(p.nbytes for p in layer.parameters()) for layer in self.network.layers]
-        everything = sum(p.nbytes for p in self.network.parameters())
+        layers = [self.stored(layer.parameters(), quantize) for layer in self.network.layers]
+        everything = self.stored(self.network.parameters(), quantize)
         # The embedding, the head, a layer and the next.
         at_once = everything - sum(layers) + 2 * max(layers)
         return min(at_once, everything), everything - everything // self.sharing
@@ -291,7 +297,7 @@ class DryProbe:
         self.persistent = run.persistent(quantize)
         # One layer's weight at a time is turned back into 16 bits.
         self.transient = 0 if quantize == "none" else max(2 * p.numel() for p in run.linear())
-        self.gathered, self.decoding_gathered = run.gathered()
+        self.gathered, self.decoding_gathered = run.gathered(quantize)
 
     def tokens(self, states: int) -> int:
         return self.run.batch(self.reuse, states).student.tokens

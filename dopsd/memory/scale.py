@@ -36,14 +36,14 @@ class Share(NamedTuple):
         return self.operations / (tflops * 1e12) + self.received / (network * 1e9)
 
 
-def share_of(run: DryRun, plan: Plan, processes: int) -> Share:
-    """That of each of so many ``processes``, which share the weights if those of ``run`` do."""
+def share_of(run: DryRun, plan: Plan, processes: int, quantize: str) -> Share:
+    """That of each of so many ``processes``, which share the weights, stored as ``quantize`` says, if ``run``'s do."""
     everything, trained = list(run.network.parameters()), [p for p in run.network.parameters() if p.requires_grad]
     layers = [p for layer in run.network.layers for p in layer.parameters()]
     parameters = sum(p.numel() for p in everything)
     # A pass is through a weight, or its copy.
     computed = sum(p.numel() for layer in run.network.layers for p in uncopied(layer).values())
-    weights, of_layers, gradients = (sum(p.nbytes for p in some) for some in (everything, layers, trained))
+    weights, of_layers, gradients = (run.stored(some, quantize) for some in (everything, layers, trained))
 
     options, updates = run.args, run.teaching.updates_per_batch
     decoding = run.rollouts.decoding()

@@ -155,8 +155,18 @@ def lora_linear(module: nn.Module) -> LoraLinear:
         raise NotFusedError("a linear layer has hooks")
     if base.weight.device.type == "meta":
         raise NotFusedError("a weight is fetched when its module is called")
-    weight = partial(dequantize_module_weight, base) if quantised else frozen(base.weight, "a base weight")
+    weight = partial(unpacked, base) if quantised else frozen(base.weight, "a base weight")
     return LoraLinear(weight, frozen(base.bias, "a base bias"), **adapter)
+
+
+def unpacked(base: Any) -> Tensor:
+    """The weight that a quantised layer stands for."""
+    if getattr(base, "quant_state", None) is not None:
+        # Where processes share weights, those that have been gathered have lost it.
+        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+        fix_4bit_weight_quant_state_from_module(base)
+    return dequantize_module_weight(base)
 
 
 def name_of(module: nn.Module) -> str:
