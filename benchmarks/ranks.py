@@ -22,18 +22,20 @@ from safetensors.torch import load_file
 
 from benchmarks.results import FOLDER, ROOT, machine
 from dopsd.files import write_json, write_text
+from dopsd.memory.scale import rounds, turns
 from dopsd.tables import markdown_table
 
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
 PAGE = ROOT / "docs" / "scale.md"
 PROMPTS = 12  # a batch, which each of these numbers of processes divides
+STATES, TRIES = 32, 8  # of a micro-batch; at a prompt
 RUNS = [(1, "data"), (2, "data"), (3, "data"), (4, "data"), (2, "full_shard"), (4, "full_shard")]
 # No evaluation, whose time is no update's; dropout, which is not to depend on who computes what.
 LINE = (
     "--recipe tiny --seed 7 --lora_dropout 0.05 --eval_strategy no --save_strategy no --load_best_model_at_end false "
 )
-LINE += "--eval_problems 4 --train_problems 120 --states_per_forward 32 --sequences_per_forward 12 --use_cpu true "
-LINE += "--bf16 false --eval_tokens_per_step 2 --max_steps"
+LINE += f"--eval_problems 4 --train_problems 120 --states_per_forward {STATES} --sequences_per_forward 12 "
+LINE += f"--pass_k {TRIES} --use_cpu true --bf16 false --eval_tokens_per_step 2 --max_steps"
 
 
 def command(processes: int, engine: str, updates: int, folder: Path) -> list[str]:
@@ -61,6 +63,8 @@ def figures(processes: int, engine: str, folder: Path, alone: Path) -> dict[str,
         "adapter_largest": max(float(value.abs().max()) for value in theirs.values()),
         "accepted": round(PROMPTS * total("accepted")),
         "updates": len(updates),
+        "tries": sum(float(row["tries"]) for row in updates) / len(updates),
+        "states": [float(row["states"]) for row in updates],
         "rollout_seconds": total("rollout_seconds") / len(updates),
         "learn_seconds": total("learn_seconds") / len(updates),
         "wait_seconds": total("wait_seconds") / len(updates),
@@ -69,7 +73,23 @@ def figures(processes: int, engine: str, folder: Path, alone: Path) -> dict[str,
     }
 
 
-def cells(row: dict[str, Any], alone: dict[str, Any]) -> dict[str, str]:
+def modelled(alone: dict[str, Any], processes: int, cores: int) -> float:
+    """Seconds of an update on so many processes, by what one takes and who has most of the tries and micro-batches.
+
+    All tries are taken to be right equally often: as often as makes the mean number of tries.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        rate = (low + high) / 2
+        low, high = (rate, high) if sum((1 - rate) ** k for k in range(TRIES)) > alone["tries"] else (low, rate)
+    tries = rounds(PROMPTS, rate, TRIES)
+    batches = [states / STATES for states in alone["states"]]
+    rollout = sum(turns(count, processes) for count in tries) / sum(tries)
+    learn = sum(turns(count, processes) for count in batches) / sum(batches)
+    return max(1, processes / cores) * (rollout * alone["rollout_seconds"] + learn * alone["learn_seconds"])
+
+
+def cells(row: dict[str, Any], alone: dict[str, Any], cores: int) -> dict[str, str]:
     """A row of the page's table."""
     seconds, before = (one["rollout_seconds"] + one["learn_seconds"] for one in (row, alone))
     return {
@@ -77,7 +97,10 @@ def cells(row: dict[str, Any], alone: dict[str, Any]) -> dict[str, str]:
         "engine": row["engine"],
         "adapter against one process": f"{row['adapter_deviation']:.1e} of {row['adapter_largest']:.1e}",
         "accepted": str(row["accepted"]),
+        "s of rollouts": f"{row['rollout_seconds']:.1f}",
+        "s of learning": f"{row['learn_seconds']:.1f}",
         "s an update": f"{seconds:.1f}",
+        "by the model": f"{modelled(alone, row['processes'], cores):.1f}",
         "times as fast": f"{before / seconds:.2f}",
         "waiting for others": f"{row['wait_seconds'] / seconds:.0%}",
         "parameters a process": f"{row['parameters_per_rank']:,}",
@@ -87,7 +110,7 @@ def cells(row: dict[str, Any], alone: dict[str, Any]) -> dict[str, str]:
 def table(content: dict[str, Any]) -> str:
     """The page's table of a result file."""
     rows: Sequence[dict[str, Any]] = content["rows"]
-    return markdown_table([cells(row, rows[0]) for row in rows])
+    return markdown_table([cells(row, rows[0], content["machine"]["cores"]) for row in rows])
 
 
 def main() -> None:

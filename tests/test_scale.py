@@ -14,7 +14,7 @@ from dopsd.errors import UsageError
 from dopsd.memory import command as plan
 from dopsd.memory.dry_run import DryRun
 from dopsd.memory.planner import Plan
-from dopsd.memory.scale import share_of
+from dopsd.memory.scale import rounds, share_of, turns
 from dopsd.method import Sizes
 from dopsd.trainer import Trainer
 
@@ -51,6 +51,42 @@ def test_what_a_process_holds_computes_and_receives() -> None:
         4 * (every - layers) + 2 * 4 * layers // len(run.network.layers),
         3 * every,
     )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "rate", "most", "expected"),
+    [
+        (12, 1.0, 8, [12]),
+        (8, 0.5, 8, [8, 4, 2 * 2, 0.5 * 4]),
+        (8, 0.5, 5, [8, 4, 2 * 2, 0.5 * 1]),
+        (3, 0.25, 1, [3]),
+    ],
+)
+def test_rounds_of_tries(prompts: float, rate: float, most: int, expected: list[float]) -> None:
+    assert rounds(prompts, rate, most) == expected
+
+
+def test_turns_are_those_of_the_process_that_has_most() -> None:
+    """Against things that are handed out one by one."""
+    for processes in (1, 2, 3, 8):
+        for things in (0, 0.5, 1, 2, 2.5, 3, 7.25, 16):
+            done = [0.0] * processes
+            for number in range(int(things) + 1):
+                done[number % processes] += min(1, things - number)
+            assert turns(things, processes) == max(done), (things, processes)
+
+
+def test_waiting_for_tries() -> None:
+    """One prompt of each of eight processes, half of whose tries are right: four rounds of one try at most, where
+    2.25 tries would do; with the learning in even shares."""
+    _, model, _, rollouts, teaching, args = parse_plan(["--model-config", str(TINY), "--recipe", "tiny"])
+    args.per_device_train_batch_size, rollouts.pass_k = 1, 8
+    run = DryRun(plan.read_architecture(str(TINY)), model, rollouts, teaching, args, 17, 1 << 20)
+    made = Plan(0, Sizes(run.states(), False, 4), run.states() * (17 + 48), run.persistent("none"), 0, 0)
+    once, often = share_of(run, made, 8), share_of(run, made, 8, pass_rate=0.5)
+    assert once.longest == once.operations
+    one_try = once.operations - 3 * (once.operations / 4)  # as many states as steps, and four times the work of one
+    assert often.longest - often.operations == pytest.approx((4 - 2.25) * one_try + (1 - 255 / 256) * 3 * one_try)
 
 
 @pytest.mark.parametrize(

@@ -103,17 +103,18 @@ def main(argv: Sequence[str]) -> None:
     log.info(f"{base:,} parameters, and {trained:,} that are trained; {run.states()} states an update")
     log.info(f"predicted, not measured: {plan}")
     plan.show()
-    share = share_of(run, plan, processes, model.quantize)
+    share = share_of(run, plan, processes, model.quantize, arguments.pass_rate)
     if processes > 1:
         log.info(
             f"{processes} processes: each holds {share.held:,} of {share.parameters:,} parameters; its share of an "
-            f"update (prompts: {share.prompts}, one try at each) is {share.operations / 1e12:,.0f} TFLOP and "
-            f"{share.received / 1e9:,.2f} GB over the network"
+            f"update (prompts: {share.prompts}) is {share.operations / 1e12:,.0f} TFLOP and "
+            f"{share.received / 1e9:,.2f} GB over the network; if {arguments.pass_rate:.0%} of tries are right it "
+            f"waits for others {1 - share.operations / share.longest:.0%} of the time that this takes"
         )
     if arguments.tflops is not None and arguments.network is not None:
         seconds = share.seconds(arguments.tflops, arguments.network)
         rates = f"{arguments.tflops:g} TFLOP/s and {arguments.network:g} GB/s"
-        log.info(f"at {rates} that is {seconds:,.1f} s, if nothing overlaps and nobody waits: a prediction")
+        log.info(f"at {rates} that is {seconds:,.1f} s, waiting included, if nothing overlaps: a prediction")
     if sharing > 1:
         return  # the table is of other weights too
     rows = options(run, limit, rollouts.sequences_per_forward)

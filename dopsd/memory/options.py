@@ -21,6 +21,7 @@ class PlanArguments:
     prompt_length: int = option(200, "Tokens of the longest prompt, the teacher's included.")
     nodes: int = option(1, "Machines.")
     gpus: int = option(1, "GPUs of each.")
+    pass_rate: float = option(1.0, "Share of tries that are right; where one is not, others follow, up to pass_k.")
     tflops: float | None = option(None, "10^12 operations a second that a GPU does, for a time; none: no time is said.")
     network: float | None = option(None, "10^9 bytes a second that reach a GPU from others, for the same.")
 
@@ -30,5 +31,6 @@ class PlanArguments:
         for name in ("tflops", "network"):
             given = getattr(self, name)
             must_be(given is None or given > 0, name, given, "above 0, or none")
+        must_be(0 < self.pass_rate <= 1, "pass_rate", self.pass_rate, "above 0 and at most 1")
         together = (self.tflops is None) == (self.network is None)
         require(together, "tflops", self.tflops, "a time takes --tflops and --network")
