@@ -152,7 +152,7 @@ def options() -> set[str]:
         warnings.simplefilter("ignore", RuntimeWarning)
         patch.setattr(parser.Parser, "parse", note)
         patch.setattr(sys, "argv", ["command"])
-        for module in ("train", "evaluate", "plan", "sample", "inspect"):
+        for module in ("train", "evaluate", "plan", "sample", "inspect", "export"):
             with pytest.raises(Parsed):
                 runpy.run_module(f"dopsd.{module}", run_name="__main__")
     shown = (
