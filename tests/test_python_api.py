@@ -29,7 +29,7 @@ def test_every_block_of_the_page_runs_and_nothing_else_is_printed(
     """One after the other, in a new folder; what is printed is the table that the page prints."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     for block in BLOCKS:
         exec(compile(block, "docs/python.md", "exec"), names)
     out, err = capfd.readouterr()
