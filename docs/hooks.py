@@ -34,10 +34,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 def public(package: str) -> list[str]:
     """The names in ``__all__``, read and not imported."""
-    for node in ast.parse((ROOT / package / "__init__.py").read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return ast.literal_eval(node.value)
-    return []
+    body = ast.parse((ROOT / package / "__init__.py").read_text()).body
+    (names,) = (
+        node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    return ast.literal_eval(names)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_block_causal import SIZES
 from test_checkpoints import FAMILIES, dream, folder_of, llada
+from test_model_card import result
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ from dopsd import merging
 from dopsd.errors import RunError, UsageError
 from dopsd.files import PART
 from dopsd.models import MODELS, adapter_tensors, add_lora, load_adapter, load_model, save_adapter
+from dopsd.recorded import Recorded
 
 Command = Callable[..., tuple[int, str, str]]
 IDS = torch.arange(2, 24).reshape(2, 11)
@@ -149,6 +151,19 @@ def test_an_export_is_a_base(tmp_path: Path, command: Command) -> None:
     assert "model = dopsd.load('first', prefill='<')\n" in text
     assert 'model.generate(["..."], gen_length=16, block_length=16)\n' in text
     assert "leaves 100.0%" in text and "in a local folder, `first`" in (second / "README.md").read_text()
+
+
+def test_the_card_of_a_run_has_its_results() -> None:
+    """And how it decodes; of a base model on the hub the id, and what it has to be loaded with."""
+    said = Recorded(
+        Path("run.json"), {"block_size": 0, "mask_token_id": None, "shift_logits": False}, {"prefill": None}
+    )
+    text = merging.card("merged", said, "somebody/base", "abc", merging.Merged(3, "bfloat16", 0.5), result())
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["base_model"] == "somebody/base" and head["base_model_relation"] == "finetune"
+    assert "| 2 | 25.0 (4.6 to 69.9) | 75.0 (30.1 to 95.4) | +50.0 (-6.6 to +100.0) |" in text
+    assert "Percent of 4 held-out problems of the task `sudoku`" in text and "sha256 `abc`" in text
+    assert "dopsd.load('merged', block_size=0)\n(sample,) = model.generate([\"...\"])\n" in text
 
 
 def test_what_rounding_leaves_of_an_adapter(tmp_path: Path, command: Command) -> None:
