@@ -3,6 +3,7 @@
     run = dopsd.train(recipe="tiny", output_dir="runs/a")
     model = dopsd.load("runs/a")
     results = dopsd.evaluate("runs/a", eval_problems=64)
+    dopsd.export("runs/a", "merged")
 
 Options are the command line's, by the same names, and checked alike: a wrong one is a
 :class:`~dopsd.errors.UsageError`, what else ends a run a :class:`~dopsd.errors.RunError`. Nothing is printed unless
@@ -13,11 +14,10 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dopsd.evaluation.command import Results
     from dopsd.generate import Model
     from dopsd.run import Run
@@ -27,7 +27,7 @@ if _missing:
     # With this package's name, `python -m dopsd.train` prints the sentence without a traceback.
     raise ImportError(f"dopsd needs {', '.join(_missing)}: pip install 'dopsd[train]'", name=__name__)
 
-__all__ = ["__version__", "evaluate", "load", "train"]
+__all__ = ["__version__", "evaluate", "export", "load", "train"]
 
 __version__ = "0.1.0"
 
@@ -85,6 +85,25 @@ def evaluate(source: str | Path | Run, *, progress: bool = False, **options: Any
     with console(sentences=progress, bars=progress):
         content = evaluate(parse_evaluate(**named(str(getattr(source, "folder", source))), **options))
     return None if content is None else Results(content)
+
+
+def export(source: str | Path | Run, output_dir: str | Path, model: str | None = None) -> None:
+    """Write a checkpoint as ``python -m dopsd.export`` does: the base model with the adapter merged into its weights.
+
+    Args:
+        source: a run or the folder of one, one of its checkpoints, or an adapter's folder.
+        output_dir: a new folder, or an empty one.
+        model: the base model, as :func:`load` takes it; None: the one that the adapter was trained over.
+
+    Raises:
+        UsageError: no adapter, no base model, one that the adapter does not fit, or a folder that is not empty.
+        RunError: files that can't be read or written.
+    """
+    from dopsd.console import console
+    from dopsd.merging import export
+
+    with console(sentences=False, bars=False):
+        export(str(getattr(source, "folder", source)), Path(output_dir), model)
 
 
 def load(source: str | Path | Run, **options: Any) -> Model:

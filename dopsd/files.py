@@ -91,14 +91,22 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(plain(content), indent=1) + "\n")
 
 
+# What is being written into a folder, and what is left of it if a process is killed meanwhile.
+PART = "files.part"
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder to write files into; on leaving, each of them replaces the one of its name in ``folder``, whole."""
-    part = folder / "files.part"
+    part = folder / PART
     with writing(part):
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
         part.mkdir(parents=True)
-        yield part
+        try:
+            yield part
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)  # a disk that is full has its room again
+            raise
         for path in sorted(part.iterdir()):
             sync(path)
             path.replace(folder / path.name)

@@ -104,11 +104,6 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
     config = result["config"]
     model, task, rollout, teaching = (config[group] for group in ("model", "task", "rollout", "teaching"))
     name = str(model["model"])
-    hub = name not in SHIPPED and not Path(name).exists()
-    if name in SHIPPED:
-        base = f"`{name}`, the small model that ships with d-OPSD"
-    else:
-        base = f"[{name}](https://huggingface.co/{name})" if hub else f"a model in a local folder, `{Path(name).name}`"
     falls = [collapse.sentence(event) for event in result["collapse"]]
     method, ours = teaching["method"], teaching["method"] == "d_opsd"
     full = model["full_finetune"]
@@ -124,10 +119,10 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
         told["prefill"] = f"`{task['prefill']!r}`, from which responses go on"
     packages = ("dopsd", "torch", "transformers", "peft")
     return CARD.format(
-        base_line=f"base_model: {json.dumps(name)}\nbase_model_relation: adapter\n" if hub else "",
+        base_line=base_line(name, "adapter"),
         title=f"{Path(name).name} on {short(task['task'])}, {'self-distilled' if ours else method}",
         tag="self-distillation, d-opsd" if ours else method.replace("_", "-"),
-        base=base,
+        base=base_model(name),
         kind="All weights but embedding and LM head, as a PEFT adapter (LN tuning)," if full else "A LoRA adapter",
         kind_tag="full-fine-tuning" if full else "lora",
         method="d-OPSD" if ours else f"`{method}`, with the package of d-OPSD",
@@ -154,6 +149,21 @@ def card(folder: Path, result: Mapping[str, Any], mask_id: int) -> str:
         mask_id=mask_id,
         citation=CITATION if ours else "",
     )
+
+
+def base_line(name: str, relation: str) -> str:
+    """The lines of a card's head that name a model of the hub as base; none for another."""
+    hub = name not in SHIPPED and not Path(name).exists()
+    return f"base_model: {json.dumps(name)}\nbase_model_relation: {relation}\n" if hub else ""
+
+
+def base_model(name: str) -> str:
+    """A base model as a card calls it: with a link to the hub, and without a local path."""
+    if name in SHIPPED:
+        return f"`{name}`, the small model that ships with d-OPSD"
+    if Path(name).exists():
+        return f"a model in a local folder, `{Path(name).name}`"
+    return f"[{name}](https://huggingface.co/{name})"
 
 
 def short(name: str) -> str:

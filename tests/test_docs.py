@@ -59,7 +59,7 @@ def commands(text: str) -> list[list[str]]:
 def check(words: list[str]) -> None:
     """Fail unless a command would start: its program is known, and its options are those that it takes."""
     match words:
-        case ["python3", "-m", "venv", _] | ["bash", ".ci/run"]:
+        case ["python3", "-m", "venv", _] | ["python", "-m", "mkdocs", "build", "--strict"] | ["bash", ".ci/run"]:
             pass
         case ["pip", "install", *options]:
             check_install(options)
@@ -152,7 +152,7 @@ def options() -> set[str]:
         warnings.simplefilter("ignore", RuntimeWarning)
         patch.setattr(parser.Parser, "parse", note)
         patch.setattr(sys, "argv", ["command"])
-        for module in ("train", "evaluate", "plan", "sample", "inspect"):
+        for module in ("train", "evaluate", "plan", "sample", "inspect", "export"):
             with pytest.raises(Parsed):
                 runpy.run_module(f"dopsd.{module}", run_name="__main__")
     shown = (

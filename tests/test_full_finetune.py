@@ -14,6 +14,7 @@ from processes import in_two_processes
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import dopsd
 from dopsd.commands import parse_train
 from dopsd.errors import UsageError
 from dopsd.memory import command as plan
@@ -137,11 +138,7 @@ def test_what_does_not_go_together_is_said(
     base = load_model(str(random_model))[0]
     save_adapter(student := add_copies(base), tmp_path / "full", "x", adapter_tensors(student))
     refused("--adapter", str(tmp_path / "full"), said=("full_finetune=False", "all weights"))
-    narrow = tmp_path / "narrow"
-    small: Any = load_model(str(random_model))[0]
-    small.to(torch.bfloat16).save_pretrained(narrow)
-    for file in random_model.glob("*token*"):
-        (narrow / file.name).write_bytes(file.read_bytes())
+    narrow = narrow_copy(random_model, tmp_path / "narrow")
     with pytest.raises(UsageError, match=r"full_finetune=True .*--bf16 true"):
         make_trainer("--model", str(narrow), "--full_finetune", "true")
 
@@ -179,6 +176,31 @@ def test_the_plan_counts_copies(random_model: Path, caplog: pytest.LogCaptureFix
     plan.main(["--model-config", str(random_model), *options.split()])
     trained = sum(value.numel() for value in adapter_tensors(add_copies(load_model(str(random_model))[0])).values())
     assert f"and {trained:,} that are trained" in caplog.text
+
+
+def test_an_export_has_the_copies(random_model: Path, tmp_path: Path) -> None:
+    """In place of the weights they are of, rounded once; and no other tensor is another."""
+    base: Any = load_model(str(random_model))[0].to(torch.bfloat16)
+    student = add_copies(base)
+    moved(student)
+    tensors = adapter_tensors(student)
+    save_adapter(student, tmp_path / "adapter", "x", tensors)
+    model = narrow_copy(random_model, tmp_path / "base")
+    dopsd.export(str(tmp_path / "adapter"), tmp_path / "merged", model=str(model))
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "merged"))
+    copies = {plain_name(name).replace(f".{STUDENT}", ""): value.bfloat16() for name, value in tensors.items()}
+    assert copies.keys() < before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], copies.get(name, value)), name
+
+
+def narrow_copy(model: Path, folder: Path) -> Path:
+    """A folder with ``model`` in bf16."""
+    small: Any = load_model(str(model))[0]
+    small.to(torch.bfloat16).save_pretrained(folder)
+    for file in model.glob("*token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
 def _same_gradients(student: Callable[[], Any]) -> None:

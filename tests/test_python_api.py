@@ -1,4 +1,4 @@
-"""``dopsd.train``, ``load`` and ``evaluate``: what the commands do, without a word; the commands beside them."""
+"""``dopsd.train``, ``load``, ``evaluate``, ``export``: what the commands do, without a word; the commands too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_every_block_of_the_page_runs_and_nothing_else_is_printed(
     """One after the other, in a new folder; what is printed is the table that the page prints."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     for block in BLOCKS:
         exec(compile(block, "docs/python.md", "exec"), names)
     out, err = capfd.readouterr()
@@ -58,7 +59,7 @@ def test_what_takes_seconds_is_said_before_it_is_imported() -> None:
 import io, runpy, sys
 
 sys.modules["torch"] = None
-for name in ("train", "evaluate", "plan", "sample"):
+for name in ("train", "evaluate", "plan", "sample", "export"):
     for terminal in (True, False):
         sys.stderr = io.StringIO()
         sys.stderr.isatty = lambda: terminal
@@ -68,22 +69,33 @@ for name in ("train", "evaluate", "plan", "sample"):
             assert end.code == 1
         print(*(word for word in sys.stderr.getvalue().split() if word in ("importing", "error:")))
 """
-    assert python(program) == "importing error:\nerror:\n" * 4
+    assert python(program) == "importing error:\nerror:\n" * 5
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "argv", "said"),
+    [
+        ("train", {"pass_k": 0}, ["--pass_k", "0"], "pass_k must be"),
+        ("evaluate", {"source": "tiny", "pass_k": 0}, ["--pass_k", "0"], "pass_k must be"),
+        ("export", {"source": "none", "output_dir": "out"}, ["none", "--output_dir", "out"], "adapter must be"),
+    ],
+)
 def test_a_function_and_a_command_have_one_name(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    arguments: dict[str, Any],
+    argv: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Both work, one after the other in one process, and no module of the package takes the function's place."""
     for _ in range(2):
-        arguments = () if name == "train" else ("tiny",)
-        with pytest.raises(UsageError, match="pass_k must be"):
-            getattr(dopsd, name)(*arguments, pass_k=0)
-        monkeypatch.setattr(sys, "argv", ["command", "--pass_k", "0"])
+        with pytest.raises(UsageError, match=said):
+            getattr(dopsd, name)(**arguments)
+        monkeypatch.setattr(sys, "argv", ["command", *argv])
         with pytest.raises(SystemExit) as end:
             runpy.run_module(f"dopsd.{name}", run_name="__main__")
-        assert end.value.code == 2 and "pass_k must be" in capsys.readouterr().err
+        assert end.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_options_are_checked_as_the_commands_are(random_model: Path) -> None:

@@ -11,7 +11,7 @@ class ConfidenceOutput(NamedTuple):
     token: Tensor  # int64, the chosen id: argmax, or a sample
     logit: Tensor  # the chosen id's logit; its probability is exp(logit - logsumexp)
     logsumexp: Tensor  # over the ids that can be chosen
-    max_logit: Tensor
+    max_logit: Tensor  # the largest, that of argmax
     argmax: Tensor  # int64, ties to the lowest id
     top_values: Tensor  # (..., top_k) logits, largest first, ties to the lowest id
     top_indices: Tensor  # (..., top_k) int64

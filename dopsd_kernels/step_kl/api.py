@@ -202,9 +202,8 @@ def step_kl_from_logits(
     Args:
         student_logits: (..., V), fp16, bf16, fp32 or fp64. Gets a gradient.
         teacher_logits: (..., V), same shape; may not require a gradient.
-        row_weight, divergence, beta, clip, clip_form, top_k, tail, temperature, reduction, workspace_bytes,
-            vocab_group, check_finite, backend: as for `fused_step_kl`. With a `vocab_group` the logits are this
-            process' columns, and so is the gradient.
+        others: as for `fused_step_kl`. With a `vocab_group` the logits are this process' columns, and so is the
+            gradient.
 
     Returns:
         StepKLOutput, as `fused_step_kl`.
