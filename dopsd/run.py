@@ -25,11 +25,13 @@ from dopsd.config import (
     TrainingArguments,
 )
 from dopsd.interruption import Interruption
+from dopsd.metrics import METRICS_FILE
 from dopsd.models import adapter_files, check_model, load_model
 from dopsd.ranks import Ranks, meet, on_first_process
 from dopsd.rollout import Decoder, Row
 from dopsd.run_folder import RunFolder
 from dopsd.tasks import load_task
+from dopsd.trackers import require_trackers
 from dopsd.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv``, each with the figures that it has."""
-        with (self.folder / report.METRICS_FILE).open(newline="") as file:
+        with (self.folder / METRICS_FILE).open(newline="") as file:
             return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
@@ -135,6 +137,7 @@ def build(
     args: TrainingArguments,
 ) -> tuple[Trainer, list[Row]]:
     """The Trainer, and the rows that it is tested on; nothing is written."""
+    require_trackers(args.report_to or ())
     set_seed(args.seed)
     task = load_task(task_arguments.task, task_arguments.grading)
     check_model(model_arguments.model)

@@ -42,6 +42,7 @@ from dopsd.sampler import Decoding, check_decoding
 from dopsd.seeds import EVALUATION, mix_seeds
 from dopsd.sharding import is_sharded, local, shard, share_state, whole_state
 from dopsd.teacher import TeacherWeights
+from dopsd.trackers import attach_trackers
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ class Trainer(transformers.Trainer):
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
         self.add_callback(self.bar)
         self.add_callback(TeacherFollows(self))
-        self.add_callback(CollapseGuard(self, teaching.updates_per_batch))
+        self.trackers = attach_trackers(self)
+        self.guard = CollapseGuard(self, teaching.updates_per_batch)
+        self.add_callback(self.guard)
         # transformers would switch checkpointing on when training starts, whatever has been planned by then.
         checkpointing = bool(args.gradient_checkpointing)
         for name in ("gradient_checkpointing", "activation_checkpointing"):
@@ -258,12 +261,15 @@ class Trainer(transformers.Trainer):
     ) -> dict[str, float]:
         """Greedy accuracy on the validation rows (or ``eval_dataset``), logged as the Trainer logs its own."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        scores = [rollout.score for rollout in self.decode_rows(rows, self.rollouts.decoding(), "validate")]
+        rollouts = self.decode_rows(rows, self.rollouts.decoding(), "validate")
+        scores = [rollout.score for rollout in rollouts]
         metrics = {
             f"{metric_key_prefix}_accuracy": mean(scores),
             f"{metric_key_prefix}_standard_error": standard_error(scores),
         }
         self.log(dict(metrics))
+        for tracker in self.trackers:
+            tracker.show(rollouts)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
