@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
 from dopsd import checkpoints, files, look, ranks
@@ -108,7 +108,7 @@ class Trainer(transformers.Trainer):
         if args.world_size > 1:
             # Not in DistributedDataParallel: its hooks would never run, and its buckets are a copy of the gradients.
             self.accelerator.prepare_model(model, evaluation_mode=True)
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(transformers.trainer.DEFAULT_PROGRESS_CALLBACK)  # a notebook has one of its own
         self.remove_callback(PrinterCallback)
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
         self.add_callback(self.bar)
