@@ -46,9 +46,8 @@ def test_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "why_no_picture", lambda: "they take longer than the run")
     main = main_of("own_task")
-    before, after = main(
-        max_steps=1, inspect_samples=0, per_device_train_batch_size=2, eval_problems=8, validation_problems=2
-    )
+    small = {"max_steps": 1, "per_device_train_batch_size": 2, "validation_problems": 2, "eval_problems": 8}
+    before, after = main(**small, pass_k=2, inspect_samples=0)
     assert 0 < before < 1 and 0 < after < 1
     (folder,) = (tmp_path / "runs").iterdir()
     result = json.loads((folder / "report.json").read_text())
