@@ -28,7 +28,7 @@ class AnyGrid(Task):
         draw, rows = random.Random(f"{split} {seed}"), {}
         while len(rows) < count:
             solution = draw.choice(all_grids())
-            blanks = draw.sample(range(16), 11)
+            blanks = draw.sample(range(16), 9)
             puzzle = "".join("0" if cell in blanks else digit for cell, digit in enumerate(solution))
             if split_of(puzzle) == split:
                 rows[puzzle] = {"puzzle": puzzle, "solution": solution}
