@@ -13,8 +13,6 @@ from dopsd.evaluation.accuracy import mean
 from dopsd.models.bidirectional import DiffusionModel
 from dopsd.rollout import Rollout
 
-METRICS_FILE = "metrics.csv"
-
 # An update's work is the sum over its processes, its time that of the slowest; several updates' are the mean of those.
 OF_AN_UPDATE: dict[str, Callable[[Iterable[float]], float]] = {
     "states": sum,

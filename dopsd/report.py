@@ -20,7 +20,7 @@ from dopsd.distillation import Distillation
 from dopsd.evaluation.accuracy import difference, summary
 from dopsd.files import write_json, write_text
 from dopsd.look import FOLDER, keep, label, look
-from dopsd.metrics import METRICS_FILE, rows_of
+from dopsd.metrics import rows_of
 from dopsd.model_card import write_card
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.ranks import on_first_process
@@ -33,6 +33,7 @@ from dopsd.versions import versions
 
 log = logging.getLogger(__name__)
 
+METRICS_FILE = "metrics.csv"
 CURVES, TRAJECTORY = PICTURES = ("curves.png", "trajectory.png")
 
 

@@ -25,7 +25,6 @@ from dopsd.config import (
     TrainingArguments,
 )
 from dopsd.interruption import Interruption
-from dopsd.metrics import METRICS_FILE
 from dopsd.models import adapter_files, check_model, load_model
 from dopsd.ranks import Ranks, meet, on_first_process
 from dopsd.rollout import Decoder, Row
@@ -57,7 +56,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv``, each with the figures that it has."""
-        with (self.folder / METRICS_FILE).open(newline="") as file:
+        with (self.folder / report.METRICS_FILE).open(newline="") as file:
             return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 

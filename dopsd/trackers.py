@@ -6,7 +6,6 @@ groups, figures that only people who watch a run need, and responses; and that a
 
 from __future__ import annotations
 
-import csv
 import os
 import textwrap
 import time
@@ -22,8 +21,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dopsd.checkpoints import run_id
 from dopsd.errors import must_be, require, without_middle
+from dopsd.files import write_text
 from dopsd.memory.meter import process_peak
-from dopsd.metrics import METRICS_FILE, rows_of
+from dopsd.metrics import rows_of
 from dopsd.rollout import Rollout
 from dopsd.units import GIB
 
@@ -125,7 +125,8 @@ class TensorBoard(Tracker, TensorBoardCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # What a start that was killed has logged behind the checkpoint is taken back: it comes again.
+        # What a start that was killed has logged behind the checkpoint, or, without a log, all, is taken back: it comes
+        # again.
         state = self.trainer.state
         first = state.global_step + bool(state.log_history)
         self.tb_writer = SummaryWriter(self.logging_dir, purge_step=first)
@@ -148,23 +149,35 @@ class Tables(Tracker):
     """What Weights & Biases and Trackio have in common: tables, and that nothing that is logged can be taken back."""
 
     library: Any
-    logged = 0  # rows of the Trainer's log by earlier starts
+    logged = 0  # rows of metrics.csv, by earlier starts
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        folder, options = self.folder(), self.trainer.args
-        if (metrics := folder / METRICS_FILE).is_file():
-            with metrics.open(newline="") as file:
-                self.logged = sum(1 for _ in csv.DictReader(file))
+        if self.record().is_file():
+            self.logged = int(self.record().read_text())
         # By its name Trackio finds a run that goes on.
-        options.run_name = options.run_name or "-".join(filter(None, (folder.resolve().name, run_id(folder))))
+        name = "-".join(filter(None, (self.folder().resolve().name, run_id(self.folder()))))
+        self.trainer.args.run_name = self.trainer.args.run_name or name
         super().on_train_begin(*args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        super().on_log(*args, **kwargs)
+        if self.is_news():
+            write_text(self.record(), f"{self.rows()}\n")
 
     def folder(self) -> Path:
         """The run's."""
         return Path(self.trainer.args.output_dir or ".")
 
+    def record(self) -> Path:
+        """The file that says how many rows have been logged; ``metrics.csv`` has those of the last start."""
+        return self.folder() / f"{self.library.__name__}.rows"
+
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(rows_of(self.trainer.state.log_history))
+
     def is_news(self) -> bool:
-        return len(rows_of(self.trainer.state.log_history)) > self.logged
+        return self.rows() > self.logged
 
     def write(self, responses: Sequence[Response]) -> None:
         import pandas

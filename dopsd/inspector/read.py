@@ -16,9 +16,8 @@ from dopsd.errors import RunError, require
 from dopsd.evaluation.accuracy import summary
 from dopsd.files import first_line, read_json
 from dopsd.look import FOLDER
-from dopsd.metrics import METRICS_FILE
 from dopsd.recorded import run_options
-from dopsd.report import held_out_file
+from dopsd.report import METRICS_FILE, held_out_file
 from dopsd.run_folder import FREE, REPORT_FILE
 
 # What a file of held-out responses says of a response, beside the columns of its row.
