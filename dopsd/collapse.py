@@ -31,7 +31,7 @@ UPDATES, PROMPTS = 3, 8
 
 
 class Fall(NamedTuple):
-    """A measure that was ``best`` behind update ``best_update`` and is ``now`` far below it."""
+    """A measure that was ``best`` behind update ``best_update`` and is ``now`` below it, or not."""
 
     measure: str
     best_update: int
@@ -52,13 +52,13 @@ class Tally(NamedTuple):
         return self.right / self.tries
 
 
-def validation_fall(log: Log, problems: int, threshold: float | None) -> Fall | None:
-    """The last validation accuracy, if it lies by more than ``threshold`` below the best one before it.
+def validation(log: Log, problems: int, threshold: float | None) -> tuple[Fall, float] | None:
+    """The last validation accuracy with the best one before it, and by how much it may lie below that.
 
-    Without a threshold that is five points or three standard errors of the difference, whichever is more. The error is
-    that of two shares of ``problems`` problems with one true value, estimated from both. It is too large, because both
-    are of the same problems and grades between 0 and 1 vary less than answers right or wrong; so noise takes it for a
-    fall more rarely than three standard errors say.
+    That is ``threshold`` or, without one, five points or three standard errors of the difference, whichever is more.
+    The error is that of two shares of ``problems`` problems with one true value, estimated from both. It is too large,
+    because both are of the same problems and grades between 0 and 1 vary less than answers right or wrong; so noise is
+    taken for a fall more rarely than three standard errors say.
     """
     rows = [(row["step"], row["eval_accuracy"]) for row in log if "eval_accuracy" in row]
     if len(rows) < 2 or not problems:
@@ -68,7 +68,26 @@ def validation_fall(log: Log, problems: int, threshold: float | None) -> Fall | 
     if threshold is None:
         middle = (best + now) / 2
         threshold = max(POINTS, ERRORS * math.sqrt(2 * middle * (1 - middle) / problems))
-    return Fall("validation accuracy", update, best, now) if best - now > threshold else None
+    return Fall("validation accuracy", update, best, now), threshold
+
+
+def validation_fall(log: Log, problems: int, threshold: float | None) -> Fall | None:
+    """The last validation accuracy, if it lies further below the best one before it than it may."""
+    found = validation(log, problems, threshold)
+    if found is None:
+        return None
+    fall, limit = found
+    return fall if fall.best - fall.now > limit else None
+
+
+def best_and_last(tallies: Sequence[Tally]) -> tuple[Tally, int, Tally] | None:
+    """The best window apart from the last one, the first update of the last one, and that one."""
+    seen = list(windows(tallies))
+    if not seen:
+        return None
+    first, now = seen[-1]
+    before = [window for _, window in seen if window.update < first]
+    return (max(before, key=lambda window: window.share), first, now) if before else None
 
 
 def first_try_fall(tallies: Sequence[Tally], since: int) -> Fall | None:
@@ -80,14 +99,10 @@ def first_try_fall(tallies: Sequence[Tally], since: int) -> Fall | None:
     a third. Among the n windows of a run whose accuracy stays what it was are n (n - 1) / 2 pairs, so that noise stops
     at most one run of 1000 logged rows in 2000, however the windows overlap.
     """
-    seen = list(windows(tallies))
-    if not seen or seen[-1][0] <= since:
+    found = best_and_last(tallies)
+    if found is None or found[1] <= since:
         return None
-    first, now = seen[-1]
-    before = [window for _, window in seen if window.update < first]
-    if not before:
-        return None
-    best = max(before, key=lambda window: window.share)
+    best, _, now = found
     fell = now.share <= SHARE * best.share and fisher(best, now) < CHANCE
     return Fall("first-try accuracy", best.update, best.share, now.share) if fell else None
 
@@ -195,8 +210,21 @@ class CollapseGuard(TrainerCallback):
             return
         if args.load_best_model_at_end and all(found[-1] > one for one in found[:-1]):
             control.should_save = True  # also between the checkpoints that save_steps asks for
-        validated: Any = self.trainer.eval_dataset
-        self.act(validation_fall(log, len(validated), args.collapse_threshold), args, state, control)
+        self.act(validation_fall(log, self.problems(), args.collapse_threshold), args, state, control)
+
+    def problems(self) -> int:
+        """How many are validated on."""
+        return len(self.trainer.eval_dataset)  # type: ignore[arg-type]
+
+    def figures(self, log: Log) -> dict[str, float]:
+        """How far what the last row of ``log`` measured is from a collapse, for people to follow."""
+        if "eval_accuracy" in log[-1]:
+            found = validation(log, self.problems(), self.trainer.args.collapse_threshold)  # type: ignore[attr-defined]
+            return {} if found is None else {"validation_fall": found[0].best - found[0].now, "fall_limit": found[1]}
+        if "first_try" in log[-1]:
+            pair = best_and_last(self.tallies(log))
+            return {} if pair is None else {"first_try_best": pair[0].share, "first_try_last": pair[2].share}
+        return {}
 
     def tallies(self, log: Log, name: str = "first_try") -> list[Tally]:
         """The log's counts of tries."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args, get_origin, get_type_hints
 
-# Characters of an error that are shown.
+# Characters of a text that are shown.
 LONGEST = 2000
 
 
@@ -38,8 +38,12 @@ def ending(error: BaseException) -> tuple[int, str]:
 
 def one_line(text: str) -> str:
     """``text`` in one line, without its middle if what it quotes is very long."""
-    line = " ".join(text[: 4 * LONGEST].split() + text[4 * LONGEST :][-LONGEST:].split())
-    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+    return without_middle(" ".join(text[: 4 * LONGEST].split() + text[4 * LONGEST :][-LONGEST:].split()))
+
+
+def without_middle(text: str) -> str:
+    """``text``, or its beginning and its end if it is very long."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def must_be(condition: bool, argument: str, given: object, accepted: str) -> None:

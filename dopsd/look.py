@@ -164,7 +164,7 @@ def keep(path: Path, method: Method[Any, Any], rollouts: Sequence[Rollout], seed
         used.update(trajectory["tokens"])
         used.update(token for state in states for row in state["rows"] for token in (*row[4], *row[6]))
         sample = {name: trajectory[name] for name in ("tokens", "reveal_step", "block_length", "lead")}
-        sample |= {"prompt": f"{decoder.turns(rollout.row)[0]}{decoder.prefill}", "response": rollout.response}
+        sample |= {"prompt": decoder.shown(rollout.row), "response": rollout.response}
         samples.append({**sample, "score": rollout.score, "tries": rollout.tries, "states": states})
     texts = {token: label(token, decoder) for token in sorted(used)}
     content = {**about, "texts": texts, "samples": samples}

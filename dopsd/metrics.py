@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,6 +93,11 @@ def means(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[int, float
     """Of figures of several batches, (R,) each, over how many rows each is in all, and its mean; nan of no row."""
     rows = {name: torch.cat([figures[name] for figures in batches]) for name in batches[0]}
     return {name: (len(values), float(values.mean())) for name, values in rows.items()}
+
+
+def rows_of(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that ``metrics.csv`` has of the Trainer's log: all but transformers' last summary."""
+    return [row for row in log if "train_runtime" not in row]
 
 
 class TokenCount:

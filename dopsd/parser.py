@@ -41,7 +41,7 @@ USUAL = {
     "max_grad_norm": "Gradients are clipped to this norm; 0: they are not.",
     "gradient_checkpointing": "Compute activations again in the backward pass.",
     "logging_steps": "Updates between logs; below 1, a share of all.",
-    "report_to": "Where logs go besides: tensorboard, wandb, ..., all or none.",
+    "report_to": "Where logs go besides: tensorboard, wandb, trackio, ..., all or none.",
     "eval_strategy": "When validation rows are evaluated.",
     "eval_steps": "Updates between evaluations; none: logging_steps.",
     "save_strategy": "When a checkpoint is saved.",

@@ -20,6 +20,7 @@ from dopsd.distillation import Distillation
 from dopsd.evaluation.accuracy import difference, summary
 from dopsd.files import write_json, write_text
 from dopsd.look import FOLDER, keep, label, look
+from dopsd.metrics import rows_of
 from dopsd.model_card import write_card
 from dopsd.plots import TrajectoryTrace, plot_curves, plot_trajectory, why_no_picture
 from dopsd.ranks import on_first_process
@@ -56,8 +57,8 @@ class Metrics(TrainerCallback):
 
 
 def write_metrics(log: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The Trainer's log as a table, its last summary apart."""
-    rows = [row for row in log if "train_runtime" not in row]
+    """The Trainer's log as a table."""
+    rows = rows_of(log)
     names = ["step", *sorted({name for row in rows for name in row} - {"step"})]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
@@ -161,7 +162,7 @@ def draw_trajectory(trainer: Trainer, rollouts: Sequence[Rollout], path: Path) -
     if len(example.steps):
         seen = look(method, example)
         labels = [label(token, decoder) for token in trajectory.tokens.tolist()]
-        title = f"{decoder.turns(rollout.row)[0]}{decoder.prefill}{rollout.response}"
+        title = f"{decoder.shown(rollout.row)}{rollout.response}"
         trace = TrajectoryTrace(
             trajectory, example.steps, example.reveal, seen.selection(), seen.state_divergence(), labels, title
         )

@@ -108,6 +108,10 @@ class Decoder:
             return self.task.prompt(row), None
         return self.prompt_file.turns(self.task.fields(row))
 
+    def shown(self, row: Row) -> str:
+        """A row's prompt for people to read: what the user says in it, and the prefill."""
+        return f"{self.turns(row)[0]}{self.prefill}"
+
     def prompt_ids(self, row: Row) -> Tensor:
         """(P,) token ids of a row's prompt, on the model's device."""
         return self.encode(*self.turns(row))

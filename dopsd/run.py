@@ -30,6 +30,7 @@ from dopsd.ranks import Ranks, meet, on_first_process
 from dopsd.rollout import Decoder, Row
 from dopsd.run_folder import RunFolder
 from dopsd.tasks import load_task
+from dopsd.trackers import require_trackers
 from dopsd.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ def build(
     args: TrainingArguments,
 ) -> tuple[Trainer, list[Row]]:
     """The Trainer, and the rows that it is tested on; nothing is written."""
+    require_trackers(args.report_to or ())
     set_seed(args.seed)
     task = load_task(task_arguments.task, task_arguments.grading)
     check_model(model_arguments.model)

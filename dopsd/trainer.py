@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
 from dopsd import checkpoints, files, look, ranks
@@ -51,6 +51,7 @@ from dopsd.sampler import Decoding, check_decoding
 from dopsd.seeds import EVALUATION, mix_seeds
 from dopsd.sharding import is_sharded, local, shard, share_state, whole_state
 from dopsd.teacher import TeacherWeights
+from dopsd.trackers import attach_trackers
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +119,14 @@ class Trainer(transformers.Trainer):
         if args.world_size > 1:
             # Not in DistributedDataParallel: its hooks would never run, and its buckets are a copy of the gradients.
             self.accelerator.prepare_model(model, evaluation_mode=True)
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(transformers.trainer.DEFAULT_PROGRESS_CALLBACK)  # a notebook has one of its own
         self.remove_callback(PrinterCallback)
         self.bar = ProgressBar(shown=self.is_world_process_zero() and not args.disable_tqdm)
         self.add_callback(self.bar)
         self.add_callback(TeacherFollows(self))
-        self.add_callback(CollapseGuard(self, teaching.updates_per_batch))
+        self.trackers = attach_trackers(self)
+        self.guard = CollapseGuard(self, teaching.updates_per_batch)
+        self.add_callback(self.guard)
         # transformers would switch checkpointing on when training starts, whatever has been planned by then.
         checkpointing = bool(args.gradient_checkpointing)
         for name in ("gradient_checkpointing", "activation_checkpointing"):
@@ -269,12 +272,15 @@ class Trainer(transformers.Trainer):
     ) -> dict[str, float]:
         """Greedy accuracy on the validation rows (or ``eval_dataset``), logged as the Trainer logs its own."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        scores = [rollout.score for rollout in self.decode_rows(rows, self.rollouts.decoding(), "validate")]
+        rollouts = self.decode_rows(rows, self.rollouts.decoding(), "validate")
+        scores = [rollout.score for rollout in rollouts]
         metrics = {
             f"{metric_key_prefix}_accuracy": mean(scores),
             f"{metric_key_prefix}_standard_error": standard_error(scores),
         }
         self.log(dict(metrics))
+        for tracker in self.trackers:
+            tracker.show(rollouts)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

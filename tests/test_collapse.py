@@ -118,6 +118,24 @@ def test_logged_means_become_counts() -> None:
     assert tallies_of([{"step": 3, "loss": 1.0, "first_try": 0.5}, *sliced[3:]], 4, 2) == [(3, 4, 8), (5, 4, 4)]
 
 
+def test_how_far_a_collapse_is() -> None:
+    """What is followed of a run is what is acted on: the two windows, and the fall with its limit; nothing without."""
+    args = SimpleNamespace(train_batch_size=64, world_size=1, collapse_threshold=None)
+    trainer: Any = SimpleNamespace(args=args, train_dataset=range(1000), eval_dataset=range(200))
+    guard = CollapseGuard(trainer, updates_per_batch=1)
+    log: list[dict[str, Any]] = validations(0.6)
+    assert guard.figures(log) == {}
+    for step, share in enumerate((0.5, 0.75, 0.25, 0.125), 1):
+        log.append({"step": step, "loss": 0.0, "first_try": share})
+        assert bool(guard.figures(log)) == (step == 4)  # whose window shares no update with the first one
+    assert guard.figures(log) == {"first_try_best": 0.625, "first_try_last": 0.1875}
+    log.append({"step": 4, "eval_accuracy": 0.45})
+    assert guard.figures(log) == pytest.approx({"validation_fall": 0.15, "fall_limit": 0.149812}, abs=1e-6)
+    args.collapse_threshold = 0.2
+    assert guard.figures(log) == pytest.approx({"validation_fall": 0.15, "fall_limit": 0.2})
+    assert guard.figures([*log, {"step": 4, "collapse": "validation accuracy"}]) == {}
+
+
 def test_a_task_that_nothing_solves_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Behind 3 updates, or as many more as have 8 prompts, or the last; not if one try was right; never again."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from dopsd import completions
 from dopsd.console import console, draws_bars
 from dopsd.generate import load
 from dopsd.progress import ProgressBar
+from dopsd.trainer import Trainer
 from tests.test_imports import python
 
 LOG = logging.getLogger("dopsd.somewhere")
@@ -67,6 +69,19 @@ def test_an_update_is_a_line_where_no_bars_are_drawn(bars: bool, capsys: pytest.
     out, err = capsys.readouterr()
     assert out == ("" if bars else "update 2 of 3: loss 0.25, pass 1\n")
     assert ("validation=0.5" in err) is bars
+
+
+def test_a_notebook_draws_no_table_of_its_own(
+    make_trainer: Callable[..., Trainer], random_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one transformers has another callback for progress, which shows tables of losses there are not."""
+
+    class Table(transformers.TrainerCallback):
+        pass
+
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", Table)
+    trainer = make_trainer("--model", str(random_model))
+    assert not any(isinstance(one, Table) for one in trainer.callback_handler.callbacks)
 
 
 def test_a_decoding_is_drawn_in_one_place_on_a_terminal(

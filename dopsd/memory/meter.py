@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import resource
+import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -74,6 +76,17 @@ class ResidentMeter(Meter):
         assert found is not None
         self.reset.write_text("5")
         return int(found[1]) << 10
+
+
+def process_peak(device: torch.device) -> int | None:
+    """The peak of this process so far in bytes, of what PyTorch has allocated or, on a CPU, of what was resident; None
+    on other devices."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cpu":
+        unit = 1 if sys.platform == "darwin" else 1 << 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return None
 
 
 def meter_of(device: torch.device, budget: str) -> Meter:
