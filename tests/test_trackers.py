@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import ROOT
 from test_resume import Lottery
 from transformers import TrainerCallback
 
@@ -137,6 +138,10 @@ def test_a_run_that_goes_on_is_shown_as_one(
     assert shown["train/time/seconds_left", 2] > 0 == shown["train/time/seconds_left", 3]
     speed = shown["train/work/decode_tokens", 1] / shown["train/time/rollout_seconds", 1]
     assert shown["train/speed/decode_tokens_per_second", 1] == pytest.approx(speed, rel=1e-5)
+    page = (ROOT / "docs" / "commands.md").read_text()
+    columns = {column.removeprefix("eval_") for row in log for column in row}
+    own = {key for key in found if key not in often and key.rpartition("/")[2] not in columns}
+    assert all(f"`{key}`" in page for key in own if "train_" not in key and "total_flos" not in key), own
     assert found["train/collapse/validation_fall"] == found["train/collapse/fall_limit"] == [2, 3]
     with (folder / "metrics.csv").open(newline="") as file:
         assert {column for row in csv.DictReader(file) for column in row} == {column for row in log for column in row}
