@@ -24,6 +24,8 @@ Log = Sequence[Mapping[str, Any]]
 
 # Falls of validation accuracy that are not looked at, and in standard errors of a difference.
 POINTS, ERRORS = 0.05, 3.0
+# Columns of a collapse in a log that are no numbers.
+WORDS = ("collapse", "collapse_action")
 # First tries in a window, what they fall to, and how seldom chance may bring a given pair of windows so far apart.
 WINDOW, SHARE, CHANCE = 128, 1 / 3, 1e-9
 # Updates, and prompts, without a correct try before a run is told that it learns nothing.

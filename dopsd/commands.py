@@ -18,7 +18,6 @@ from dopsd.config import (
     TrainingArguments,
 )
 from dopsd.errors import must_be, require
-from dopsd.memory.options import PlanArguments
 from dopsd.models import SHIPPED, is_block_causal
 from dopsd.parser import Parser
 
@@ -104,32 +103,6 @@ def with_recipe(parser: Parser, words: list[str], default: Callable[[str | None]
     known, _ = probe.parse_known_args(words)
     name = default(known.model) if known.recipe is None else known.recipe
     return [*parser.recipe(name, known.model, known.task, default_recipe), f"--recipe={name}", *words]
-
-
-def parse_plan(
-    argv: Sequence[str],
-) -> tuple[PlanArguments, ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
-    """The options of a plan without a run: a recipe's, overridden by those in ``argv``.
-
-    Unless one is named it is ``paper``, or ``block_causal`` where that is what the configuration is.
-
-    The GPU that is planned for computes in bf16 unless it is told not to, whatever this machine does.
-    """
-    parser = Parser(
-        PlanArguments,
-        *TRAINING,
-        owners=OF_METHODS,
-        prog="python -m dopsd.plan",
-        description="Which sizes of a training run fit on a GPU, from a config.json alone.",
-    )
-    known, _ = Parser(PlanArguments, add_help=False).parse_known_args(list(argv))
-
-    def recipe(model: str | None) -> str:
-        return "block_causal" if is_block_causal(known.model_config or model or "") else "paper"
-
-    groups = parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), recipe)])
-    for_full_finetune(groups[1], argv)
-    return groups
 
 
 def parse_sample(argv: Sequence[str]) -> SampleArguments:

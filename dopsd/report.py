@@ -67,6 +67,15 @@ def write_metrics(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     write_text(path, text.getvalue())
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of such a table, each with what it has: numbers, but for the words of a collapse."""
+    with path.open(newline="") as file:
+        return [
+            {name: value if name in collapse.WORDS else float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file, strict=True)
+        ]
+
+
 def start(trainer: Trainer, config: Mapping[str, Any], problems: int) -> None:
     """Log what is about to run."""
     if trainer.is_world_process_zero():

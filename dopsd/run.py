@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import time
 from collections.abc import Sequence
@@ -54,10 +53,9 @@ class Run:
         return self.folder
 
     @property
-    def metrics(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv``, each with the figures that it has."""
-        with (self.folder / report.METRICS_FILE).open(newline="") as file:
-            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.csv``, each with the figures that it has; ``collapse`` and its action are words."""
+        return report.read_metrics(self.folder / report.METRICS_FILE)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,10 +13,10 @@ import torch
 from costs import allocated_peak
 from test_published_configs import CONFIGS
 
-from dopsd.commands import parse_plan
 from dopsd.memory import command as plan
 from dopsd.memory import dry_run as dry_runs
 from dopsd.memory.dry_run import DryProbe, DryRun
+from dopsd.memory.options import parse_plan
 from dopsd.memory.probe import synthetic_trajectory
 from dopsd.models import MODELS, add_lora, checkpoint_activations
 from dopsd.sampler import Decoding

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from test_published_configs import CONFIGS
 
-from dopsd.commands import parse_plan
 from dopsd.memory import command
 from dopsd.memory.dry_run import DryProbe, DryRun
+from dopsd.memory.options import parse_plan
 from dopsd.memory.planner import workspace_for
 from dopsd.parser import RECIPES
 from dopsd.units import GIB, gib

@@ -370,6 +370,10 @@ def test_a_run_that_collapses_says_so_and_has_finished(
     with (output / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["step"], row["collapse"]) for row in rows if row["collapse"]] == [("1", "validation accuracy")]
+    fallen = [row for row in run.Run(output, result).metrics if "collapse" in row]
+    assert [(row["step"], row["collapse"], row["collapse_action"]) for row in fallen] == [
+        (1.0, "validation accuracy", "stop")
+    ]
     assert set(lines) <= {1} and bool(lines) == (plots.why_no_picture() is None)
 
     kept = {name: (output / name).read_bytes() for name in ("adapter_model.safetensors", "held_out_after.json")}

@@ -13,10 +13,10 @@ import torch
 from costs import allocated_peak
 
 import dopsd.assets
-from dopsd.commands import parse_plan
 from dopsd.memory import command as plan
 from dopsd.memory import dry_run as dry_runs
 from dopsd.memory.dry_run import DryProbe, DryRun
+from dopsd.memory.options import parse_plan
 from dopsd.memory.planner import Planner, optimizer_bytes, remedies
 from dopsd.models import add_lora, checkpoint_activations
 from dopsd.models.llada import LLaDAConfig, LLaDAModelLM

@@ -214,7 +214,7 @@ def test_before_anything_is_run_the_page_says_so() -> None:
     text = {name: section() for name, section in reproduction.SECTIONS.items()}
     assert all(name == "missing" or section.startswith("Not run.") for name, section in text.items())
     assert not any(word in "".join(text.values()) for word in ("holds", "does not hold", "undecided", ".png"))
-    assert "| not run |" in text["methods"] and "SFT 8," in text["missing"]
+    assert "| not run |" in text["methods"] and "SFT 9," in text["missing"]
 
 
 def test_the_page_says_what_the_files_say(folder: Path) -> None:
@@ -246,13 +246,16 @@ def test_the_page_says_what_the_files_say(folder: Path) -> None:
     assert said[f"{FIXED} is above SFT"] == said[f"{FIXED} is above VRPO"] == "holds"
     assert said[f"{OURS} is above SFT"] == said[f"{OURS} is above base"] == "undecided"
     assert said[f"{OURS} is above off-policy"] == "not run"
-    assert "| SFT | 0.0001: 70.0, 0.0003: 70.0, 0.001: 70.0, 0.003: 70.0 | 0.0001 (an end of" in text["rates"]
+    rates = ", ".join(f"{rate}: 70.0" for rate in (0.0001, 0.0003, 0.001, 0.003, 0.01))
+    assert f"| SFT | {rates} | 0.0001 (an end of" in text["rates"]
+        "| SFT | 0.0001: 70.0, 0.0003: 70.0, 0.001: 70.0, 0.003: 70.0, 0.01: 70.0 | 0.0001 (an end of" in text["rates"]
+    )
     assert f"| {FIXED} | 5 of 5 | 20 | 160 | 80 | 1,100 | 20 | 425 |" in text["costs"]
     assert f"| {FIXED} takes fewer updates than diffu-GRPO | +1.0 (+1.0 to +1.0) | holds |" in text["costs"]
     assert f"| {FIXED} takes fewer prompts than diffu-GRPO | +0.0 (+0.0 to +0.0) | undecided |" in text["costs"]
     assert "| 50 % revealed is less than 5 points below the best of 8 | +5.0 (+5.0 to +5.0) | holds |" in text["toy"]
     assert re.search(r"\| greedy \| 75\.0 \(.*\) \| 100\.0 \(100\.0 to 100\.0\) \|", text["toy"])
-    assert "SFT 8" not in text["missing"] and "rejection 8, off-policy 8\n" in text["missing"]
+    assert "SFT 9" not in text["missing"] and "rejection 9, off-policy 9\n" in text["missing"]
     assert "Each on one thread: some CPU, torch 2, bf16." in text["missing"]
     plots.draw_reproduction(reproduction.curves(), reproduction.UNITS, folder)
     assert (folder / "reproduction.png").stat().st_size > 1000

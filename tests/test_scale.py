@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import dopsd.assets
-from dopsd.commands import parse_plan, parse_train
+from dopsd.commands import parse_train
 from dopsd.errors import UsageError
 from dopsd.memory import command as plan
 from dopsd.memory.dry_run import DryRun
+from dopsd.memory.options import parse_plan
 from dopsd.memory.planner import Plan
 from dopsd.memory.scale import rounds, share_of, turns
 from dopsd.method import Sizes

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from dopsd.commands import parse_plan
 from dopsd.distillation import Distillation
 from dopsd.errors import RunError, must_be, require
 from dopsd.files import first_line, read_json
 from dopsd.memory.dry_run import DryProbe, DryRun
+from dopsd.memory.options import parse_plan
 from dopsd.memory.planner import Planner, remedies, too_little, workspace_for
 from dopsd.memory.scale import share_of
 from dopsd.models import MODELS, SHIPPED, class_of, of_adapters

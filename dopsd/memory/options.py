@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dopsd.config import at_least_one, option
+from dopsd.commands import TRAINING, for_full_finetune, with_recipe
+from dopsd.config import (
+    OF_METHODS,
+    ModelArguments,
+    RolloutArguments,
+    TaskArguments,
+    TeachingArguments,
+    TrainingArguments,
+    at_least_one,
+    option,
+)
 from dopsd.errors import must_be, require
+from dopsd.models import is_block_causal
+from dopsd.parser import Parser
 from dopsd.units import read_bytes
 
 
@@ -34,3 +47,29 @@ class PlanArguments:
         must_be(0 < self.pass_rate <= 1, "pass_rate", self.pass_rate, "above 0 and at most 1")
         together = (self.tflops is None) == (self.network is None)
         require(together, "tflops", self.tflops, "a time takes --tflops and --network")
+
+
+def parse_plan(
+    argv: Sequence[str],
+) -> tuple[PlanArguments, ModelArguments, TaskArguments, RolloutArguments, TeachingArguments, TrainingArguments]:
+    """The options of a plan without a run: a recipe's, overridden by those in ``argv``.
+
+    Unless one is named it is ``paper``, or ``block_causal`` where that is what the configuration is.
+
+    The GPU that is planned for computes in bf16 unless it is told not to, whatever this machine does.
+    """
+    parser = Parser(
+        PlanArguments,
+        *TRAINING,
+        owners=OF_METHODS,
+        prog="python -m dopsd.plan",
+        description="Which sizes of a training run fit on a GPU, from a config.json alone.",
+    )
+    known, _ = Parser(PlanArguments, add_help=False).parse_known_args(list(argv))
+
+    def recipe(model: str | None) -> str:
+        return "block_causal" if is_block_causal(known.model_config or model or "") else "paper"
+
+    groups = parser.parse(["--bf16", "true", *with_recipe(parser, list(argv), recipe)])
+    for_full_finetune(groups[1], argv)
+    return groups
