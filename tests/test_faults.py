@@ -26,7 +26,7 @@ SAMPLE: dict[str, tuple[Callable[[Bench], list[Case]], list[str]]] = {
     "killed training": (lambda bench: kills(bench, "dopsd.train", 9), ["kill 4", "tear 5"]),
     "killed evaluation": (lambda bench: kills(bench, "dopsd.evaluate", 6), ["tear 5"]),
     "two starts": (lambda bench: two_starts(bench, 2), ["resumed 0"]),
-    "full disk": (full_disk, ["run/run.lock", "save /dopsd.train/run/checkpoint-2/optimizer.pt"]),
+    "full disk": (full_disk, ["save /dopsd.train/run/checkpoint-2/optimizer.pt"]),
     "damaged checkpoints": (damaged_checkpoints, ["optimizer.pt flipped"]),
     "damaged adapters": (damaged_adapters, ["adapter_model.safetensors flipped"]),
     "hostile files": (hostile, ["checkpoint: pickle as optimizer.pt", "model: layers", "rows: many lines"]),
