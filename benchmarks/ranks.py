@@ -7,7 +7,6 @@ each run's figures; the page's table is made of the newest one.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 from benchmarks.results import FOLDER, ROOT, machine
 from dopsd.files import write_json, write_text
 from dopsd.memory.scale import rounds, turns
+from dopsd.report import read_metrics
 from dopsd.tables import markdown_table
 
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
@@ -48,13 +48,12 @@ def command(processes: int, engine: str, updates: int, folder: Path) -> list[str
 
 def figures(processes: int, engine: str, folder: Path, alone: Path) -> dict[str, Any]:
     """What a run in ``folder`` came to; ``alone`` is that of one process."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        updates = [row for row in csv.DictReader(file) if row["loss"]]
+    updates = [row for row in read_metrics(folder / "metrics.csv") if "loss" in row]
     report = json.loads((folder / "report.json").read_text())
     ours, theirs = (load_file(one / "adapter_model.safetensors") for one in (folder, alone))
 
     def total(name: str) -> float:
-        return sum(float(row[name]) for row in updates if row.get(name))
+        return sum(row.get(name, 0.0) for row in updates)
 
     return {
         "processes": processes,
@@ -63,8 +62,8 @@ def figures(processes: int, engine: str, folder: Path, alone: Path) -> dict[str,
         "adapter_largest": max(float(value.abs().max()) for value in theirs.values()),
         "accepted": round(PROMPTS * total("accepted")),
         "updates": len(updates),
-        "tries": sum(float(row["tries"]) for row in updates) / len(updates),
-        "states": [float(row["states"]) for row in updates],
+        "tries": total("tries") / len(updates),
+        "states": [row["states"] for row in updates],
         "rollout_seconds": total("rollout_seconds") / len(updates),
         "learn_seconds": total("learn_seconds") / len(updates),
         "wait_seconds": total("wait_seconds") / len(updates),
@@ -120,17 +119,18 @@ def main() -> None:
     args = parser.parse_args()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="ranks-") as temporary:
-        rounds: list[list[dict[str, Any]]] = []
+        repeated: list[list[dict[str, Any]]] = []
         for number in range(args.rounds):
             found = []
             for processes, engine in RUNS:
                 folder = Path(temporary, f"{processes}-{engine}-{number}")
                 subprocess.run(command(processes, engine, args.updates, folder), env=environment, check=True)
                 found.append(figures(processes, engine, folder, Path(temporary, f"1-data-{number}")))
-            rounds.append(found)
+            repeated.append(found)
     times = ("rollout_seconds", "learn_seconds", "wait_seconds")
     rows = [
-        {**runs[0], **{name: median(run[name] for run in runs) for name in times}} for runs in zip(*rounds, strict=True)
+        {**runs[0], **{name: median(run[name] for run in runs) for name in times}}
+        for runs in zip(*repeated, strict=True)
     ]
     content = {"machine": {**machine(), "threads": 1, "cores": os.cpu_count()}, "rounds": args.rounds, "rows": rows}
     folder = FOLDER / "ranks"

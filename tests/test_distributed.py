@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import signal
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dopsd import run
 from dopsd.prompt_sampler import PromptSampler
+from dopsd.report import read_metrics
 from dopsd.tasks.sudoku import Sudoku
 
 UPDATES = 4
@@ -112,8 +112,7 @@ FAULTS: list[tuple[str, dict[int, str], tuple[int, int | None], list[str]]] = [
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The numbers of metrics.csv."""
-    with (folder / "metrics.csv").open() as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return read_metrics(folder / "metrics.csv")
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")

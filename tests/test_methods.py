@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from test_resume import Lottery, state_of
 from dopsd import run
 from dopsd.methods import METHODS
 from dopsd.prompt_sampler import PromptSampler
+from dopsd.report import read_metrics
 from dopsd.tasks.sudoku import Sudoku
 from dopsd.trainer import Trainer
 
@@ -84,8 +84,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The numbers of metrics.csv."""
-    with (folder / "metrics.csv").open() as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return read_metrics(folder / "metrics.csv")
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from dopsd.evaluation.accuracy import summary
 from dopsd.files import first_line, read_json
 from dopsd.look import FOLDER
 from dopsd.recorded import run_options
-from dopsd.report import METRICS_FILE, held_out_file
+from dopsd.report import METRICS_FILE, held_out_file, read_metrics
 from dopsd.run_folder import FREE, REPORT_FILE
 
 # What a file of held-out responses says of a response, beside the columns of its row.
@@ -97,7 +96,7 @@ def read_run(folder: Path) -> RunContent:
         if name not in FREE
     }
     report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
-    series = read_metrics(folder / METRICS_FILE)
+    series = read_series(folder / METRICS_FILE)
     views, accuracy = [], {}
     for moment in ("before", "after"):
         if (path := folder / held_out_file(moment)).is_file():
@@ -140,18 +139,18 @@ def facts_of(
     return facts
 
 
-def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
+def read_series(path: Path) -> dict[str, list[tuple[float, float]]]:
     """The columns of numbers in ``metrics.csv``, and 1 at each collapse; nothing if no update was logged yet."""
     series: dict[str, list[tuple[float, float]]] = {}
     if not path.is_file():
         return series
-    with reading(path), path.open(newline="") as file:
-        for row in csv.DictReader(file, strict=True):
+    with reading(path):
+        for row in read_metrics(path):
             for name, value in row.items():
-                if name == COLLAPSE and value:
-                    series.setdefault(name, []).append((float(row["step"]), 1.0))
-                elif value and name not in ("step", "epoch") and not name.startswith(COLLAPSE):
-                    series.setdefault(name, []).append((float(row["step"]), float(value)))
+                if name == COLLAPSE:
+                    series.setdefault(name, []).append((row["step"], 1.0))
+                elif name not in ("step", "epoch") and not name.startswith(COLLAPSE):
+                    series.setdefault(name, []).append((row["step"], value))
     return series
 
 
